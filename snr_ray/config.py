@@ -1,0 +1,402 @@
+"""Configuration: defaults <- YAML presets or files <- `--set key.path=value`, into one frozen tree.
+
+The tree travels whole to every worker and is saved with every run and every model, so a result
+always lies beside the settings that made it. Unknown keys are errors.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+FILTERS = ("ramp", "shepp-logan", "cosine", "hamming", "hann", "none")
+
+
+class InputError(ValueError):
+    """Something the user can put right; its text says the rule, what came, and the way out."""
+
+
+def _check(rule: bool, sentence: str) -> None:
+    if not rule:
+        raise InputError(sentence)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagesConfig:
+    size: int = 28
+    """Height and width of the training images, in pixels."""
+    channels: Literal[1, 3] = 1
+    """1 turns every image grey (0.299 R + 0.587 G + 0.114 B), 3 makes every image RGB."""
+    fit: Literal["resize", "crop"] = "resize"
+    """`resize` scales the shorter side to `size` and then crops the centre; `crop` only crops."""
+    white: float | None = None
+    """The stored value that means 1.0 in 16-bit and float images; 8-bit images always use 255."""
+    limit: int | None = None
+    """Use at most this many images, chosen by the hash of their ids; none means all."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.size >= 8,
+            f"images.size must be at least 8 pixels, but got {self.size}; "
+            "below that a projection has too few rays to mean anything.",
+        )
+        _check(
+            self.white is None or self.white > 0,
+            f"images.white must be above 0, but got {self.white}.",
+        )
+        _check(
+            self.limit is None or self.limit > 0,
+            f"images.limit must be at least 1, but got {self.limit}.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseConfig:
+    n_views: tuple[int, ...] = (40, 20, 10)
+    """One noise id per entry, numbered from 1 (0 is clean): projections over 180 degrees."""
+    filter: Literal["ramp", "shepp-logan", "cosine", "hamming", "hann", "none"] = "ramp"
+    """Filter of the back projection, by its scikit-image name. The original method uses ramp."""
+
+    def __post_init__(self) -> None:
+        _check(len(self.n_views) > 0, "noise.n_views needs at least one view count, but is empty.")
+        for n_views in self.n_views:
+            _check(n_views >= 1, f"noise.n_views must be at least 1, but got {n_views}.")
+        _check(
+            len(set(self.n_views)) == len(self.n_views),
+            f"noise.n_views must not repeat a view count, but got {list(self.n_views)}.",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    stem_channels: int = 16
+    """Feature channels at full resolution."""
+    channels: tuple[int, ...] = (32, 48, 64)
+    """Feature channels of each level, finest (half resolution) first; one entry per level."""
+    content_channels: tuple[int, ...] = (8, 8, 8)
+    """Channels of the spatial content code of each level."""
+    noise_channels: tuple[int, ...] = (4, 4, 4)
+    """Channels of the noise code of each level."""
+    noise_code: Literal["vector", "map"] = "vector"
+    """`vector`: one noise vector per level, broadcast over space; `map`: a spatial noise code."""
+    blocks: int = 1
+    """Residual blocks per level in each direction."""
+
+    def __post_init__(self) -> None:
+        levels = len(self.channels)
+        _check(levels >= 1, "model.channels needs at least one level, but is empty.")
+        for name in ("content_channels", "noise_channels"):
+            widths = getattr(self, name)
+            _check(
+                len(widths) == levels,
+                f"model.{name} must have one entry per level of model.channels ({levels}), "
+                f"but got {len(widths)}.",
+            )
+        for name in ("channels", "content_channels", "noise_channels"):
+            for width in getattr(self, name):
+                _check(width >= 1, f"model.{name} must be at least 1, but got {width}.")
+        for name in ("stem_channels", "blocks"):
+            _check(
+                getattr(self, name) >= 1,
+                f"model.{name} must be at least 1, but got {getattr(self, name)}.",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    beta: float = 0.2
+    """Weight of the KL divergence against the reconstruction term."""
+    free_bits: float = 0.0
+    """Nats per image and code (content and noise of each level) that the KL gives for free."""
+    warmup: float = 0.15
+    """Fraction of the run over which KL, content pull and triplet weights rise from 0."""
+    sigma: float = 0.05
+    """Standard deviation of the Gaussian likelihood (the start value where it is learned)."""
+    sigma_learned: bool = True
+    """Learn one sigma per noise id, so that few-view images do not dominate the loss."""
+    sigma_ratio: float = 3.0
+    """Largest learned sigma allowed, as a multiple of the smallest."""
+    triplet: float = 1.0
+    """Weight of the triplet loss on the noise code."""
+    triplet_form: Literal["drawn", "symmetric"] = "symmetric"
+    """`drawn`: the original loss, noisy anchors only. `symmetric`: every noise id, clean included,
+    pulls together and pushes the others away."""
+    margin: float = 1.0
+    """Distance beyond which the triplet loss stops pushing."""
+    content_kl: float = 0.1
+    """Weight of the symmetric KL between the content codes of an image and its noisy version."""
+    swap_probability: float = 0.5
+    """Share of pairs trained on the swap itself: noise codes and targets exchanged."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "free_bits", "triplet", "content_kl", "margin"):
+            value = getattr(self, name)
+            _check(value >= 0, f"loss.{name} must not be negative, but got {value}.")
+        _check(self.sigma > 0, f"loss.sigma must be above 0, but got {self.sigma}.")
+        _check(
+            self.sigma_ratio >= 1, f"loss.sigma_ratio must be at least 1, but got {self.sigma_ratio}."
+        )
+        for name in ("warmup", "swap_probability"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"loss.{name} must be between 0 and 1, but got {value}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    steps: int = 3000
+    """Optimizer steps of the whole run."""
+    batch_size: int = 36
+    """Clean images per step over all workers; each comes with one noisy version. Must be a
+    multiple of 2 x view counts x workers, so that every image finds a partner on its worker."""
+    lr: float = 2e-3
+    """Peak learning rate of Adam; linear warm-up, then cosine to 2 %."""
+    warmup_steps: int = 100
+    """Steps of the learning-rate warm-up."""
+    grad_clip: float = 5.0
+    """Largest gradient norm."""
+    ema: float = 0.995
+    """Decay of the moving average of the weights; the average is the model that is kept."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the network; losses stay in fp32. bf16 pays on GPUs and AMX processors."""
+    checkpoint_every_steps: int = 250
+    """Validation, checkpoint and curve point every so many steps."""
+    val_images: int = 120
+    """Validation images scored at each checkpoint."""
+    num_workers: int = 1
+    """Data-parallel training workers."""
+    cpus_per_worker: int = 1
+    """Processor cores (and torch threads) of each worker."""
+    use_gpu: bool = False
+    """Give each worker one GPU."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "checkpoint_every_steps",
+            "val_images",
+            "num_workers",
+            "cpus_per_worker",
+        ):
+            value = getattr(self, name)
+            _check(value >= 1, f"train.{name} must be at least 1, but got {value}.")
+        _check(self.warmup_steps >= 0, f"train.warmup_steps must not be negative, but got {self.warmup_steps}.")
+        _check(self.lr > 0, f"train.lr must be above 0, but got {self.lr}.")
+        _check(self.grad_clip > 0, f"train.grad_clip must be above 0, but got {self.grad_clip}.")
+        _check(0 <= self.ema < 1, f"train.ema must be in [0, 1), but got {self.ema}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepConfig:
+    steps: int = 600
+    """Training steps of each trial; overrides train.steps."""
+    noise_channels: tuple[int, int] = (1, 8)
+    """Search range of model.noise_channels, drawn for each level."""
+    content_channels: tuple[int, int] = (4, 12)
+    """Search range of model.content_channels, drawn for each level."""
+    triplet: tuple[float, float] = (0.1, 10.0)
+    """Search range of loss.triplet, on a logarithmic scale."""
+    content_kl: tuple[float, float] = (0.01, 1.0)
+    """Search range of loss.content_kl, on a logarithmic scale; unused where the base sets it 0."""
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, f"sweep.steps must be at least 1, but got {self.steps}.")
+        for name in ("noise_channels", "content_channels", "triplet", "content_kl"):
+            low, high = getattr(self, name)
+            _check(
+                0 < low <= high,
+                f"sweep.{name} must be a range low <= high above 0, but got [{low}, {high}].",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    seed: int = 0
+    """Root of every random choice; each is a hash of it with an image id, an epoch or a step."""
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.seed >= 0, f"seed must not be negative, but got {self.seed}.")
+        unit = 2 * len(self.noise.n_views) * self.train.num_workers
+        _check(
+            self.train.batch_size % unit == 0,
+            f"train.batch_size must be a multiple of 2 x view counts x workers = {unit}, "
+            f"but got {self.train.batch_size}; the nearest is "
+            f"{max(unit, round(self.train.batch_size / unit) * unit)}.",
+        )
+        finest = self.images.size / 2 ** len(self.model.channels)
+        _check(
+            finest >= 1,
+            f"model.channels has {len(self.model.channels)} levels, each halving the image, but "
+            f"images.size is only {self.images.size}; use fewer levels or larger images.",
+        )
+
+
+def preset_names() -> list[str]:
+    """Names that `--config` takes besides a file."""
+    return sorted(p.name[:-5] for p in _presets().iterdir() if p.name.endswith(".yaml"))
+
+
+def load(sources: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
+    """Merge presets and files, in order, and then `key.path=value` overrides, into a Config.
+
+    Raises:
+        InputError: for an unknown preset, file, key or value.
+    """
+    tree: dict[str, Any] = {}
+    for source in sources:
+        _merge(tree, _read(source))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        _check(
+            bool(equals) and bool(key),
+            f"--set takes key.path=value, but got {override!r}; for example --set train.steps=500.",
+        )
+        leaf: Any = yaml.safe_load(text) if text else text
+        for part in reversed(key.split(".")):
+            leaf = {part: leaf}
+        _merge(tree, leaf)
+    return from_dict(tree)
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """Build a Config from nested plain values, as YAML holds them."""
+    return _build(Config, tree, "")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values of a Config, ready for YAML and JSON."""
+    return _plain(dataclasses.asdict(config))
+
+
+def save(config: Config, path: Path) -> None:
+    """Write a Config as YAML that `load` reads back equal."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def replace(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Copy of a Config with dotted keys set, as `--set` would."""
+    tree = to_dict(config)
+    for key, value in changes.items():
+        leaf: Any = value
+        for part in reversed(key.split(".")):
+            leaf = {part: leaf}
+        _merge(tree, leaf)
+    return from_dict(tree)
+
+
+def differences(a: Config, b: Config, *, ignore: Iterable[str] = ()) -> list[str]:
+    """`key: value of a, value of b` for every dotted key in which two Configs differ."""
+    flat_a, flat_b = _flat(to_dict(a)), _flat(to_dict(b))
+    return [
+        f"{key}: {flat_a[key]} there, {flat_b[key]} here"
+        for key in flat_a
+        if flat_a[key] != flat_b[key] and key not in set(ignore)
+    ]
+
+
+def _presets() -> Any:
+    return resources.files("snr_ray") / "presets"
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    if path.is_file():
+        text = path.read_text()
+    elif str(source) in preset_names():
+        text = (_presets() / f"{source}.yaml").read_text()
+    else:
+        raise InputError(
+            f"--config takes a YAML file or one of {', '.join(preset_names())}, "
+            f"but got {str(source)!r}, which is neither."
+        )
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from None
+    _check(isinstance(tree, dict), f"{source} must hold a mapping of sections, but is a {type(tree).__name__}.")
+    return tree
+
+
+def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise InputError(f"{prefix[:-1]} must be a section with keys, but got {tree!r}.")
+    hints = typing.get_type_hints(cls)
+    unknown = [key for key in tree if key not in hints]
+    _check(
+        not unknown,
+        f"Unknown configuration key {prefix}{unknown[0] if unknown else ''}; "
+        f"valid here: {', '.join(prefix + name for name in hints)}.",
+    )
+    values = {
+        key: _build(hints[key], value, f"{prefix}{key}.")
+        if dataclasses.is_dataclass(hints[key])
+        else _coerce(value, hints[key], f"{prefix}{key}")
+        for key, value in tree.items()
+    }
+    return cls(**values)
+
+
+def _coerce(value: Any, kind: Any, key: str) -> Any:
+    """A YAML value as the annotated type; PyYAML reads `3e-4` as a string, so floats are cast."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else _coerce(value, args[0], key)
+    if origin is Literal:
+        _check(
+            value in args and not isinstance(value, bool),
+            f"{key} must be one of {', '.join(map(str, args))}, but got {value!r}.",
+        )
+        return value
+    if origin is tuple:
+        items = [value] if isinstance(value, (int, float)) else value
+        fixed = args[-1] is not Ellipsis
+        _check(
+            isinstance(items, (list, tuple)) and not (fixed and len(items) != len(args)),
+            f"{key} must be a list{f' of {len(args)} numbers' if fixed else ''}, "
+            f"such as [{', '.join(['4'] * (len(args) if fixed else 3))}], but got {value!r}.",
+        )
+        return tuple(_coerce(item, args[0], key) for item in items)
+    if kind is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise InputError(f"{key} must be {kind.__name__}, but got {value!r}.")

@@ -1,0 +1,178 @@
+"""Image files <-> float32 arrays [C, H, W] in [0, 1], and the sizes and channels a run asks for.
+
+8-bit pixels are divided by 255. 16-bit and float pixels have no agreed white, so they need the
+setting images.white. Anything that would be read silently wrong (transparency, NaN, pixels beyond
+white) raises an InputError that says so.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
+from PIL import Image
+
+from snr_ray.config import ImagesConfig, InputError
+
+Array = npt.NDArray[np.float32]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy")
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow and scikit-image
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One image as stored: pixels [C, H, W] float32 in [0, 1] and the depth they came in."""
+
+    pixels: Array
+    depth: np.dtype
+
+
+def decode(data: bytes, name: str, *, white: float | None = None) -> Decoded:
+    """Read one image file.
+
+    Args:
+        data: the file's bytes; PNG, JPEG, TIFF, BMP, WebP or NPY ([H, W] or [H, W, C]).
+        name: used for the format (suffix) and in errors.
+        white: the stored value that means 1.0, for 16-bit and float pixels.
+
+    Raises:
+        InputError: if the file is empty, unreadable, transparent, or its pixels have no known
+            range or lie outside it.
+    """
+    if not data:
+        raise InputError(f"An image file must hold pixels, but {name} is empty (0 bytes).")
+    try:
+        stored = _read(data, PurePosixPath(name).suffix.lower(), name)
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise anything on damaged bytes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name} cannot be read as an image ({reason}); replace the file.") from None
+    return Decoded(scale(stored, name, white=white), stored.dtype)
+
+
+def scale(stored: npt.NDArray[np.generic], name: str, *, white: float | None = None) -> Array:
+    """Stored pixels [H, W] or [H, W, C] to float32 [C, H, W] in [0, 1]. Raises InputError."""
+    if stored.dtype == bool:
+        stored = stored.astype(np.uint8) * 255
+    if stored.ndim == 2:
+        stored = stored[:, :, None]
+    if stored.ndim != 3 or stored.shape[2] not in (1, 3) or 0 in stored.shape:
+        raise InputError(
+            f"An image must be [H, W], [H, W, 1] or [H, W, 3], but {name} is {list(stored.shape)}."
+        )
+    if stored.dtype == np.uint8:
+        top = 255.0
+    elif white is None:
+        raise InputError(
+            f"{stored.dtype} pixels have no agreed white, and {name} has them; "
+            "say which stored value means 1.0, for example --set images.white=65535."
+        )
+    else:
+        top = white
+    pixels = np.moveaxis(stored, 2, 0).astype(np.float32) / np.float32(top)
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise InputError(f"Pixels must be finite, but {name} holds NaN or infinity.")
+    if low < 0 or high > 1:
+        raise InputError(
+            f"Pixels must lie in 0..white, but {name} spans {low * top:g}..{high * top:g} "
+            f"with white {top:g}; set images.white to the largest value."
+        )
+    return np.ascontiguousarray(pixels)
+
+
+def encode(pixels: Array, name: str, *, depth: np.dtype, white: float | None = None) -> bytes:
+    """File bytes of pixels [C, H, W], clipped to [0, 1], in the format of `name` and given depth.
+
+    JPEG, BMP and WebP hold 8 bits; JPEG is written at quality 95 without chroma subsampling.
+    """
+    suffix = PurePosixPath(name).suffix.lower()
+    image = np.moveaxis(np.clip(pixels, 0, 1), 0, 2)
+    if depth.kind == "f":
+        stored = (image * np.float32(white or 1.0)).astype(depth)
+    else:
+        top = white if white and depth != np.uint8 else np.iinfo(np.uint8).max
+        stored = np.round(image * top).astype(np.uint8 if depth == bool else depth)
+    if stored.shape[2] == 1:
+        stored = stored[:, :, 0]
+    out = io.BytesIO()
+    if suffix == ".npy":
+        np.save(out, stored, allow_pickle=False)
+    elif suffix in (".tif", ".tiff"):
+        tifffile.imwrite(out, stored, photometric="rgb" if stored.ndim == 3 else "minisblack")
+    else:
+        options = {"quality": 95, "subsampling": 0} if suffix in (".jpg", ".jpeg") else {}
+        if suffix == ".webp":
+            options = {"lossless": True}
+        kind = {"jpg": "jpeg", "": "png"}.get(suffix[1:], suffix[1:])
+        Image.fromarray(stored).save(out, format=kind, **options)
+    return out.getvalue()
+
+
+def with_channels(pixels: Array, channels: int) -> Array:
+    """[C, H, W] as grey (BT.601 luma) or as RGB (grey repeated)."""
+    if channels == pixels.shape[0]:
+        return pixels
+    if channels == 1:
+        return np.tensordot(LUMA, pixels, axes=1)[None]
+    return np.repeat(pixels, channels, axis=0)
+
+
+def prepare(pixels: Array, config: ImagesConfig, name: str) -> Array:
+    """Any image [C, H, W] as the run wants it: [channels, size, size] float32 in [0, 1].
+
+    Raises:
+        InputError: with images.fit=crop, if the image is smaller than images.size.
+    """
+    pixels = with_channels(pixels, config.channels)
+    size, (height, width) = config.size, pixels.shape[1:]
+    if config.fit == "crop" and min(height, width) < size:
+        raise InputError(
+            f"images.fit=crop needs images of at least {size}x{size} pixels, but {name} is "
+            f"{height}x{width}; use images.fit=resize."
+        )
+    if config.fit == "resize" and min(height, width) != size:
+        factor = size / min(height, width)
+        shape = (max(size, round(width * factor)), max(size, round(height * factor)))
+        resized = [
+            np.asarray(Image.fromarray(channel).resize(shape, Image.Resampling.BICUBIC))
+            for channel in pixels
+        ]
+        pixels = np.clip(np.stack(resized), 0, 1)  # bicubic overshoots at edges
+    top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
+    return np.ascontiguousarray(pixels[:, top : top + size, left : left + size], np.float32)
+
+
+def _read(data: bytes, suffix: str, name: str) -> npt.NDArray[np.generic]:
+    if suffix == ".npy":
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    if suffix in (".tif", ".tiff"):
+        # Pillow clips 16-bit and float TIFF on conversion; tifffile keeps them.
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            page = file.pages[0].asarray()
+        return _without_alpha(page, name) if page.ndim == 3 and page.shape[2] in (2, 4) else page
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        if image.mode == "P" or (image.mode in ("L", "RGB") and "transparency" in image.info):
+            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+        if image.mode in ("LA", "RGBA", "PA", "La", "RGBa"):
+            full = np.asarray(image.convert("LA" if image.mode in ("LA", "La") else "RGBA"))
+            return _without_alpha(full, name)
+        if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+            image = image.convert("RGB")
+        return np.asarray(image)
+
+
+def _without_alpha(stored: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.generic]:
+    alpha = stored[:, :, -1]
+    opaque = 1.0 if alpha.dtype.kind == "f" else np.iinfo(alpha.dtype).max
+    if np.any(alpha != opaque):
+        raise InputError(
+            f"An image must be opaque, but {name} has transparent pixels; "
+            "flatten it on a background first."
+        )
+    return stored[:, :, :-1]
