@@ -1,0 +1,63 @@
+"""What a user would try first: total variation, and the best linear inverse of the noise operator.
+
+Both take noisy images [B, C, H, W] and work on each channel by itself.
+"""
+
+import numpy as np
+import numpy.typing as npt
+from skimage.restoration import denoise_tv_chambolle
+
+from snr_ray.config import InputError
+from snr_ray.metrics import psnr
+from snr_ray.radon import RadonNoise
+
+Array = npt.NDArray[np.float32]
+
+TV_WEIGHTS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+LMMSE_PIXELS = 64 * 64
+"""Above this the covariance no longer fits in memory."""
+LMMSE_REGULARIZATION = 1e-3
+"""Variance of the white noise assumed on the noisy image; keeps the inverse stable."""
+
+
+def tv(noisy: Array, weight: float) -> Array:
+    """Total-variation denoising by Chambolle's algorithm; `weight` is the smoothing strength."""
+    return np.stack(
+        [denoise_tv_chambolle(image, weight=weight, channel_axis=0) for image in noisy]
+    ).astype(np.float32)
+
+
+def best_tv_weight(noisy: Array, clean: Array) -> float:
+    """The weight of the fixed grid with the highest mean PSNR; for images not scored later."""
+    return max(TV_WEIGHTS, key=lambda weight: float(psnr(tv(noisy, weight), clean).mean()))
+
+
+class Lmmse:
+    """Linear minimum-mean-square-error estimate of the clean image from one noise operator A.
+
+        x_hat = mean + C A^T (A C A^T + r I)^-1 (y - A mean)
+
+    with mean and covariance C of clean training images. It knows A, so it is not blind.
+    Source: Kay, Fundamentals of Statistical Signal Processing: Estimation Theory (1993), 12.5.
+    """
+
+    def __init__(self, clean: Array, noise: RadonNoise) -> None:
+        n_pixels = noise.height * noise.width
+        if n_pixels > LMMSE_PIXELS:
+            raise InputError(
+                f"The baseline lmmse handles at most {LMMSE_PIXELS} pixels per image, but got "
+                f"{noise.height}x{noise.width}; leave it out of --baselines."
+            )
+        x = clean.reshape(-1, n_pixels).astype(np.float32)
+        self._mean = x.mean(0)
+        covariance = np.cov(x, rowvar=False, dtype=np.float32)
+        a = noise.matrix()
+        cross = covariance @ a.T  # C A^T
+        inner = a @ cross + LMMSE_REGULARIZATION * np.eye(n_pixels, dtype=np.float32)
+        self._gain = np.linalg.solve(inner, cross.T).T.astype(np.float32)  # [H*W, H*W]
+        self._offset = a @ self._mean
+
+    def __call__(self, noisy: Array) -> Array:
+        """Estimates [B, C, H, W] float32 of the clean images, not clipped."""
+        y = noisy.reshape(-1, self._mean.size)
+        return ((y - self._offset) @ self._gain.T + self._mean).reshape(noisy.shape)

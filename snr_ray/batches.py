@@ -1,0 +1,153 @@
+"""Clean and noisy arrays -> balanced training batches, the same whatever the number of workers.
+
+A batch is made of groups of 2 x n_ids images: two images of each noise id, side by side, so that
+image i finds a partner of its own noise id at i ^ 1. Workers take whole groups of one global
+batch; every random choice is a hash of (seed, epoch or step). So the gradient, and with it a whole
+run, does not depend on how many workers share the batch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from snr_ray.config import InputError
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch this worker takes."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def slice(self, n: int) -> slice:
+        """This worker's part of n rows that all workers share."""
+        part = n // self.world_size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+
+@dataclass
+class Batch:
+    """One worker's pairs of one step."""
+
+    clean: Tensor
+    """[B, C, H, W] float32."""
+    noisy: Tensor
+    """[B, C, H, W] float32, not clipped: noisy[b] is clean[b] under noise id noise_ids[b]."""
+    noise_ids: Tensor
+    """[B] int64 in 1..n_ids; equal at i and i ^ 1, cycling through the ids pair by pair."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same pairs on a device."""
+        return Batch(self.clean.to(device), self.noisy.to(device), self.noise_ids.to(device))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Clean images and every noisy version of each, in memory.
+
+    Arrays come in blocks (as they lie in files or in an object store) and are not copied. Row r is
+    the image with the r-th smallest id, so rows mean the same whatever order the blocks came in.
+    """
+
+    ids: list[str]
+    """Image ids, through all blocks."""
+    clean: list[Array]
+    """Blocks [n_k, C, H, W]."""
+    noisy: list[list[Array]]
+    """Per noise id (1 first), blocks as of `clean`."""
+
+    def __post_init__(self) -> None:
+        order = np.argsort(np.array(self.ids, dtype=str), kind="stable")
+        starts = np.cumsum([0] + [len(block) for block in self.clean])
+        object.__setattr__(self, "_order", order)
+        object.__setattr__(self, "_starts", starts)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: npt.NDArray[np.int64], noise_id: int) -> Array:
+        """Copies of images, clean (noise_id 0) or noisy: [len(rows), C, H, W]."""
+        blocks = self.clean if noise_id == 0 else self.noisy[noise_id - 1]
+        order: npt.NDArray[np.int64] = self._order  # type: ignore[attr-defined]
+        starts: npt.NDArray[np.int64] = self._starts  # type: ignore[attr-defined]
+        places = order[rows]
+        block_of = np.searchsorted(starts, places, side="right") - 1
+        out = np.empty((len(rows), *blocks[0].shape[1:]), np.float32)
+        for k in np.unique(block_of):
+            mine = block_of == k
+            out[mine] = blocks[k][places[mine] - starts[k]]
+        return out
+
+
+def noise_id_pattern(batch_size: int, n_ids: int) -> npt.NDArray[np.int64]:
+    """Noise ids of a batch by position: 1 1 2 2 ... n n 1 1 ..."""
+    return np.tile(np.repeat(np.arange(1, n_ids + 1), 2), batch_size // (2 * n_ids))
+
+
+class PairFeed:
+    """Batches from pairs in memory; batch(step) is a pure function, so resuming needs no state."""
+
+    def __init__(self, pairs: Pairs, batch_size: int, *, seed: int, share: Share) -> None:
+        """`batch_size` counts clean images over all workers.
+
+        Raises:
+            InputError: if there are fewer images than one batch.
+        """
+        if len(pairs) < batch_size:
+            raise InputError(
+                f"Training needs at least one batch of images (train.batch_size = {batch_size}), "
+                f"but the train split holds {len(pairs)}; add images or lower train.batch_size."
+            )
+        self.pairs, self.batch_size, self.seed, self.share = pairs, batch_size, seed, share
+        self.steps_per_epoch = len(pairs) // batch_size
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    def batch(self, step: int) -> Batch:
+        """This worker's part of the global batch of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.pairs))
+            self._epoch = epoch
+        mine = self.share.slice(self.batch_size)
+        rows = self._order[position * self.batch_size : (position + 1) * self.batch_size][mine]
+        ids = noise_id_pattern(self.batch_size, len(self.pairs.noisy))[mine]
+        clean = self.pairs.take(rows, 0)
+        noisy = np.empty_like(clean)
+        for noise_id in np.unique(ids):
+            noisy[ids == noise_id] = self.pairs.take(rows[ids == noise_id], int(noise_id))
+        return Batch(torch.from_numpy(clean), torch.from_numpy(noisy), torch.from_numpy(ids))
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Batches from step `start` on, without end."""
+        step = start
+        while True:
+            yield self.batch(step)
+            step += 1
+
+
+class StepNormal:
+    """Standard normal values of one step: drawn for the global batch, cut to this worker's part."""
+
+    def __init__(self, seed: int, step: int, share: Share, device: torch.device) -> None:
+        self.share, self.device = share, device
+        self.generator = torch.Generator(device)
+        self.generator.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        whole = (shape[0] * self.share.world_size, *shape[1:])
+        drawn = torch.randn(whole, generator=self.generator, device=self.device)
+        return drawn[self.share.slice(whole[0])]
+
+    def uniform(self, n: int) -> Tensor:
+        """[n] values in [0, 1)."""
+        whole = n * self.share.world_size
+        drawn = torch.rand(whole, generator=self.generator, device=self.device)
+        return drawn[self.share.slice(whole)]

@@ -1,0 +1,132 @@
+"""Building blocks of the HVAE: Gaussians, residual blocks, the noise head and the top-down level."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LOGVAR_RANGE = (-10.0, 4.0)
+
+Normal = Callable[[tuple[int, ...]], Tensor]
+"""Draws standard normal values of a shape; who calls decides seed, device and share of a batch."""
+
+
+class Gaussian(NamedTuple):
+    """Diagonal Gaussian; logvar is the natural logarithm of the variance. Both float32."""
+
+    mu: Tensor
+    logvar: Tensor
+
+    def sample(self, normal: Normal | None) -> Tensor:
+        """mu + sigma * noise; the mean where `normal` is None."""
+        if normal is None:
+            return self.mu
+        return self.mu + torch.exp(0.5 * self.logvar) * normal(tuple(self.mu.shape))
+
+
+def gaussian(parameters: Tensor) -> Gaussian:
+    """[B, 2 C, ...] network output as a Gaussian over [B, C, ...], in float32."""
+    mu, logvar = parameters.float().chunk(2, dim=1)
+    return Gaussian(mu, logvar.clamp(*LOGVAR_RANGE))
+
+
+def kl(q: Gaussian, p: Gaussian) -> Tensor:
+    """KL(q || p) in nats, summed over all but the first axis: [B].
+
+    Source: Kingma and Welling, Auto-encoding variational Bayes (2014), appendix B.
+    """
+    squared = (q.mu - p.mu).square() * torch.exp(-p.logvar)
+    terms = p.logvar - q.logvar + torch.exp(q.logvar - p.logvar) + squared - 1
+    return 0.5 * terms.flatten(1).sum(1)
+
+
+def standard(like: Gaussian) -> Gaussian:
+    """The standard normal of a Gaussian's shape."""
+    return Gaussian(torch.zeros_like(like.mu), torch.zeros_like(like.logvar))
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block of two 3x3 convolutions; near the identity at the start.
+
+    No normalisation: batch norm would tie images of a batch together (and cost 0.5 dB).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        with torch.no_grad():
+            self.conv2.weight.mul_(0.3)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.conv2(F.silu(self.conv1(F.silu(h))))
+
+
+def residual_blocks(channels: int, n_blocks: int) -> nn.Sequential:
+    """A chain of residual blocks."""
+    return nn.Sequential(*(ResidualBlock(channels) for _ in range(n_blocks)))
+
+
+class NoiseHead(nn.Module):
+    """Noise posterior of one level from bottom-up features alone.
+
+    It does not see the top-down state, so a donor's noise code can be computed once and reused.
+    """
+
+    def __init__(self, channels: int, noise_channels: int, *, spatial: bool) -> None:
+        super().__init__()
+        self.spatial = spatial
+        self.features = nn.Conv2d(channels, channels, 3, padding=1)
+        self.out = nn.Conv2d(channels, 2 * noise_channels, 1)
+
+    def forward(self, bottom_up: Tensor) -> Gaussian:
+        """[B, C, h, w] -> Gaussian over [B, C_noise, h, w] (map) or [B, C_noise, 1, 1] (vector)."""
+        h = F.silu(self.features(F.silu(bottom_up)))
+        if not self.spatial:
+            h = h.mean((2, 3), keepdim=True)
+        return gaussian(self.out(h))
+
+
+class TopDownLevel(nn.Module):
+    """One level of the top-down pass: content prior and posterior, then z into the state."""
+
+    def __init__(self, channels: int, content_channels: int, noise_channels: int, n_blocks: int):
+        super().__init__()
+        self.prior = nn.Conv2d(channels, 2 * content_channels, 3, padding=1)
+        self.posterior = nn.Sequential(
+            nn.Conv2d(2 * channels, channels, 1),
+            residual_blocks(channels, 1),
+            nn.SiLU(),
+            nn.Conv2d(channels, 2 * content_channels, 1),
+        )
+        self.merge = nn.Conv2d(content_channels + noise_channels, channels, 3, padding=1)
+        self.blocks = residual_blocks(channels, n_blocks)
+
+    def infer(self, state: Tensor, bottom_up: Tensor) -> Gaussian:
+        """Content posterior q(z | image, levels above), each tensor [B, C_content, h, w]."""
+        return gaussian(self.posterior(torch.cat([state, bottom_up], dim=1)))
+
+    def expect(self, state: Tensor) -> Gaussian:
+        """Content prior p(z | levels above), each tensor [B, C_content, h, w]."""
+        return gaussian(self.prior(state))
+
+    def advance(self, state: Tensor, content: Tensor, noise: Tensor) -> Tensor:
+        """The state [B, C, h, w] after this level's content and noise codes."""
+        noise = fit_code(noise, content.shape[-2:])
+        return self.blocks(state + self.merge(torch.cat([content, noise], dim=1)))
+
+
+def fit_code(code: Tensor, size: torch.Size) -> Tensor:
+    """A noise code [B, C, *, *] at another size: a vector is broadcast, a map is resampled."""
+    if code.shape[-2:] == (1, 1):
+        return code.expand(-1, -1, *size)
+    if code.shape[-2:] == size:
+        return code
+    return F.interpolate(code, size=tuple(size), mode="nearest")
+
+
+def upsample(h: Tensor, size: torch.Size) -> Tensor:
+    """Nearest-neighbour doubling, cut to the size of the finer level (odd sizes)."""
+    return F.interpolate(h, scale_factor=2.0, mode="nearest")[..., : size[0], : size[1]]

@@ -1,0 +1,155 @@
+"""What training leaves on disk: checkpoints to continue from, and the model folder to use.
+
+A model folder holds `model.safetensors` (weights and donors' noise codes), `config.yaml`,
+`metrics.json` and `README.md`. Nothing is ever unpickled.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from snr_ray import __version__
+from snr_ray import config as configs
+from snr_ray.config import Config, InputError
+from snr_ray.fit import Learner, Metrics, build_model
+from snr_ray.hvae import HVAE
+from snr_ray.swap import NoiseCodes
+
+WEIGHTS = "model."
+DONORS = "donors."
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model folder in memory; `model` is in eval mode."""
+
+    config: Config
+    model: HVAE
+    codes: NoiseCodes
+
+    def noise_id(self, n_views: int) -> int:
+        """Noise id of a view count. Raises InputError if the model was not trained on it."""
+        if n_views not in self.config.noise.n_views:
+            known = ", ".join(map(str, self.config.noise.n_views))
+            raise InputError(f"This model knows {known} views, but got {n_views}.")
+        return self.config.noise.n_views.index(n_views) + 1
+
+
+def save_checkpoint(folder: Path, learner: Learner) -> None:
+    """Write the state of a learner and its config into an existing folder."""
+    torch.save(learner.state(), folder / "state.pt")
+    configs.save(learner.config, folder / "config.yaml")
+
+
+def load_checkpoint(folder: Path, learner: Learner) -> None:
+    """Load a state saved by `save_checkpoint` into a learner of the same shape."""
+    state = torch.load(folder / "state.pt", map_location=learner.device, weights_only=True)
+    learner.load_state(state)
+
+
+def save_model(
+    folder: Path, config: Config, model: HVAE, codes: NoiseCodes, metrics: Metrics, origin: str
+) -> None:
+    """Write a model folder; it appears complete or not at all, replacing an older one.
+
+    Args:
+        folder: where; its parent must exist.
+        config: of the run.
+        model: the weights to keep.
+        codes: donors' noise codes.
+        metrics: validation metrics of the last checkpoint.
+        origin: the command or function that trained it, for the model card.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    tensors: dict[str, Tensor] = {WEIGHTS + k: v for k, v in model.state_dict().items()}
+    tensors |= {f"{DONORS}{level}": code for level, code in enumerate(codes.donors)}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(tensors, partial / "model.safetensors", {"snr_ray": __version__})
+    configs.save(config, partial / "config.yaml")
+    (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (partial / "README.md").write_text(_card(config, model, metrics, origin))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def load_model(folder: str | Path, device: torch.device | None = None) -> TrainedModel:
+    """Read a model folder.
+
+    Raises:
+        InputError: if the folder is missing, is not a model folder, or its weights do not fit its
+            config.
+    """
+    path = Path(folder)
+    missing = [n for n in ("model.safetensors", "config.yaml") if not (path / n).is_file()]
+    if missing:
+        inner = path / "model"
+        hint = (
+            f"did you mean {inner}?"
+            if (inner / "model.safetensors").is_file()
+            else "`snr train` writes one as RUN/model."
+        )
+        raise InputError(f"A model folder holds {missing[0]}, but {path} does not; {hint}")
+    config = configs.load([path / "config.yaml"])
+    try:
+        tensors = load_file(path / "model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}/model.safetensors cannot be read ({error}).") from None
+    model = build_model(config)
+    weights = {k[len(WEIGHTS) :]: v for k, v in tensors.items() if k.startswith(WEIGHTS)}
+    expected: dict[str, Any] = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        want = list(expected[name].shape) if name in expected else "no such weight"
+        have = list(weights[name].shape) if name in weights else "none"
+        if want != have:
+            raise InputError(
+                f"Weights must fit the config beside them, but {path} has {have} for {name} where "
+                f"config.yaml wants {want}; the folder mixes two models."
+            )
+    model.load_state_dict({k: v.float() for k, v in weights.items()})
+    n_levels, n_ids = len(config.model.channels), len(config.noise.n_views) + 1
+    donors = [tensors.get(f"{DONORS}{level}") for level in range(n_levels)]
+    kept = [level.float() for level in donors if level is not None and level.shape[0] == n_ids]
+    if len(kept) < n_levels:
+        raise InputError(
+            f"A model folder holds noise codes of {n_ids} noise ids at {n_levels} levels, but "
+            f"{path} does not; train it again."
+        )
+    place = device or torch.device("cpu")
+    model = model.to(place, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return TrainedModel(config, model, NoiseCodes([level.to(place) for level in kept]))
+
+
+def _card(config: Config, model: HVAE, metrics: Metrics, origin: str) -> str:
+    n_weights = sum(p.numel() for p in model.parameters())
+    size, colour = config.images.size, "grey" if config.images.channels == 1 else "RGB"
+    rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in metrics.items())
+    return f"""# snr_ray model
+
+A hierarchical VAE whose latent splits in a content code and a noise code. Exchanging the noise
+code for a clean one removes the streaks of a sparse-view reconstruction; the reverse adds them.
+
+- trained on {size}x{size} {colour} images; views: {", ".join(map(str, config.noise.n_views))};
+  filter: {config.noise.filter}
+- {n_weights:,} weights; {config.train.steps} steps of {config.train.batch_size} images and their
+  noisy versions
+- made by: {origin} (snr_ray {__version__})
+
+Validation images (PSNR in dB, clipped to [0, 1], mean clean noise code):
+
+| metric | value |
+|---|---|
+{rows}
+
+Limits: trained on noise that was simulated without photon noise from images of this size; streaks
+of other sizes, view counts or filters are outside what it has seen.
+"""

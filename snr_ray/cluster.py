@@ -1,0 +1,62 @@
+"""Connecting to Ray: the cluster there is, or a local one."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from snr_ray.config import InputError
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Connect for the time of a stage: to RAY_ADDRESS (a job has it set), else to a new local Ray.
+
+    Stays out of the way where the caller has connected already.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":
+        # A local Ray answers on loopback only, so a token would protect nothing and its creation
+        # prints a warning; one set by the user stays in force.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR,
+                     configure_logging=True,
+                     **({"include_dashboard": False} if address == "local" else {}))
+        except ConnectionError as error:
+            raise InputError(
+                f"RAY_ADDRESS must name a running Ray cluster, but {address} does not answer "
+                f"({error}); unset it to work on this machine."
+            ) from None
+    quiet_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet_data() -> None:
+    """Ray Data without its own progress bars and tracebacks: stages report in their own words."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def cpus() -> int:
+    """Processor cores of the cluster."""
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def gpus() -> int:
+    """GPUs of the cluster."""
+    return int(ray.cluster_resources().get("GPU", 0))

@@ -1,0 +1,169 @@
+"""Source or data folder -> Ray Data rows -> the pairs that training and evaluation work on.
+
+    rows (id, clean, noisy_*, error) --small set: materialize--> Pairs in shared memory, any order
+                                     --large set: split-------> a stream per worker, fixed steps
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from snr_ray import config as configs
+from snr_ray.batches import Batch, Pairs, Share, noise_id_pattern
+from snr_ray.config import Config, InputError
+from snr_ray.simulate import Failure, noisy_column, row_bytes, stream, tensors
+from snr_ray.sources import open_source
+
+MEMORY_SHARE = 0.5
+"""Sets up to this share of the object store are kept in memory; larger ones are streamed."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where rows come from: a source (noise simulated on the way) or a data folder."""
+
+    images: str | None = None
+    data: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.images is None) == (self.data is None):
+            raise InputError("Give either --images SRC or --data DIR, and not both.")
+
+    @property
+    def name(self) -> str:
+        """What the user typed."""
+        return str(self.images or self.data)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split: a Ray Data set and its length (failed images included)."""
+
+    dataset: "ray.data.Dataset"
+    count: int
+
+
+def settle(config: Config, origin: Origin) -> Config:
+    """The config that fits the origin: a data folder decides its images and noise sections.
+
+    Raises:
+        InputError: if the data folder is none.
+    """
+    if origin.data is None:
+        open_source(str(origin.images))
+        return config
+    manifest = origin.data / "manifest.json"
+    if not manifest.is_file():
+        raise InputError(
+            f"--data must be a folder that `snr simulate` has finished, but {origin.data} has no "
+            "manifest.json; simulate first, or give the images with --images."
+        )
+    tree = configs.to_dict(config) | json.loads(manifest.read_text())["config"]
+    return configs.from_dict(tree)
+
+
+def open_rows(config: Config, origin: Origin, split: str, limit: int | None = None) -> Rows:
+    """Rows of a split, in the order of id hashes or of the shards. Lazy; needs a Ray connection.
+
+    Raises:
+        InputError: if the split is empty.
+    """
+    if origin.data is None:
+        source = open_source(str(origin.images))
+        rows = source.select(split, config.images.limit)[:limit]
+        count = len(rows)
+    else:
+        shards = sorted((origin.data / split).glob("*.parquet"))
+        counts = [pq.read_metadata(path).num_rows for path in shards]
+        count = sum(counts)
+    if not count:
+        raise InputError(
+            f"The {split} split must hold images, but that of {origin.name} is empty; splits are "
+            "80 / 10 / 10 % by hash of the image id, so give more images."
+        )
+    if origin.data is None:
+        return Rows(stream(source, rows, config), count)
+    # One shard per task: the reader of Ray would pack small shards into a single one.
+    paths = [{"path": str(path.absolute())} for path in shards]
+    items = ray.data.from_items(paths, override_num_blocks=len(paths))
+    dataset = items.map_batches(_read_shard, batch_size=1, batch_format="pyarrow")
+    return Rows(dataset if limit is None else dataset.limit(limit), min(count, limit or count))
+
+
+def fits_in_memory(config: Config, count: int) -> bool:
+    """Whether rows of this config fit the object store beside all else it holds."""
+    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    return count * row_bytes(config.images, len(config.noise.n_views)) <= MEMORY_SHARE * store
+
+
+def gather(batches: Iterator[pa.Table], config: Config) -> tuple[Pairs, list[Failure]]:
+    """Tables of rows as Pairs, without copying where a block has no failed image.
+
+    Images are numbered in the order of their ids, whatever order the blocks came in.
+    """
+    blocks, failures = [], []
+    for table in batches:
+        if "error" in table.column_names:
+            bad = table.filter(pc.not_equal(table["error"], ""))
+            failures += [
+                {"id": row["id"], "stage": "read", "reason": row["error"]}
+                for row in bad.select(["id", "error"]).to_pylist()
+            ]
+            if len(bad):
+                table = table.filter(pc.equal(table["error"], ""))
+        if len(table):
+            blocks.append(table)
+    ids = [i for table in blocks for i in table["id"].to_pylist()]
+    pairs = Pairs(
+        ids=ids,
+        clean=[tensors(table["clean"]) for table in blocks],
+        noisy=[
+            [tensors(table[noisy_column(n_views)]) for table in blocks]
+            for n_views in config.noise.n_views
+        ],
+    )
+    return pairs, failures
+
+
+def collect_pairs(rows: Rows, config: Config) -> tuple[Pairs, list[Failure]]:
+    """All rows of a split as Pairs in this process."""
+    batches = rows.dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+    return gather(iter(batches), config)
+
+
+def stream_batches(shard: Any, config: Config, share: Share) -> Iterator[Batch]:
+    """Endless batches of a worker's shard of a set that is too large for memory.
+
+    Every worker's shard has equally many rows and short batches are dropped, so workers stay in
+    step. Failed images are left out where their batch is formed.
+    """
+    size = share.slice(config.train.batch_size)
+    ids = noise_id_pattern(config.train.batch_size, len(config.noise.n_views))[size]
+    columns = ["clean"] + [noisy_column(n_views) for n_views in config.noise.n_views]
+    while True:
+        for batch in shard.iter_batches(
+            batch_size=len(ids), drop_last=True, batch_format="pyarrow"
+        ):
+            good = np.arange(len(batch))
+            if "error" in batch.column_names:
+                good = np.flatnonzero(batch["error"].to_numpy() == "")
+                if not len(good):
+                    continue
+            # A failed image is replaced by a good one of its batch: step counts stay equal.
+            rows = np.resize(good, len(ids))
+            arrays = [tensors(batch[name])[rows] for name in columns]
+            noisy = np.stack(arrays)[ids, np.arange(len(ids))]
+            yield Batch(torch.from_numpy(arrays[0]), torch.from_numpy(noisy), torch.from_numpy(ids))
+
+
+def _read_shard(item: pa.Table) -> pa.Table:
+    return pq.read_table(item["path"][0].as_py(), memory_map=True).replace_schema_metadata(None)

@@ -1,0 +1,190 @@
+"""The learning step: batches -> gradients -> weights and their moving average. Runs without Ray.
+
+`Learner` holds everything that a checkpoint must hold; `fit` drives it from its current step to
+the last one, and tells its caller when to log, validate and save.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from snr_ray.batches import Batch, Pairs, Share, StepNormal
+from snr_ray.config import Config
+from snr_ray.hvae import HVAE
+from snr_ray.losses import Objective
+from snr_ray.metrics import psnr
+from snr_ray.swap import N_DONORS, NoiseCodes, collect, swap
+
+LOG_EVERY_STEPS = 25
+SCORE_BATCH = 256
+
+Metrics = dict[str, float]
+
+
+def build_model(config: Config) -> HVAE:
+    """An untrained model; the same weights for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return HVAE(config.model, config.images.channels)
+
+
+class Learner:
+    """Model, objective, optimizer, moving average and step counter of one worker."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        device: torch.device | None = None,
+        share: Share | None = None,
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    ) -> None:
+        """`wrap` turns the objective into its data-parallel form."""
+        self.config = config
+        self.device = device or torch.device("cpu")
+        self.share = share or Share()
+        n_ids = len(config.noise.n_views)
+        self.objective = Objective(build_model(config), config.loss, n_ids).to(
+            self.device, memory_format=torch.channels_last
+        )
+        self.average = copy.deepcopy(self.objective.model).eval().requires_grad_(False)
+        self.parallel = wrap(self.objective)
+        groups: list[dict[str, Any]] = [{"params": list(self.objective.model.parameters())}]
+        if config.loss.sigma_learned:
+            # Few steps and one scalar each: sigma must move faster than the weights.
+            groups.append({"params": [self.objective.log_sigma], "scale": 5.0})
+        self.optimizer = torch.optim.Adam(groups, lr=config.train.lr, betas=(0.9, 0.99))
+        self.step = 0
+        self.skipped = 0
+
+    def train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimizer step; returns the loss and its parts.
+
+        A step whose gradient is not finite is skipped and counted: gradients are shared, so every
+        worker skips the same one.
+        """
+        config = self.config.train
+        batch = batch.to(self.device)
+        normal = StepNormal(self.config.seed, self.step, self.share, self.device)
+        progress = self.step / max(1, self.config.loss.warmup * config.steps)
+        rate = config.lr * self._schedule()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("scale", 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        bf16 = config.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            parts = self.parallel(batch, normal, min(1.0, progress))
+        parts["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), config.grad_clip)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+            # A young average would otherwise remember the untrained weights.
+            decay = min(config.ema, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                averages, weights = self.average.parameters(), self.objective.model.parameters()
+                torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
+        else:
+            self.skipped += 1
+        self.step += 1
+        return parts
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as tensors and plain values."""
+        return {
+            "objective": self.objective.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "skipped": self.skipped,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.objective.load_state_dict(state["objective"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.skipped = state["step"], state["skipped"]
+
+    def _schedule(self) -> float:
+        """Share of the peak rate: linear warm-up, then cosine to 2 %."""
+        config = self.config.train
+        if self.step < config.warmup_steps:
+            return (self.step + 1) / config.warmup_steps
+        done = (self.step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def fit(
+    learner: Learner,
+    batches: Iterator[Batch],
+    *,
+    log: Callable[[Metrics], None],
+    checkpoint: Callable[[bool], bool],
+) -> None:
+    """Train from the learner's step to the last one of its config.
+
+    Args:
+        learner: fresh, or loaded from a checkpoint.
+        batches: this worker's batches from `learner.step` on.
+        log: called every LOG_EVERY_STEPS steps with the step, mean losses and images per second
+            (clean images over all workers).
+        checkpoint: called every train.checkpoint_every_steps steps and at the end, with whether
+            this is the end; returns True to stop early.
+    """
+    config = learner.config.train
+    sums: dict[str, Tensor] = {}
+    counted, since = 0, time.perf_counter()
+    while learner.step < config.steps:
+        parts = learner.train_step(next(batches))
+        for name, value in parts.items():
+            sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+        counted += 1
+        last = learner.step == config.steps
+        if learner.step % LOG_EVERY_STEPS == 0 or last:
+            means = {name: float(value) / counted for name, value in sums.items()}
+            elapsed = time.perf_counter() - since
+            rate = counted * config.batch_size / max(elapsed, 1e-9)
+            log({"step": learner.step, **means, "images_per_s": rate})
+            sums, counted, since = {}, 0, time.perf_counter()
+        if learner.step % config.checkpoint_every_steps == 0 or last:
+            paused = time.perf_counter()
+            if checkpoint(last):
+                return
+            since += time.perf_counter() - paused  # validation is not training time
+
+
+def donor_codes(model: HVAE, pairs: Pairs) -> NoiseCodes:
+    """Noise codes of the first N_DONORS images of a set, clean and under every noise id."""
+    rows = np.arange(min(N_DONORS, len(pairs)))
+    return collect(model, [pairs.take(rows, k) for k in range(len(pairs.noisy) + 1)])
+
+
+def validate(model: HVAE, codes: NoiseCodes, pairs: Pairs, n_views: tuple[int, ...]) -> Metrics:
+    """PSNR in dB of the swap for each noise id, their mean, and of reconstructed clean images.
+
+    Args:
+        model: in eval mode.
+        codes: noise codes of training images; the mean clean code does the swap.
+        pairs: validation images.
+        n_views: view count of each noise id, for the names of the metrics.
+    """
+    rows = np.arange(len(pairs))
+    clean_code = codes.mean(0)
+    sums: Metrics = {}
+    for start in range(0, len(rows), SCORE_BATCH):
+        part = rows[start : start + SCORE_BATCH]
+        clean = pairs.take(part, 0)
+        scored = {"recon_clean_psnr": psnr(swap(model, clean, None), clean)}
+        for noise_id, views in enumerate(n_views, start=1):
+            noisy = pairs.take(part, noise_id)
+            scored[f"swap_psnr_{views}"] = psnr(swap(model, noisy, clean_code), clean)
+        for name, values in scored.items():
+            sums[name] = sums.get(name, 0.0) + float(values.sum()) / len(rows)
+    sums["swap_psnr"] = float(np.mean([sums[f"swap_psnr_{views}"] for views in n_views]))
+    return sums

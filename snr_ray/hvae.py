@@ -1,0 +1,165 @@
+"""Hierarchical VAE whose latent splits, at every level, in a content code and a noise code.
+
+    image --bottom_up--> features of each level --noise heads--> noise codes
+    top level ... finest level: state + features -> content code; (content, noise) -> next state
+    state of the finest level --> image
+
+Only codes reach the decoder: there is no skip around them, so exchanging codes exchanges all there
+is to know. The content posterior of a level is inferred against the top-down state that the noise
+codes in use produced; with a donor's noise codes this is the swap, in one pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from snr_ray.blocks import Gaussian, Normal, NoiseHead, TopDownLevel, residual_blocks, upsample
+from snr_ray.config import ModelConfig
+
+PIXEL_OFFSET = 0.4
+"""Subtracted from pixels before the network and added after it: images are centred, not clipped."""
+
+
+@dataclass
+class Codes:
+    """All that the decoder gets. Lists run from the finest level to the top."""
+
+    content: list[Tensor]
+    """[B, C_content, h, w] per level."""
+    noise: list[Tensor]
+    """[B, C_noise, 1, 1] (vector) or [B, C_noise, h, w] (map) per level."""
+    size: tuple[int, int]
+    """Height and width of the image."""
+
+
+@dataclass
+class Inference:
+    """What one pass over images computes."""
+
+    image: Tensor
+    """[B, C, H, W] float32 decoded from `codes`, not clipped."""
+    codes: Codes
+    content: list[tuple[Gaussian, Gaussian]]
+    """Content posterior and prior per level."""
+    noise: list[Gaussian]
+    """Noise posterior of the image itself per level (also where donors replaced the code)."""
+
+
+class HVAE(nn.Module):
+    """The model. `channels` is 1 (grey) or 3 (RGB); images of any size from 1 pixel on."""
+
+    def __init__(self, config: ModelConfig, channels: int) -> None:
+        super().__init__()
+        widths = (config.stem_channels, *config.channels)
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, padding=1), residual_blocks(widths[0], config.blocks)
+        )
+        self.down = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(narrow, wide, 3, stride=2, padding=1),
+                residual_blocks(wide, config.blocks),
+            )
+            for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
+        )
+        spatial = config.noise_code == "map"
+        self.noise_heads = nn.ModuleList(
+            NoiseHead(width, n_noise, spatial=spatial)
+            for width, n_noise in zip(config.channels, config.noise_channels, strict=True)
+        )
+        self.levels = nn.ModuleList(
+            TopDownLevel(width, n_content, n_noise, config.blocks)
+            for width, n_content, n_noise in zip(
+                config.channels, config.content_channels, config.noise_channels, strict=True
+            )
+        )
+        self.up = nn.ModuleList(
+            nn.Conv2d(wide, narrow, 1) for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.top = nn.Parameter(torch.zeros(1, widths[-1], 1, 1))
+        self.head = nn.Sequential(
+            residual_blocks(widths[0], config.blocks),
+            nn.SiLU(),
+            nn.Conv2d(widths[0], channels, 3, padding=1),
+        )
+
+    def bottom_up(self, x: Tensor) -> list[Tensor]:
+        """Features of images [B, C, H, W] per level, finest first: [B, C_l, H/2^l, W/2^l] (ceil)."""
+        h = self.stem(x - PIXEL_OFFSET)
+        features = []
+        for down in self.down:
+            h = down(h)
+            features.append(h)
+        return features
+
+    def noise_posteriors(self, features: list[Tensor]) -> list[Gaussian]:
+        """Noise posterior per level from bottom-up features."""
+        return [head(h) for head, h in zip(self.noise_heads, features, strict=True)]
+
+    def forward(
+        self,
+        x: Tensor,
+        noise: list[Tensor] | None = None,
+        donors: Tensor | None = None,
+        normal: Normal | None = None,
+    ) -> Inference:
+        """Encode images and decode them again, with their own noise codes or others.
+
+        Args:
+            x: [B, C, H, W] float, not clipped.
+            noise: noise codes per level to use in place of the images' own; [B or 1, ...].
+            donors: [B] indices into the batch: image b takes the noise code of image donors[b].
+            normal: source of the sampling noise; None uses posterior means.
+        """
+        features = self.bottom_up(x)
+        posteriors = self.noise_posteriors(features)
+        if noise is None:
+            noise = [q.sample(normal) for q in posteriors]
+        if donors is not None:
+            noise = [code[donors] for code in noise]
+        noise = [code.expand(len(x), -1, -1, -1) for code in noise]
+        content: list[tuple[Gaussian, Gaussian]] = []
+        z: list[Tensor] = []
+        state = self.top.expand(len(x), -1, *features[-1].shape[-2:])
+        for level in reversed(range(len(self.levels))):
+            layer = self.levels[level]
+            q, p = layer.infer(state, features[level]), layer.expect(state)
+            content.insert(0, (q, p))
+            z.insert(0, q.sample(normal))
+            state = layer.advance(state, z[0], noise[level])
+            finer = features[level - 1].shape if level else x.shape
+            state = upsample(self.up[level](state), finer[-2:])
+        codes = Codes(z, noise, (x.shape[-2], x.shape[-1]))
+        return Inference(self._image(state), codes, content, posteriors)
+
+    def encode(self, x: Tensor, noise: list[Tensor] | None = None) -> Codes:
+        """Posterior-mean codes of images [B, C, H, W]; with `noise`, the codes of the swap."""
+        return self(x, noise=noise).codes
+
+    def decode(self, codes: Codes) -> Tensor:
+        """Images [B, C, H, W] of codes, and of nothing else."""
+        batch = len(codes.content[-1])
+        state = self.top.expand(batch, -1, *codes.content[-1].shape[-2:])
+        for level in reversed(range(len(self.levels))):
+            layer = self.levels[level]
+            state = layer.advance(state, codes.content[level], codes.noise[level])
+            finer = codes.content[level - 1].shape[-2:] if level else torch.Size(codes.size)
+            state = upsample(self.up[level](state), finer)
+        return self._image(state)
+
+    def sample(self, n: int, size: tuple[int, int], noise: list[Tensor], normal: Normal) -> Tensor:
+        """n new images [n, C, H, W] from the content prior, with the given noise codes."""
+        sizes = [size]
+        for _ in self.levels:
+            sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
+        state = self.top.expand(n, -1, *sizes[-1])
+        for level in reversed(range(len(self.levels))):
+            layer = self.levels[level]
+            code = noise[level].expand(n, -1, -1, -1)
+            state = layer.advance(state, layer.expect(state).sample(normal), code)
+            state = upsample(self.up[level](state), torch.Size(sizes[level]))
+        return self._image(state)
+
+    def _image(self, state: Tensor) -> Tensor:
+        return self.head(F.silu(state)).float() + PIXEL_OFFSET

@@ -1,0 +1,120 @@
+"""The training objective: ELBO + triplet loss on the noise codes (+ content pull, trained swap).
+
+Per pixel:  reconstruction / D + beta KL / D + triplet + content_kl * symmetric KL / D
+with D = C*H*W. The preset `seed` keeps the first two and the triplet loss as drawn; `paired`, the
+default, adds what pairs of clean and noisy images allow.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from snr_ray.batches import Batch, StepNormal
+from snr_ray.blocks import Gaussian, kl, standard
+from snr_ray.config import LossConfig
+from snr_ray.hvae import HVAE
+
+SIGMA_FLOOR = 0.01
+
+
+def triplet_loss(mu: Tensor, n_ids: int, form: str, margin: float) -> Tensor:
+    """Triplet loss on the noise codes of one level; a scalar.
+
+    Args:
+        mu: [2 B, ...] posterior means; row 2 i is clean image i, row 2 i + 1 its noisy version.
+        n_ids: noisy ids; images are laid out as in `Batch`, so that i and i ^ 1 share an id.
+        form: "drawn": max(0, d(noisy, partner's noisy) - d(noisy, clean) + margin), as the
+            original method draws it. "symmetric": pull every pair of equal id, clean ones too, and
+            push clean from noisy and noisy ids from each other up to the margin. Without the clean
+            pull, clean images hide content in their noise code.
+        margin: in units of d, the mean squared difference.
+    """
+    code = mu.flatten(1)
+    clean, noisy = code[0::2], code[1::2]  # each [B, dims]
+    partner = torch.arange(len(noisy), device=mu.device) ^ 1
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().mean(1)  # [B]
+
+    pull, push = distance(noisy, noisy[partner]), distance(noisy, clean)
+    if form == "drawn":
+        return F.relu(pull - push + margin).mean()
+    clean_pull = distance(clean, clean[partner])
+    loss = 0.5 * (pull + clean_pull) + F.relu(margin - push)
+    if n_ids > 1:  # the next id is one pair further, cyclically within a group
+        grouped = noisy.unflatten(0, (-1, n_ids, 2))
+        other = grouped.roll(1, dims=1).flatten(0, 2)
+        loss = loss + F.relu(margin - distance(noisy, other))
+    return loss.mean()
+
+
+class Objective(nn.Module):
+    """Model and loss as one module, so that data-parallel training wraps both."""
+
+    def __init__(self, model: HVAE, config: LossConfig, n_ids: int) -> None:
+        super().__init__()
+        self.model, self.config, self.n_ids = model, config, n_ids
+        log_sigma = torch.full((n_ids + 1,), config.sigma).log()
+        self.log_sigma = nn.Parameter(log_sigma, requires_grad=config.sigma_learned)
+
+    def sigma(self) -> Tensor:
+        """Likelihood standard deviation per noise id: [n_ids + 1], clamped to a range."""
+        sigma = self.log_sigma.exp().clamp(min=SIGMA_FLOOR)
+        return torch.minimum(sigma, self.config.sigma_ratio * sigma.min().detach())
+
+    def forward(self, batch: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
+        """Loss of one worker's pairs and its parts; means over images, so workers may average.
+
+        Args:
+            batch: pairs; partners are neighbours.
+            normal: sampling noise of the step.
+            warmup: 0 at the start of the run, 1 after the warm-up.
+
+        Returns:
+            Scalars: loss, recon (per pixel, with the sigma term), kl_content, kl_noise (nats per
+            image), triplet, content_kl (nats per image).
+        """
+        config = self.config
+        x = torch.stack([batch.clean, batch.noisy], dim=1).flatten(0, 1)  # [2 B, C, H, W]
+        ids = torch.stack([torch.zeros_like(batch.noise_ids), batch.noise_ids], 1).flatten()
+        n_pixels = x[0].numel()
+        # A swapped image takes the noise code that its partner has on the other side of the pair,
+        # and its target becomes its own other side.
+        row = torch.arange(len(x), device=x.device)
+        other_side, donor = row ^ 1, row ^ 3
+        swapped = normal.uniform(len(batch.clean)) < config.swap_probability
+        swapped = swapped.repeat_interleave(2)
+        target = torch.where(swapped, other_side, row)
+        result = self.model(x, donors=torch.where(swapped, donor, row), normal=normal)
+
+        sigma = self.sigma()[ids[target]]  # [2 B]
+        error = (result.image - x[target]).square().flatten(1).sum(1)
+        recon = (error / (2 * sigma.square()) + n_pixels * sigma.log()).mean() / n_pixels
+        kl_content = [kl(q, p) for q, p in result.content]
+        kl_noise = [kl(q, standard(q)) for q in result.noise]
+        paid = sum((F.relu(nats - config.free_bits).mean() for nats in kl_content + kl_noise))
+        triplet = torch.stack(
+            [
+                triplet_loss(q.mu, self.n_ids, config.triplet_form, config.margin)
+                for q in result.noise
+            ]
+        ).mean()
+        content_kl = torch.stack([_symmetric_kl(q) for q, _ in result.content]).sum(0).mean()
+        loss = recon + warmup * config.beta * paid / n_pixels + config.triplet * triplet
+        if config.content_kl:
+            loss = loss + warmup * config.content_kl * content_kl / n_pixels
+        return {
+            "loss": loss,
+            "recon": recon.detach(),
+            "kl_content": torch.stack(kl_content).sum(0).mean().detach(),
+            "kl_noise": torch.stack(kl_noise).sum(0).mean().detach(),
+            "triplet": triplet.detach(),
+            "content_kl": content_kl.detach(),
+        }
+
+
+def _symmetric_kl(q: Gaussian) -> Tensor:
+    """Mean of both KL directions between the clean and the noisy row of each pair, in nats: [B]."""
+    clean = Gaussian(q.mu[0::2], q.logvar[0::2])
+    noisy = Gaussian(q.mu[1::2], q.logvar[1::2])
+    return 0.5 * (kl(clean, noisy) + kl(noisy, clean))

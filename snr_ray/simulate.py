@@ -1,0 +1,240 @@
+"""Images -> rows of clean and noisy tensors, in Ray Data CPU tasks; streamed, or as Parquet shards.
+
+    source index -> decode, crop, resize -> clean [C, H, W] -> one noisy [C, H, W] per noise spec
+
+A data folder holds `{train,val,test}/*.parquet` (columns id, clean, noisy_<n_views>; canonical
+Arrow fixed-shape tensors, readable without Ray), `failures.parquet` and `manifest.json`. A shard
+is the unit of work: it appears whole or not at all, so a killed job continues where it stopped.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from snr_ray import __version__
+from snr_ray import config as configs
+from snr_ray import radon
+from snr_ray.cluster import connected, cpus
+from snr_ray.config import Config, ImagesConfig, InputError
+from snr_ray.outputs import Progress, claim, write_atomic
+from snr_ray.sources import SPLITS, Source, open_source
+
+SHARD_BYTES = 96 * 2**20
+"""Aim for the size of a shard; readers want 64 to 256 MB."""
+MIN_SHARD_ROWS = 256
+"""Small sets are cut down to this, so that every core gets shards."""
+STREAM_ROWS = 256
+"""Rows per task where rows are streamed."""
+
+Failure = dict[str, str]
+FAILURES_SCHEMA = pa.schema([("id", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage did: where, how many images, and how many of them failed."""
+
+    out: Path
+    images: int
+    failed: int
+
+
+def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False) -> Outcome:
+    """Write a data folder of a source. Continues an interrupted job; a finished one is left alone.
+
+    Raises:
+        InputError: for a source, folder or setting the user can put right.
+    """
+    source = open_source(images)
+    noise = radon.specs(config.noise)
+    claim(
+        out,
+        {
+            "stage": "simulate",
+            "source": source.name,
+            "ids": hashlib.sha256("\n".join(source.ids).encode()).hexdigest()[:16],
+            "noise": radon.spec_hash(noise, config.images.size),
+            **{f"images.{k}": v for k, v in configs.to_dict(config)["images"].items()},
+        },
+        owned=(*SPLITS, "manifest.json", "failures.parquet", "plan.json"),
+        overwrite=overwrite,
+    )
+    manifest = out / "manifest.json"
+    if manifest.is_file():
+        counts = json.loads(manifest.read_text())
+        return Outcome(out, counts["images"], counts["failed"])
+    with connected():
+        plan = _plan(config, source, out)
+        todo = [shard for shard in plan if not (out / shard["path"]).is_file()]
+        total = sum(len(shard["rows"]) for shard in plan)
+        done = total - sum(len(shard["rows"]) for shard in todo)
+        progress = Progress("simulate", total, start=done)
+        if todo:
+            task = functools.partial(
+                _write_shard, source=ray.put(source), config=config, out=str(out.absolute())
+            )
+            items = ray.data.from_items(todo, override_num_blocks=len(todo))
+            results = items.map_batches(task, batch_size=1, batch_format="pyarrow")
+            for batch in results.iter_batches(batch_size=None, batch_format="numpy"):
+                done += int(batch["rows"].sum())
+                progress.update(done)
+    return _finish(config, source, out, plan)
+
+
+def stream(source: Source, rows: list[int], config: Config) -> "ray.data.Dataset":
+    """The same rows without files: a lazy Ray Data set of id, clean, noisy_* and error.
+
+    A failed image has its reason in `error` and zeros for pixels; its noise is never computed.
+    """
+    blocks = [np.array(rows[i : i + STREAM_ROWS]) for i in range(0, len(rows), STREAM_ROWS)]
+    task = functools.partial(_stream_batch, source=ray.put(source), config=config)
+    return ray.data.from_numpy(blocks).map_batches(task, batch_size=None, batch_format="numpy")
+
+
+def noisy_column(n_views: int) -> str:
+    """Column of the noisy images of a view count."""
+    return f"noisy_{n_views}"
+
+
+def tensors(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    """A fixed-shape tensor column as one array [n, C, H, W]; no copy where it is one chunk."""
+    chunks = [chunk.to_numpy_ndarray() for chunk in column.chunks if len(chunk)]
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def simulate_rows(
+    source: Source, rows: npt.NDArray[np.int64], config: Config
+) -> tuple[pa.Table, list[Failure]]:
+    """Clean and noisy tensors of the images at `rows` that can be read, and why others cannot."""
+    clean, ids, failures = [], [], []
+    order = {int(row): k for k, row in enumerate(rows)}
+    for row in sorted(order):  # neighbours share files and row groups
+        try:
+            clean.append((order[row], source.load(row, config.images)))
+            ids.append((order[row], source.ids[row]))
+        except InputError as error:
+            failures.append({"id": source.ids[row], "stage": "read", "reason": str(error)})
+    clean.sort(key=lambda pair: pair[0])
+    ids.sort()
+    side = config.images.size
+    shape = (config.images.channels, side, side)
+    images = np.stack([x for _, x in clean]) if clean else np.empty((0, *shape), np.float32)
+    columns: dict[str, Any] = {"id": pa.array([i for _, i in ids], pa.string())}
+    columns["clean"] = _tensor_array(images)
+    for spec in radon.specs(config.noise):
+        columns[noisy_column(spec.n_views)] = _tensor_array(radon.operator(spec, side, side)(images))
+    return pa.table(columns), failures
+
+
+def write_failures(path: Path, failures: Iterable[Failure]) -> None:
+    """Write failures.parquet: one row per failed image with id, stage and reason."""
+    rows = sorted(failures, key=lambda failure: failure["id"])
+    write_atomic(path, parquet_bytes(pa.Table.from_pylist(rows, FAILURES_SCHEMA)))
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of one Parquet file."""
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="zstd", compression_level=1)
+    return out.getvalue()
+
+
+def row_bytes(images: ImagesConfig, n_ids: int) -> int:
+    """Memory of one row of tensors."""
+    return (1 + n_ids) * images.channels * images.size**2 * 4
+
+
+def _tensor_array(images: npt.NDArray[np.float32]) -> pa.ExtensionArray:
+    if len(images):
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(images))
+    kind = pa.fixed_shape_tensor(pa.float32(), images.shape[1:])
+    return pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
+
+
+@functools.lru_cache(maxsize=2)
+def _source(ref: "ray.ObjectRef") -> Source:
+    """The source that the driver put in the object store, once per worker process."""
+    return ray.get(ref)
+
+
+def _stream_batch(
+    batch: dict[str, npt.NDArray[np.int64]], *, source: "ray.ObjectRef", config: Config
+) -> pa.Table:
+    table, failures = simulate_rows(_source(source), batch["data"], config)
+    error = pa.array([""] * len(table), pa.string())
+    table = table.append_column("error", error)
+    if failures:
+        side = config.images.size
+        zeros = np.zeros((len(failures), config.images.channels, side, side), np.float32)
+        columns: dict[str, Any] = {name: _tensor_array(zeros) for name in table.column_names}
+        columns["id"] = pa.array([failure["id"] for failure in failures], pa.string())
+        columns["error"] = pa.array([failure["reason"] for failure in failures], pa.string())
+        table = pa.concat_tables([table, pa.table(columns)])
+    return table.combine_chunks()
+
+
+def _plan(config: Config, source: Source, out: Path) -> list[dict[str, Any]]:
+    """Shards with their rows; kept on disk, since a resumed job may run on more or fewer cores."""
+    path = out / "plan.json"
+    if not path.is_file():
+        chosen = {split: source.select(split, config.images.limit) for split in SPLITS}
+        total = sum(map(len, chosen.values()))
+        by_size = SHARD_BYTES // row_bytes(config.images, len(config.noise.n_views))
+        by_cores = max(MIN_SHARD_ROWS, math.ceil(total / (2 * cpus())))
+        rows_per_shard = max(1, min(by_size, by_cores))
+        write_atomic(path, json.dumps({"rows_per_shard": rows_per_shard}))
+    rows_per_shard = json.loads(path.read_text())["rows_per_shard"]
+    plan = []
+    for split in SPLITS:
+        rows = source.select(split, config.images.limit)
+        n_shards = math.ceil(len(rows) / rows_per_shard)
+        for k in range(n_shards):
+            part = rows[k * rows_per_shard : (k + 1) * rows_per_shard]
+            plan.append({"path": f"{split}/{k:05d}-of-{n_shards:05d}.parquet", "rows": part})
+    return plan
+
+
+def _write_shard(
+    shard: pa.Table, *, source: "ray.ObjectRef", config: Config, out: str
+) -> dict[str, npt.NDArray[Any]]:
+    item = shard.to_pylist()[0]
+    table, failures = simulate_rows(_source(source), np.array(item["rows"]), config)
+    notes = {b"snr_ray.failures": json.dumps(failures).encode()}
+    write_atomic(Path(out) / item["path"], parquet_bytes(table.replace_schema_metadata(notes)))
+    return {"rows": np.array([len(item["rows"])])}
+
+
+def _finish(config: Config, source: Source, out: Path, plan: list[dict[str, Any]]) -> Outcome:
+    failures: list[Failure] = []
+    counts = dict.fromkeys(SPLITS, 0)
+    for shard in plan:
+        metadata = pq.read_metadata(out / shard["path"])
+        counts[shard["path"].split("/")[0]] += metadata.num_rows
+        failures += json.loads(metadata.metadata[b"snr_ray.failures"])
+    write_failures(out / "failures.parquet", failures)
+    noise = radon.specs(config.noise)
+    manifest = {
+        "version": __version__,
+        "source": source.name,
+        "noise": [dataclasses.asdict(spec) for spec in noise],
+        "noise_hash": radon.spec_hash(noise, config.images.size),
+        "config": {k: configs.to_dict(config)[k] for k in ("images", "noise")},
+        "splits": counts,
+        "images": sum(counts.values()),
+        "failed": len(failures),
+    }
+    write_atomic(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    return Outcome(out, sum(counts.values()), len(failures))
