@@ -1,10 +1,12 @@
 """Connecting to Ray: the cluster there is, or a local one."""
 
+import functools
 import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -60,3 +62,9 @@ def cpus() -> int:
 def gpus() -> int:
     """GPUs of the cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+@functools.lru_cache(maxsize=2)
+def shared(ref: "ray.ObjectRef") -> Any:
+    """What the driver put in the object store for all tasks, fetched once per worker process."""
+    return ray.get(ref)

@@ -1,8 +1,8 @@
 """Image files <-> float32 arrays [C, H, W] in [0, 1], and the sizes and channels a run asks for.
 
 8-bit pixels are divided by 255. 16-bit and float pixels have no agreed white, so they need the
-setting images.white. Anything that would be read silently wrong (transparency, NaN, pixels beyond
-white) raises an InputError that says so.
+setting images.white. Anything that would be read silently wrong (transparency, NaN, clean pixels
+beyond white) raises an InputError that says so.
 """
 
 import io
@@ -24,7 +24,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow an
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One image as stored: pixels [C, H, W] float32 in [0, 1] and the depth they came in."""
+    """One image as stored: pixels [C, H, W] float32, white at 1, and the depth they came in."""
 
     pixels: Array
     depth: np.dtype
@@ -55,7 +55,10 @@ def decode(data: bytes, name: str, *, white: float | None = None) -> Decoded:
 
 
 def scale(stored: npt.NDArray[np.generic], name: str, *, white: float | None = None) -> Array:
-    """Stored pixels [H, W] or [H, W, C] to float32 [C, H, W] in [0, 1]. Raises InputError."""
+    """Stored pixels [H, W] or [H, W, C] to float32 [C, H, W], white at 1. Raises InputError.
+
+    Reconstructions may leave [0, 1]; only clean images must not (see `prepare`).
+    """
     if stored.dtype == bool:
         stored = stored.astype(np.uint8) * 255
     if stored.ndim == 2:
@@ -74,14 +77,8 @@ def scale(stored: npt.NDArray[np.generic], name: str, *, white: float | None = N
     else:
         top = white
     pixels = np.moveaxis(stored, 2, 0).astype(np.float32) / np.float32(top)
-    low, high = float(pixels.min()), float(pixels.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
+    if not np.isfinite(pixels).all():
         raise InputError(f"Pixels must be finite, but {name} holds NaN or infinity.")
-    if low < 0 or high > 1:
-        raise InputError(
-            f"Pixels must lie in 0..white, but {name} spans {low * top:g}..{high * top:g} "
-            f"with white {top:g}; set images.white to the largest value."
-        )
     return np.ascontiguousarray(pixels)
 
 
@@ -123,11 +120,18 @@ def with_channels(pixels: Array, channels: int) -> Array:
 
 
 def prepare(pixels: Array, config: ImagesConfig, name: str) -> Array:
-    """Any image [C, H, W] as the run wants it: [channels, size, size] float32 in [0, 1].
+    """A clean image [C, H, W] as the run wants it: [channels, size, size] float32 in [0, 1].
 
     Raises:
-        InputError: with images.fit=crop, if the image is smaller than images.size.
+        InputError: if pixels leave [0, 1]; with images.fit=crop, if the image is smaller than
+            images.size.
     """
+    low, high = float(pixels.min()), float(pixels.max())
+    if low < 0 or high > 1:
+        raise InputError(
+            f"Clean pixels must lie between 0 and white, but {name} spans {low:g} to {high:g} "
+            "times white; set images.white to the largest stored value."
+        )
     pixels = with_channels(pixels, config.channels)
     size, (height, width) = config.size, pixels.shape[1:]
     if config.fit == "crop" and min(height, width) < size:

@@ -27,7 +27,7 @@ import ray
 from snr_ray import __version__
 from snr_ray import config as configs
 from snr_ray import radon
-from snr_ray.cluster import connected, cpus
+from snr_ray.cluster import connected, cpus, shared
 from snr_ray.config import Config, ImagesConfig, InputError
 from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.sources import SPLITS, Source, open_source
@@ -164,16 +164,10 @@ def _tensor_array(images: npt.NDArray[np.float32]) -> pa.ExtensionArray:
     return pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
 
 
-@functools.lru_cache(maxsize=2)
-def _source(ref: "ray.ObjectRef") -> Source:
-    """The source that the driver put in the object store, once per worker process."""
-    return ray.get(ref)
-
-
 def _stream_batch(
     batch: dict[str, npt.NDArray[np.int64]], *, source: "ray.ObjectRef", config: Config
 ) -> pa.Table:
-    table, failures = simulate_rows(_source(source), batch["data"], config)
+    table, failures = simulate_rows(shared(source), batch["data"], config)
     error = pa.array([""] * len(table), pa.string())
     table = table.append_column("error", error)
     if failures:
@@ -211,7 +205,7 @@ def _write_shard(
     shard: pa.Table, *, source: "ray.ObjectRef", config: Config, out: str
 ) -> dict[str, npt.NDArray[Any]]:
     item = shard.to_pylist()[0]
-    table, failures = simulate_rows(_source(source), np.array(item["rows"]), config)
+    table, failures = simulate_rows(shared(source), np.array(item["rows"]), config)
     notes = {b"snr_ray.failures": json.dumps(failures).encode()}
     write_atomic(Path(out) / item["path"], parquet_bytes(table.replace_schema_metadata(notes)))
     return {"rows": np.array([len(item["rows"])])}

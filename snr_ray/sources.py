@@ -38,13 +38,15 @@ class Source:
     """A collection of images.
 
     `fetch(index)` gives the file bytes, or stored pixels [H, W] or [H, W, C], of image `ids[index]`.
-    `group(id)` names what must stay in one split (by default the image itself).
+    `group(id)` names what must stay in one split (by default the image itself). `tensors` says that
+    pixels are float with white at 1, as in a data folder.
     """
 
     name: str
     ids: list[str]
     fetch: Callable[[int], Raw]
     group: Callable[[str], str] = field(default=str)
+    tensors: bool = False
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -64,7 +66,7 @@ class Source:
         name, raw = self.ids[index], self._raw(index)
         if isinstance(raw, bytes):
             return decode(raw, name, white=white)
-        return Decoded(scale(raw, name, white=white), raw.dtype)
+        return Decoded(scale(raw, name, white=1.0 if self.tensors else white), raw.dtype)
 
     def load(self, index: int, config: ImagesConfig) -> Array:
         """One image as a run wants it: [channels, size, size] float32. Raises InputError."""
@@ -83,6 +85,15 @@ class Source:
         """Split of one image."""
         share = _hash("split/" + self.group(self.ids[index])) / 2**64
         return "train" if share < 0.8 else "val" if share < 0.9 else "test"
+
+    def file(self, index: int) -> tuple[str, bytes]:
+        """File name and bytes of one image; pixels without a file come as NPY. Raises InputError."""
+        raw = self._raw(index)
+        if isinstance(raw, bytes):
+            return self.ids[index], raw
+        out = io.BytesIO()
+        np.save(out, raw, allow_pickle=False)
+        return self.ids[index] + ".npy", out.getvalue()
 
     def _raw(self, index: int) -> Raw:
         try:
@@ -123,7 +134,11 @@ def _filesystem(text: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _paths(text: str, name: str) -> Source:
-    """A folder (searched with its subfolders), one file, or a glob; local or by URI."""
+    """A folder (searched with its subfolders), one file, or a glob; local or by URI.
+
+    `#COLUMN` at the end names the image column of Parquet files.
+    """
+    text, _, wanted = text.partition("#")
     globbed = any(c in text for c in "*[") or ("?" in text and "://" not in text)
     head, pattern = text, ""
     if globbed:
@@ -152,11 +167,11 @@ def _paths(text: str, name: str) -> Source:
     prefix = root.rstrip("/") + "/"
     visible = [p for p in sorted(files) if not any(s[:1] == "." for s in p[len(prefix) :].split("/"))]
     images = [path for path in visible if path.lower().endswith(SUFFIXES)]
-    if images:
+    if images and not wanted:
         fetch = functools.partial(_read_file, fs, images)
         return Source(name, [path[len(prefix) :] for path in images], fetch)
     tables = [path for path in visible if path.lower().endswith(".parquet")]
-    return _parquet(fs, tables, prefix, name)
+    return _parquet(fs, tables, prefix, name, wanted)
 
 
 def _read_file(fs: pafs.FileSystem, paths: Sequence[str], index: int) -> bytes:
@@ -164,34 +179,37 @@ def _read_file(fs: pafs.FileSystem, paths: Sequence[str], index: int) -> bytes:
         return stream.read()
 
 
-def _parquet(fs: pafs.FileSystem, tables: list[str], prefix: str, name: str) -> Source:
+def _parquet(
+    fs: pafs.FileSystem, tables: list[str], prefix: str, name: str, wanted: str
+) -> Source:
     """Parquet rows with encoded images (bytes, or a struct with bytes and path) or tensors."""
     ids: list[str] = []
     rows: list[tuple[str, int, int]] = []  # table, row group, row in it
-    column = ""
+    column, is_tensor = wanted, False
     for path in tables:
         try:
             file = pq.ParquetFile(path, filesystem=fs)
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(f"{path} is not a readable Parquet file ({error}).") from None
-        column, id_column = _columns(file.schema_arrow, path)
-        stem = path[len(prefix) :].removesuffix(".parquet")
+        column, id_column = _columns(file.schema_arrow, path, wanted)
+        is_tensor = isinstance(file.schema_arrow.field(column).type, pa.FixedShapeTensorType)
+        # Ids of a data folder are those of its source already.
+        stem = "" if is_tensor and id_column else path[len(prefix) :].removesuffix(".parquet") + "/"
         for group in range(file.num_row_groups):
             n_rows = file.metadata.row_group(group).num_rows
             keys: list[Any] = [None] * n_rows
             if id_column:
-                values = file.read_row_group(group, [id_column]).column(0)
-                keys = values.to_pylist()
-                if isinstance(keys[0], dict):
-                    keys = [key["path"] for key in keys]
-            ids += [f"{stem}/{key if key else f'{group}-{i:06d}'}" for i, key in enumerate(keys)]
+                keys = file.read_row_group(group, [id_column]).column(0).to_pylist()
+                keys = [key["path"] if isinstance(key, dict) else key for key in keys]
+            ids += [f"{stem}{key or f'{group}-{i:06d}'}" for i, key in enumerate(keys)]
             rows += [(path, group, i) for i in range(n_rows)]
-    return Source(name, ids, functools.partial(_read_row, fs, column, rows))
+    fetch = functools.partial(_read_row, fs, column, rows)
+    return Source(name, ids, fetch, tensors=is_tensor)
 
 
-def _columns(schema: pa.Schema, path: str) -> tuple[str, str]:
+def _columns(schema: pa.Schema, path: str, wanted: str) -> tuple[str, str]:
     """Names of the image column and of the leaf that identifies a row ("" if none)."""
-    for name in ("clean", "image", "img", "bytes", "data"):
+    for name in (wanted,) if wanted else ("clean", "image", "img", "bytes", "data"):
         if name not in schema.names:
             continue
         kind = schema.field(name).type
@@ -200,9 +218,12 @@ def _columns(schema: pa.Schema, path: str) -> tuple[str, str]:
         if pa.types.is_binary(kind) or isinstance(kind, pa.FixedShapeTensorType):
             return name, next((n for n in ("id", "path", "name") if n in schema.names), "")
     raise InputError(
-        "A Parquet file must have a column clean, image, img, bytes or data with encoded images or "
-        f"fixed-shape tensors, but {path} has {', '.join(schema.names)}."
+        f"A Parquet file must have {f'the column {wanted}' if wanted else _IMAGE_COLUMNS} with "
+        f"encoded images or fixed-shape tensors, but {path} has {', '.join(schema.names)}."
     )
+
+
+_IMAGE_COLUMNS = "a column clean, image, img, bytes or data"
 
 
 def _read_row(

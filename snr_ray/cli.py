@@ -1,0 +1,210 @@
+"""The command line: `snr <stage> ...`. The files in jobs/ are the same doors for a Ray cluster."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from snr_ray import __version__
+from snr_ray import config as configs
+from snr_ray.config import Config, InputError
+
+SRC_HELP = """SRC is one of
+  glyphs              letters A to J in matplotlib's fonts, made here
+  photos              crops of scikit-image's photographs
+  notmnist[:PATH]     notMNIST_small: the tar.gz, its folder, or downloaded
+  cifar10[:PATH]      CIFAR-10: Parquet files, a folder, or downloaded
+  places365[:PATH]    Places365: a folder, or downloaded
+  PATH, glob or URI   a folder of images (png jpg tif bmp webp npy) or of Parquet files;
+                      s3://, gs:// and file:// work; #COLUMN picks a Parquet column"""
+
+EXAMPLES = {
+    "demo": "snr demo --out demo",
+    "simulate": """snr simulate --images glyphs --out data
+  snr simulate --config cifar10 --images cifar10:cifar10/ --out data
+  snr simulate --set images.size=64 --set images.channels=3 --images 's3://bucket/photos' --out data""",
+    "train": """snr train --images glyphs --out run
+  snr train --config notmnist --images notmnist:notMNIST_small.tar.gz --out run
+  snr train --config notmnist --config seed --data data --out run-seed --set train.num_workers=2""",
+    "sweep": """snr sweep --images glyphs --out sweep --trials 20
+  snr train --config sweep/best.yaml --images glyphs --out run""",
+    "denoise": """snr denoise --model run/model --images scans/ --out cleaned
+  snr denoise --model run/model --images 'data/test#noisy_20' --out cleaned
+  snr denoise --model run/model --images photos/ --out noisy --inject 20
+  snr denoise --model run/model --images scans/ --out cleaned --donor random --samples 16""",
+    "evaluate": """snr evaluate --model run/model --images glyphs --out report
+  snr evaluate --model run/model --images notmnist:notMNIST_small.tar.gz --out report --limit 200""",
+    "bench": """snr bench radon
+  snr bench train --out train.json""",
+}
+
+PURPOSE = {
+    "demo": "simulate, train, denoise and evaluate on rendered letters; about 8 minutes on 2 cores",
+    "simulate": "make clean and noisy versions of images: a data folder of Parquet shards",
+    "train": "train a model; the same command again continues a killed run",
+    "sweep": "search the noise/content split and the loss weights with Optuna",
+    "denoise": "remove (or inject) noise in any number of images",
+    "evaluate": "score a model on test images beside baselines: tables and pictures",
+    "bench": "measure the parts on this machine",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage. Returns 0 done, 2 wrong usage or input, 3 some images failed, 1 else."""
+    args = _parser().parse_args(argv)
+    # torch starts a thread per core in every process otherwise; workers are told their share.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        config = configs.load(args.config, args.set)
+        return _run(args, config)
+    except InputError as error:
+        print(f"snr {args.stage}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nsnr {args.stage}: interrupted; the same command continues.", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace, config: Config) -> int:
+    # Stages are imported where they run: `snr --help` must not wait for ray and torch.
+    options: dict[str, Any] = {"overwrite": args.overwrite} if "overwrite" in args else {}
+    if args.stage == "demo":
+        from snr_ray.demo import demo
+
+        return demo(config, out=args.out, **options)
+    if args.stage == "bench":
+        from snr_ray.bench import bench
+
+        return bench(config, args.name, out=args.out)
+    if args.stage == "simulate":
+        from snr_ray.simulate import simulate
+
+        outcome = simulate(config, images=args.images, out=args.out, **options)
+        what = f"{outcome.images:,} images in {outcome.out}"
+    elif args.stage == "denoise":
+        from snr_ray.denoise import denoise
+
+        outcome = denoise(
+            config,
+            model=args.model,
+            images=args.images,
+            out=args.out,
+            donor=args.donor,
+            samples=args.samples,
+            inject=args.inject,
+            **options,
+        )
+        what = f"{outcome.images:,} images in {outcome.out}; look at {outcome.out / 'report.html'}"
+    elif args.stage == "evaluate":
+        from snr_ray.evaluate import BASELINES, evaluate
+
+        names = BASELINES if args.baselines is None else tuple(filter(None, args.baselines.split(",")))
+        outcome = evaluate(
+            config,
+            model=args.model,
+            images=args.images,
+            out=args.out,
+            baselines=names,
+            limit=args.limit,
+            **options,
+        )
+        print((outcome.out / "metrics.md").read_text())
+        what = f"{outcome.images:,} images scored; look at {outcome.out / 'grid.png'}"
+    else:
+        from snr_ray.dataset import Origin
+
+        origin = Origin(images=args.images, data=args.data)
+        if args.stage == "train":
+            from snr_ray.train import train
+
+            outcome = train(config, origin=origin, out=args.out, **options)
+            what = f"{outcome.images:,} steps; the model is {outcome.out / 'model'}"
+        else:
+            from snr_ray.sweep import sweep
+
+            outcome = sweep(config, origin=origin, out=args.out, trials=args.trials, **options)
+            what = f"{outcome.images:,} trials; the best config is {outcome.out / 'best.yaml'}"
+    print(f"{args.stage}: {what}")
+    if outcome.failed:
+        print(
+            f"{args.stage}: {outcome.failed:,} images failed; their reasons are in "
+            f"{outcome.out / 'failures.parquet'}",
+            file=sys.stderr,
+        )
+        return 3
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="snr",
+        description="Remove sparse-view CT streaks from image collections, on a laptop or a Ray "
+        "cluster (RAY_ADDRESS).",
+    )
+    parser.add_argument("--version", action="version", version=f"snr_ray {__version__}")
+    stages = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    parsers = {name: _stage(stages, name) for name in PURPOSE}
+    for name in ("simulate", "denoise", "evaluate"):
+        parsers[name].add_argument("--images", metavar="SRC", required=True, help="images to read")
+    for name in ("train", "sweep"):
+        group = parsers[name].add_mutually_exclusive_group(required=True)
+        group.add_argument("--images", metavar="SRC", help="clean images; noise is made on the way")
+        group.add_argument("--data", metavar="DIR", type=Path, help="folder made by `snr simulate`")
+    for name in ("denoise", "evaluate"):
+        parsers[name].add_argument(
+            "--model", metavar="M", required=True, help="model folder (RUN/model)"
+        )
+    for name, parser_ in parsers.items():
+        if name == "bench":
+            parser_.add_argument("name", choices=("radon", "data", "train", "denoise", "sweep"))
+            parser_.add_argument("--out", metavar="FILE", type=Path, help="write the JSON here")
+            continue
+        default = Path("demo") if name == "demo" else None
+        parser_.add_argument(
+            "--out", metavar="DIR", type=Path, default=default, required=default is None,
+            help="output folder; the same command continues what was interrupted",
+        )  # fmt: skip
+        parser_.add_argument(
+            "--overwrite", action="store_true", help="replace what this stage wrote there before"
+        )
+    parsers["sweep"].add_argument("--trials", metavar="N", type=int, required=True, help="trials")
+    add = parsers["denoise"].add_argument
+    add("--donor", metavar="mean|random|PATH", default="mean",
+        help="whose noise code to take: the mean of the donors kept with the model (default), a "
+             "random one for each image, or that of an image or folder of images")  # fmt: skip
+    add("--samples", metavar="N", type=int, default=0,
+        help="average N posterior samples and write their standard deviation; 0 (default) decodes "
+             "the posterior mean")  # fmt: skip
+    add("--inject", metavar="N_VIEWS", type=int, help="inject the noise of so many views instead")
+    add = parsers["evaluate"].add_argument
+    add("--baselines", metavar="tv,lmmse", help="comma-separated; all by default, '' for none")
+    add("--limit", metavar="N", type=int, help="score at most N test images")
+    return parser
+
+
+def _stage(stages: Any, name: str) -> argparse.ArgumentParser:
+    epilog = f"examples:\n  {EXAMPLES[name]}"
+    if name not in ("demo", "bench"):
+        epilog += f"\n\n{SRC_HELP}"
+    epilog += f"\n\npresets for --config: {', '.join(configs.preset_names())}"
+    parser: argparse.ArgumentParser = stages.add_parser(
+        name,
+        help=PURPOSE[name],
+        description=PURPOSE[name][0].upper() + PURPOSE[name][1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", metavar="NAME|FILE", action="append", default=[],
+        help="preset or YAML file; may be given several times, later ones win",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[],
+        help="one setting, such as --set train.steps=500; wins over --config",
+    )  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

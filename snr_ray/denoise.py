@@ -1,0 +1,414 @@
+"""Bulk denoising: model folder + images -> images under their own names, in a Ray Data job.
+
+    index --CPU tasks: read--> bytes --actors: decode, swap, encode, write--> file + manifest row
+
+    OUT/<name of the image>        same format and depth (tensors become float TIFF)
+    OUT/<name>.std.npy             with --samples: standard deviation of the samples, per pixel
+    OUT/manifest.parquet           one row per image written
+    OUT/failures.parquet           one row per image that could not be: id, stage, reason
+    OUT/report.html                a page to look at
+    OUT/parts/                     rows of a job that has not finished
+
+Files appear whole, then their rows; a killed job continues with the images that have no row, and
+a finished one tries its failures again.
+"""
+
+import functools
+import hashlib
+import shutil
+import time
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+
+from snr_ray import images as image_files
+from snr_ray.checkpoint import TrainedModel, load_model
+from snr_ray.cluster import connected, cpus, gpus, shared
+from snr_ray.config import Config, InputError
+from snr_ray.outputs import Progress, claim, write_atomic
+from snr_ray.report import denoise_report
+from snr_ray.simulate import Failure, Outcome, parquet_bytes, write_failures
+from snr_ray.sources import Source, open_source
+from snr_ray.swap import noise_code, swap
+
+Array = npt.NDArray[np.float32]
+
+READ_ROWS = 64
+"""Images per read task and per call of an actor."""
+PASS_PIXELS = 2**20
+"""Pixels per pass of the network; bounds memory whatever the image sizes."""
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("output", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("channels", pa.int32()),
+        ("depth", pa.string()),
+        ("donor", pa.int32()),
+        ("std", pa.float32()),
+        ("seconds", pa.float32()),
+    ]
+)
+
+
+def denoise(
+    config: Config,
+    *,
+    model: str,
+    images: str,
+    out: Path,
+    donor: str = "mean",
+    samples: int = 0,
+    inject: int | None = None,
+    overwrite: bool = False,
+) -> Outcome:
+    """Exchange the noise code of every image of a source.
+
+    Args:
+        config: `seed` (random donors, samples) and `images.white` are used.
+        model: model folder.
+        images: SRC; read at full size, never resized.
+        out: output folder.
+        donor: "mean" (mean noise code), "random" (a random one of the donors in the model folder
+            for each image, by hash of its id) or the path of an image or folder of donor images.
+        samples: 0 decodes posterior means; N > 0 averages N posterior samples and writes their
+            standard deviation.
+        inject: None removes noise (clean donors); a view count injects its noise.
+        overwrite: replace files of the same names.
+
+    Raises:
+        InputError: for a model, source, folder or setting the user can put right.
+    """
+    if samples < 0:
+        raise InputError(f"--samples must not be negative, but got {samples}.")
+    trained = load_model(model)
+    noise_id = 0 if inject is None else trained.noise_id(inject)
+    source = open_source(images)
+    out = out.absolute()
+    outputs = _output_names(source, samples)
+    _keep_apart(images, out)
+    pool = _pool(trained, donor, noise_id, config)
+    resumed = claim(
+        out,
+        {
+            "stage": "denoise",
+            "model": _digest(Path(model) / "model.safetensors"),
+            "source": source.name,
+            "donor": donor,
+            "samples": samples,
+            "inject": inject,
+            "seed": config.seed,
+            "white": config.images.white,
+        },
+        owned=("manifest.parquet", "failures.parquet", "report.html", "parts"),
+        overwrite=overwrite,
+    )
+    rows = _rows_done(out) if resumed else []
+    done = {row["id"] for row in rows}
+    todo = [i for i, name in enumerate(source.ids) if name not in done]
+    failures: list[Failure] = []
+    if todo:
+        with connected():
+            work = {
+                "model": str(Path(model).absolute()),
+                "pool": pool,
+                "out": str(out),
+                "samples": samples,
+                "seed": config.seed,
+                "white": config.images.white,
+            }
+            new, failures = _run(source, outputs, todo, work, out)
+        rows += new
+    rows.sort(key=lambda row: row["id"])
+    table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
+    write_atomic(out / "manifest.parquet", parquet_bytes(table))
+    write_failures(out / "failures.parquet", failures)
+    verb = "Noise removed" if inject is None else f"Noise of {inject} views injected"
+    write_atomic(
+        out / "report.html",
+        denoise_report(verb, source, out, rows, failures, white=config.images.white),
+    )
+    shutil.rmtree(out / "parts", ignore_errors=True)
+    return Outcome(out, len(rows), len(failures))
+
+
+def _run(
+    source: Source, outputs: list[str], todo: list[int], work: dict[str, Any], out: Path
+) -> tuple[list[dict[str, Any]], list[Failure]]:
+    """Denoise the images at `todo`; rows reach the disk while the job runs."""
+    n_gpus, n_cpus = gpus(), cpus()
+    # Reading needs a core of its own, or the actors would wait for ever.
+    pool_size = n_gpus or max(1, n_cpus - 1)
+    read = functools.partial(_read, ref=ray.put((source, outputs)))
+    blocks = [np.array(todo[i : i + READ_ROWS]) for i in range(0, len(todo), READ_ROWS)]
+    dataset = (
+        ray.data.from_numpy(blocks)
+        .map_batches(read, batch_size=None, batch_format="numpy")
+        .map_batches(
+            _Swapper,
+            fn_constructor_kwargs=work,
+            batch_size=READ_ROWS,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(pool_size, len(blocks))),
+            num_cpus=1 if not n_gpus else 0.5,
+            num_gpus=1 if n_gpus else 0,
+        )
+    )
+    progress = Progress("denoise", len(todo))
+    rows: list[dict[str, Any]] = []
+    failures: list[Failure] = []
+    unsaved: list[dict[str, Any]] = []
+    part = len(list((out / "parts").glob("*.parquet")))
+    saved = time.monotonic()
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in batch.to_pylist():
+            reason, stage = row.pop("error"), row.pop("stage")
+            if reason:
+                failures.append({"id": row["id"], "stage": stage, "reason": reason})
+            else:
+                rows.append(row)
+                unsaved.append(row)
+        note = f"{len(failures)} failed" if failures else ""
+        progress.update(len(rows) + len(failures), note)
+        if unsaved and time.monotonic() - saved > 2:
+            table = pa.Table.from_pylist(unsaved, MANIFEST_SCHEMA)
+            write_atomic(out / "parts" / f"{part:06d}.parquet", parquet_bytes(table))
+            unsaved, part, saved = [], part + 1, time.monotonic()
+    return rows, failures
+
+
+def _read(batch: dict[str, npt.NDArray[np.int64]], *, ref: "ray.ObjectRef") -> pa.Table:
+    """CPU task: indices -> name, output name and file bytes, or the reason there are none."""
+    source, outputs = shared(ref)
+    rows = []
+    for index in batch["data"].tolist():
+        row = {"id": source.ids[index], "output": outputs[index], "tensor": source.tensors}
+        try:
+            name, data = source.file(index)
+            row |= {"file": name, "bytes": data, "error": ""}
+        except InputError as error:
+            row |= {"file": "", "bytes": b"", "error": str(error)}
+        rows.append(row)
+    return pa.Table.from_pylist(rows)
+
+
+class _Swapper:
+    """Actor: one copy of the model; bytes in, files and manifest rows out."""
+
+    def __init__(
+        self,
+        model: str,
+        pool: list[Array],
+        out: str,
+        samples: int,
+        seed: int,
+        white: float | None,
+    ) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        self.trained = load_model(model, device)
+        self.pool = [torch.from_numpy(level).to(device) for level in pool]
+        self.out, self.samples, self.seed, self.white = Path(out), samples, seed, white
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        inputs = batch.to_pylist()
+        results: list[dict[str, Any]] = []
+        by_shape: dict[tuple[int, ...], list[tuple[dict[str, Any], image_files.Decoded]]] = {}
+        for row in inputs:
+            if row["error"]:
+                results.append(_failed(row, "read", row["error"]))
+                continue
+            try:
+                white = 1.0 if row["tensor"] else self.white
+                decoded = image_files.decode(row["bytes"], row["file"], white=white)
+            except InputError as error:
+                results.append(_failed(row, "read", str(error)))
+                continue
+            by_shape.setdefault(decoded.pixels.shape, []).append((row, decoded))
+        for shape, members in by_shape.items():
+            step = max(1, PASS_PIXELS // int(np.prod(shape)))
+            for start in range(0, len(members), step):
+                results += self._pass(members[start : start + step])
+        schema = MANIFEST_SCHEMA.append(pa.field("error", pa.string()))
+        return pa.Table.from_pylist(results, schema.append(pa.field("stage", pa.string())))
+
+    def _pass(
+        self, members: list[tuple[dict[str, Any], image_files.Decoded]]
+    ) -> list[dict[str, Any]]:
+        """Images of one shape; a failure of the whole pass is tried again image by image."""
+        since = time.perf_counter()
+        donors = [self._hash(row["id"]) % len(self.pool[0]) for row, _ in members]
+        images = np.stack([decoded.pixels for _, decoded in members])
+        try:
+            result, deviation = self._swap(images, donors, [row["id"] for row, _ in members])
+        except (RuntimeError, MemoryError) as error:
+            if len(members) > 1:
+                return [row for member in members for row in self._pass([member])]
+            reason = f"The network could not take it ({' '.join(str(error).split())[:200]})."
+            return [_failed(members[0][0], "swap", reason)]
+        seconds = (time.perf_counter() - since) / len(members)
+        rows = []
+        for k, (row, decoded) in enumerate(members):
+            try:
+                white = 1.0 if row["tensor"] else self.white
+                data = image_files.encode(
+                    result[k], row["output"], depth=decoded.depth, white=white
+                )
+                write_atomic(self.out / row["output"], data)
+                if deviation is not None:
+                    name = row["output"] + ".std.npy"
+                    float32 = np.dtype(np.float32)
+                    data = image_files.encode(deviation[k], name, depth=float32)
+                    write_atomic(self.out / name, data)
+            except (OSError, ValueError) as error:
+                rows.append(_failed(row, "write", f"{row['output']} cannot be written ({error})."))
+                continue
+            channels, height, width = decoded.pixels.shape
+            rows.append(
+                {
+                    "id": row["id"],
+                    "output": row["output"],
+                    "height": height,
+                    "width": width,
+                    "channels": channels,
+                    "depth": str(decoded.depth),
+                    "donor": donors[k],
+                    "std": None if deviation is None else float(deviation[k].mean()),
+                    "seconds": seconds,
+                    "error": "",
+                    "stage": "",
+                }
+            )
+        return rows
+
+    def _swap(
+        self, images: Array, donors: list[int], ids: list[str]
+    ) -> tuple[Array, Array | None]:
+        """Result and, with samples, standard deviation: each [B, C, H, W]."""
+        channels = self.trained.config.images.channels
+        if not self.samples:
+            noise = [level[donors] for level in self.pool]
+            return _through(self.trained, images, noise, channels, None), None
+        means, deviations = [], []
+        for image, donor, name in zip(images, donors, ids, strict=True):
+            # A generator per image: its samples do not depend on its neighbours in the batch.
+            generator = torch.Generator(self.pool[0].device)
+            generator.manual_seed(self._hash(f"samples/{name}") % 2**63)
+
+            def normal(
+                shape: tuple[int, ...], generator: torch.Generator = generator
+            ) -> torch.Tensor:
+                return torch.randn(shape, generator=generator, device=generator.device)
+
+            noise = [level[donor : donor + 1] for level in self.pool]
+            drawn = np.stack(
+                [
+                    _through(self.trained, image[None], noise, channels, normal)[0]
+                    for _ in range(self.samples)
+                ]
+            )
+            means.append(drawn.mean(0))
+            deviations.append(drawn.std(0))
+        return np.stack(means), np.stack(deviations)
+
+    def _hash(self, text: str) -> int:
+        digest = hashlib.sha256(f"{self.seed}/{text}".encode()).digest()
+        return int.from_bytes(digest[:8], "big")
+
+
+def _through(
+    trained: TrainedModel, images: Array, noise: list[torch.Tensor], channels: int, normal: Any
+) -> Array:
+    """Swap images [B, C, H, W] of any C: a grey model takes RGB channel by channel, an RGB model
+    takes grey repeated and answers with the mean of its channels."""
+    batch, have = images.shape[:2]
+    if have == channels:
+        return swap(trained.model, images, noise, normal=normal)
+    if channels == 1:
+        apart = images.reshape(batch * have, 1, *images.shape[2:])
+        # A single code serves all; otherwise each image lends its donor to its channels.
+        each = [level.repeat_interleave(have, 0) if len(level) > 1 else level for level in noise]
+        return swap(trained.model, apart, each, normal=normal).reshape(images.shape)
+    repeated = np.repeat(images, channels, axis=1)
+    return swap(trained.model, repeated, noise, normal=normal).mean(1, keepdims=True)
+
+
+def _failed(row: dict[str, Any], stage: str, reason: str) -> dict[str, Any]:
+    return {"id": row["id"], "output": row["output"], "error": reason, "stage": stage}
+
+
+def _output_names(source: Source, samples: int) -> list[str]:
+    """Relative output path of each image; refuses two images that would share one."""
+    names = []
+    for name in source.ids:
+        path = PurePosixPath(name)
+        known = path.suffix.lower() in image_files.SUFFIXES
+        if source.tensors:  # float pixels need a format that holds them
+            path = path.with_suffix(".tif") if known else PurePosixPath(name + ".tif")
+        elif not known:
+            path = PurePosixPath(name + ".png")
+        if path.is_absolute() or ".." in path.parts:
+            raise InputError(f"Image ids must stay inside the output folder, but got {name!r}.")
+        names.append(str(path))
+    written = names + ([name + ".std.npy" for name in names] if samples else [])
+    name, times = Counter(written).most_common(1)[0]
+    if times > 1:
+        raise InputError(
+            f"Every image needs an output name of its own, but {times} of {source.name} would be "
+            f"written to {name!r}; rename them or denoise them apart."
+        )
+    return names
+
+
+def _keep_apart(images: str, out: Path) -> None:
+    """Outputs must not land among the inputs, where they would replace them."""
+    folder = Path(images.partition("#")[0]).expanduser().absolute()
+    if folder.is_dir() and (out == folder or folder in out.parents):
+        raise InputError(
+            f"--out must lie outside the images, but {out} is inside {folder}; "
+            "give another --out."
+        )
+
+
+def _pool(trained: TrainedModel, donor: str, noise_id: int, config: Config) -> list[Array]:
+    """Noise codes to take donors from, per level: [n_donors, C_noise, h, w]."""
+    if donor == "mean":
+        return [level.numpy() for level in trained.codes.mean(noise_id)]
+    if donor == "random":
+        return [level[noise_id].numpy() for level in trained.codes.donors]
+    if not Path(donor).exists():
+        raise InputError(f"--donor must be mean, random or an image or folder, but got {donor!r}.")
+    channels, white = trained.config.images.channels, config.images.white
+    lenders = open_source(donor)
+    codes = []
+    for index in range(len(lenders.ids)):
+        pixels = image_files.with_channels(lenders.read(index, white).pixels, channels)
+        codes.append([level.numpy() for level in noise_code(trained.model, pixels[None])])
+    shapes = {tuple(level.shape for level in code) for code in codes}
+    if len(shapes) > 1:
+        raise InputError(
+            "Donors of a model with spatial noise codes must have one size, but those of "
+            f"{donor} differ; give one donor or resize them."
+        )
+    return [np.concatenate(level) for level in zip(*codes, strict=True)]
+
+
+def _rows_done(out: Path) -> list[dict[str, Any]]:
+    """Manifest rows of images that are finished: of the last run and of an interrupted one."""
+    paths = [p for p in (out / "manifest.parquet",) if p.is_file()]
+    paths += sorted((out / "parts").glob("*.parquet"))
+    rows = {row["id"]: row for path in paths for row in pq.read_table(path).to_pylist()}
+    return [row for row in rows.values() if (out / row["output"]).is_file()]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
