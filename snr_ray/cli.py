@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     # torch starts a thread per core in every process otherwise; workers are told their share.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        config = configs.load(args.config, args.set)
+        presets = ["demo", *args.config] if args.stage == "demo" else args.config
+        config = configs.load(presets, args.set)
         return _run(args, config)
     except InputError as error:
         print(f"snr {args.stage}: {error}", file=sys.stderr)

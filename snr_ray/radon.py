@@ -101,6 +101,13 @@ class RadonNoise:
             out[start : start + BLOCK] = self._chain(block).T
         return out.reshape(images.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the matrices in bytes."""
+        parts = [m for s in (self._projection, self._back) for m in (s.data, s.indices, s.indptr)]
+        dense = [] if self._dense is None else [self._dense]
+        return sum(part.nbytes for part in (*parts, self._filter, *dense))
+
     def project(self, images: npt.NDArray[np.floating]) -> Array:
         """Sinograms [..., N, A] of images [..., H, W]: N detector bins, A angles, as scikit-image."""
         flat = np.asarray(images, np.float64).reshape(-1, self.height * self.width)

@@ -370,7 +370,7 @@ def _draw_glyph(folder: str, ids: Sequence[str], index: int) -> npt.NDArray[np.u
     letter, font_name, _ = ids[index].split("/")
     path = f"{folder}/{font_name}.ttf"
     rng = np.random.default_rng(_hash(ids[index]))
-    extent, slant = rng.uniform(0.7, 0.95) * GLYPH_CANVAS, rng.uniform(-0.2, 0.2)
+    extent, slant = rng.uniform(0.65, 0.88) * GLYPH_CANVAS, rng.uniform(-0.2, 0.2)
     shift = rng.uniform(-0.05, 0.05, 2) * GLYPH_CANVAS
     # Fonts disagree on ascent and width, so the ink itself is scaled and centred.
     left, top, right, bottom = _font(path, GLYPH_CANVAS).getbbox(letter)

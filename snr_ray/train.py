@@ -62,7 +62,7 @@ def train(
     """
     config = settle(config, origin)
     out = out.absolute()
-    claim(out, _identity(config, origin), owned=OWNED, overwrite=overwrite)
+    claim(out, identity(config, origin), owned=OWNED, overwrite=overwrite)
     if (out / "model").is_dir():
         return _outcome(out)
     configs.save(config, out / "config.yaml")
@@ -253,7 +253,8 @@ class _Watch:
             self.progress.update(int(new[-1]["step"]), note, per_unit=self.batch_size)
 
 
-def _identity(config: Config, origin: Origin) -> dict[str, Any]:
+def identity(config: Config, origin: Origin) -> dict[str, Any]:
+    """All that decides what a run learns, flat: what its folder is known by."""
     what = configs.to_dict(config)
     for key in HOW:
         section, name = key.split(".")

@@ -1,0 +1,8 @@
+"""`snr evaluate` for `ray job submit --working-dir . -- python jobs/evaluate.py ...`; same arguments."""
+
+import sys
+
+from snr_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

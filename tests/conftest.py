@@ -1,0 +1,74 @@
+"""Shared pieces of the tests: a tiny config, images, one Ray of two cores, one trained model."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
+from snr_ray import config as configs
+from snr_ray.config import Config
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Config:
+    """Two levels of 8 channels on 16 px glyphs: everything runs, nothing is learned."""
+    return configs.load(["smoke"], ["images.limit=200"])
+
+
+@pytest.fixture(scope="session")
+def ray_2_cpus() -> Iterator[None]:
+    """One local Ray for the whole session; never attaches to a running cluster."""
+    import ray
+
+    from snr_ray.cluster import quiet_data
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=300 * 2**20,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    quiet_data()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """24 grey PNG files of 20x18 pixels in two subfolders."""
+    folder = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    for k in range(24):
+        path = folder / "ab"[k % 2] / f"{k:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 18), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of random weights, with noise codes of real glyphs; made without Ray."""
+    from snr_ray import radon
+    from snr_ray.batches import Pairs
+    from snr_ray.checkpoint import save_model
+    from snr_ray.fit import Learner, donor_codes
+    from snr_ray.sources import open_source
+
+    source = open_source("glyphs")
+    rows = source.select("train", 20)
+    clean = np.stack([source.load(row, tiny.images) for row in rows])
+    noisy = [[radon.operator(spec, 16, 16)(clean)] for spec in radon.specs(tiny.noise)]
+    pairs = Pairs([source.ids[row] for row in rows], [clean], noisy)
+    model = Learner(tiny).average
+    folder = tmp_path_factory.mktemp("run") / "model"
+    save_model(folder, tiny, model, donor_codes(model, pairs), {"swap_psnr": 1.0}, "tests")
+    return folder

@@ -1,0 +1,153 @@
+"""The command line: names and flags of the contract, exit codes, sentences, and the job files."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from snr_ray import cli
+from snr_ray.cli import main
+
+REPOSITORY = Path(__file__).parent.parent
+STAGES = ("demo", "simulate", "train", "sweep", "denoise", "evaluate", "bench")
+FLAGS = {
+    "demo": ["--out"],
+    "simulate": ["--images", "--out", "--overwrite"],
+    "train": ["--images", "--data", "--out"],
+    "sweep": ["--images", "--data", "--out", "--trials"],
+    "denoise": ["--model", "--images", "--out", "--donor", "--samples", "--inject"],
+    "evaluate": ["--model", "--images", "--out", "--baselines", "--limit"],
+    "bench": ["radon", "data", "train", "denoise", "sweep", "--out"],
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_names_every_flag_and_shows_examples(
+    stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([stage, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in [*FLAGS[stage], "--config", "--set"]:
+        assert flag in text
+    assert f"examples:\n  snr {stage}" in text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_job_is_the_same_door(stage: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "jobs" / f"{stage}.py"), "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"usage: snr {stage}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["polish"],
+        ["simulate", "--images", "glyphs"],
+        ["train", "--images", "glyphs", "--data", "d", "--out", "o"],
+        ["denoise", "--model", "m", "--images", "i", "--out", "o", "--inject", "many"],
+        ["sweep", "--images", "glyphs", "--out", "o"],
+    ],
+)
+def test_wrong_usage_exits_with_two(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert "usage: snr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["simulate", "--images", "nowhere", "--out", "o"], "SRC must be a path that exists"),
+        (["simulate", "--images", "empty", "--out", "o"], "holds none"),
+        (["simulate", "--images", "glyphs", "--out", "taken.txt"], "but taken.txt is a file"),
+        (["simulate", "--images", "glyphs", "--out", "o", "--set", "a.b=1"], "Unknown config"),
+        (["simulate", "--images", "glyphs", "--out", "o", "--set", "images.size=-1"],
+         "images.size must be at least 8"),
+        (["simulate", "--images", "glyphs", "--out", "o", "--set", "noise.n_views=[0]"],
+         "n_views must be at least 1"),
+        (["simulate", "--images", "glyphs", "--out", "o", "--config", "nope"],
+         "--config takes a YAML file or one of"),
+        (["train", "--data", "empty", "--out", "o"], "simulate first"),
+        (["sweep", "--images", "glyphs", "--out", "o", "--trials", "0"], "at least 1"),
+        (["denoise", "--model", "empty", "--images", "glyphs", "--out", "o"], "A model folder"),
+        (["evaluate", "--model", "empty", "--images", "glyphs", "--out", "o"], "A model folder"),
+    ],
+)  # fmt: skip
+def test_bad_input_exits_with_two_and_one_sentence(
+    argv: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken.txt").write_text("mine")
+    assert main(argv) == 2
+    text = capsys.readouterr().err
+    assert sentence in text
+    assert text.count("\n") == 1
+    assert text.startswith(f"snr {argv[0]}: ")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_job_with_failures_exits_with_three(
+    model_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (image_folder / "broken.png").write_bytes(b"")
+    argv = ["denoise", "--model", str(model_folder), "--images", str(image_folder), "--out",
+            str(tmp_path / "out")]  # fmt: skip
+    assert main(argv) == 3
+    captured = capsys.readouterr()
+    assert "24 images" in captured.out
+    assert "1 images failed" in captured.err
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_bench_radon_writes_its_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    from snr_ray import bench
+
+    monkeypatch.setattr(bench, "RADON_SIZES", ((16, 4), (40, 6)))
+    assert main(["bench", "radon", "--out", str(tmp_path / "b.json")]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert [(row["size"], row["n_views"]) for row in rows] == [(16, 4), (40, 6)]
+    for row in rows:
+        assert row["max_abs_error"] < 1e-5
+        assert row["ratio"] == pytest.approx(row["images_per_s"] / row["skimage_images_per_s"])
+    assert "ratio" in capsys.readouterr().out
+
+
+def test_help_comes_without_loading_ray_or_torch() -> None:
+    code = ("import sys, snr_ray.cli as c\ntry: c.main(['train', '--help'])\n"
+            "except SystemExit: pass\nprint({'ray', 'torch'} & set(sys.modules))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
+
+
+def test_readme_names_what_exists() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    tree = re.search(r"```\n(pyproject\.toml.*?)```", text, re.DOTALL)
+    assert tree
+    listed = set(re.findall(r"^ {2}(\w+\.py)", tree.group(1), re.MULTILINE))
+    assert listed == {p.name for p in (REPOSITORY / "snr_ray").glob("*.py")}
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (REPOSITORY / target).exists(), target
+    for command in re.findall(r"^snr (\w+)", text, re.MULTILINE):
+        assert command in cli.PURPOSE
+    with Image.open(REPOSITORY / "docs" / "grid-glyphs.png") as picture:
+        assert np.asarray(picture).std() > 10

@@ -1,0 +1,219 @@
+"""The files of cluster/ agree with Ray, with each other and with the repository."""
+
+import json
+import shlex
+import subprocess
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+from snr_ray import __version__, cli
+
+REPOSITORY = Path(__file__).parents[1]
+CLUSTER = REPOSITORY / "cluster"
+KUBERAY = ("raycluster.yaml", "rayjob.yaml")
+
+# Fields of KubeRay 1.7 that the files may use; its full schemas are megabytes.
+JOB_FIELDS = {
+    "entrypoint", "submissionMode", "backoffLimit", "shutdownAfterJobFinishes",
+    "ttlSecondsAfterFinished", "activeDeadlineSeconds", "runtimeEnvYAML", "rayClusterSpec",
+}  # fmt: skip
+CLUSTER_FIELDS = {
+    "rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "authOptions", "headGroupSpec",
+    "workerGroupSpecs",
+}  # fmt: skip
+HEAD_FIELDS = {"rayStartParams", "template", "labels"}
+GROUP_FIELDS = HEAD_FIELDS | {"groupName", "replicas", "minReplicas", "maxReplicas"}
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def cluster_spec(name: str) -> dict[str, Any]:
+    spec = read(name)["spec"]
+    return spec if name == "raycluster.yaml" else spec["rayClusterSpec"]
+
+
+def groups(name: str) -> list[dict[str, Any]]:
+    spec = cluster_spec(name)
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def test_autoscaler_fits_the_schema_of_the_installed_ray() -> None:
+    schema = json.loads(resources.files("ray.autoscaler").joinpath("ray-schema.json").read_text())
+    # The schema forbids unknown keys, so a typo fails here and not after machines were rented.
+    jsonschema.validate(read("autoscaler.yaml"), schema)
+
+
+def test_autoscaler_refuses_to_run_without_a_token() -> None:
+    config = read("autoscaler.yaml")
+    # An open cluster runs anyone's code: each `ray start` must demand the token it was sent.
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        starts = [command for command in config[key] if "ray start" in command]
+        assert len(starts) == 1
+        assert "RAY_AUTH_MODE=token ray start" in starts[0]
+    assert list(config["file_mounts"].values()) == ["~/.ray/auth_token"]
+
+
+def test_autoscaler_nodes_share_storage() -> None:
+    config = read("autoscaler.yaml")
+    # The mount happens on the node, jobs run in its container: both must name the folder.
+    assert any("mount -t" in command for command in config["initialization_commands"])
+    assert "-v /mnt/share:/mnt/share" in config["docker"]["run_options"]
+
+
+def test_pools_have_the_same_labels_everywhere() -> None:
+    launched = read("autoscaler.yaml")["available_node_types"].values()
+    pools = [[node["labels"]["pool"] for node in launched if "labels" in node]]
+    pools += [
+        [group["labels"]["pool"] for group in cluster_spec(name)["workerGroupSpecs"]]
+        for name in KUBERAY
+    ]
+    # A job written for one kind of cluster must find its pools on the other.
+    assert pools == [["cpu", "gpu"]] * 3
+
+
+def test_stages_find_nodes_when_they_start() -> None:
+    launched = read("autoscaler.yaml")["available_node_types"]
+    least = [launched[name]["min_workers"] for name in ("cpu_pool", "gpu_pool")]
+    least += [
+        group["minReplicas"]
+        for name in KUBERAY
+        for group in cluster_spec(name)["workerGroupSpecs"]
+    ]
+    # Stages count cores and GPUs once; a pool that starts empty would stay unused.
+    assert min(least) >= 1
+
+
+def test_head_takes_no_work() -> None:
+    # A task that exhausts the head's memory ends the whole cluster.
+    assert read("autoscaler.yaml")["available_node_types"]["head"]["resources"]["CPU"] == 0
+    for name in KUBERAY:
+        assert cluster_spec(name)["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_file_uses_fields_that_exist(name: str) -> None:
+    document = read(name)
+    assert document["apiVersion"] == "ray.io/v1"
+    # Kubernetes drops or refuses fields it does not know: a typo would change the cluster.
+    if document["kind"] == "RayJob":
+        assert set(document["spec"]) <= JOB_FIELDS
+    spec = cluster_spec(name)
+    assert set(spec) <= CLUSTER_FIELDS
+    assert set(spec["headGroupSpec"]) <= HEAD_FIELDS
+    for group in spec["workerGroupSpecs"]:
+        assert set(group) <= GROUP_FIELDS
+    for group in groups(name):
+        # KubeRay takes the parameters of `ray start` as strings only.
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_file_has_the_ray_of_the_package(name: str) -> None:
+    minor = ray.__version__.rpartition(".")[0] + "."
+    # pyproject.toml allows one minor release; nodes, drivers and operator must agree on it.
+    assert cluster_spec(name)["rayVersion"].startswith(minor)
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_file_asks_for_a_token_and_scales(name: str) -> None:
+    spec = cluster_spec(name)
+    # Inside Kubernetes the dashboard listens on all interfaces: only the token guards it.
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["enableInTreeAutoscaling"] is True
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_pods_mount_the_shared_claim(name: str) -> None:
+    for group in groups(name):
+        pod = group["template"]["spec"]
+        claims = {
+            volume["name"]: volume["persistentVolumeClaim"]["claimName"]
+            for volume in pod["volumes"]
+        }
+        for container in pod["containers"]:
+            # Run folders must be on storage that every node sees, at one path.
+            mounted = {claims[m["name"]]: m["mountPath"] for m in container["volumeMounts"]}
+            assert mounted == {"snr-share": "/mnt/share"}
+
+
+def test_rayjob_is_a_raycluster_with_a_job() -> None:
+    # Two copies of one specification, which kubectl cannot share between files.
+    assert cluster_spec("rayjob.yaml") == cluster_spec("raycluster.yaml")
+
+
+def test_rayjob_entrypoint_is_a_command_that_parses() -> None:
+    words = shlex.split(read("rayjob.yaml")["spec"]["entrypoint"])
+    assert words[0] == "python"
+    # The image copies jobs/ to the folder where jobs start.
+    script = REPOSITORY / words[1]
+    assert script.is_file()
+    arguments = cli._parser().parse_args([script.stem, *words[2:]])
+    # What a retry continues must outlive its cluster.
+    assert arguments.out.is_relative_to("/mnt/share")
+
+
+def test_rayjob_retries() -> None:
+    # Stages continue where they were interrupted, so giving up at the first lost node is waste.
+    assert read("rayjob.yaml")["spec"]["backoffLimit"] >= 1
+
+
+def test_one_image_everywhere() -> None:
+    images = {read("autoscaler.yaml")["docker"]["image"]}
+    for name in KUBERAY:
+        images |= {
+            container["image"]
+            for group in groups(name)
+            for container in group["template"]["spec"]["containers"]
+        }
+    # Its tag is the package's version, so that an upgrade cannot forget a file.
+    assert images == {f"snr-ray:{__version__}"}
+
+
+def test_dockerfile_has_the_ray_of_kuberay() -> None:
+    version = cluster_spec("raycluster.yaml")["rayVersion"]
+    # The operator writes start commands for rayVersion, which the image must then have.
+    assert f"FROM rayproject/ray:{version}-" in (CLUSTER / "Dockerfile").read_text()
+
+
+def test_runtime_env_leaves_out_what_is_large() -> None:
+    environment = read("runtime_env.yaml")
+    # A virtual environment alone exceeds the size that Ray uploads.
+    assert {".git/", ".venv/", "venv/", "/runs/", "*.parquet"} <= set(environment["excludes"])
+    # Values of other types are refused by Ray when the job starts.
+    assert all(isinstance(value, str) for value in environment["env_vars"].values())
+    # The job itself must travel.
+    kept = {"jobs", "snr_ray", "pyproject.toml"}
+    assert not kept & {pattern.strip("/") for pattern in environment["excludes"]}
+
+
+def test_local_script_parses() -> None:
+    # bash reads a script as it runs it: an error near the end would leave a cluster behind.
+    subprocess.run(["bash", "-n", CLUSTER / "local.sh"], check=True)
+
+
+def test_local_script_explains_itself_when_misused() -> None:
+    run = subprocess.run(
+        ["bash", CLUSTER / "local.sh", "restart"], capture_output=True, text=True, check=False
+    )
+    # 2 is wrong usage, as for `snr`.
+    assert run.returncode == 2
+    assert "usage:" in run.stderr
+
+
+def test_local_script_stop_without_a_cluster_does_nothing(tmp_path: Path) -> None:
+    run = subprocess.run(
+        ["bash", CLUSTER / "local.sh", "stop"],
+        env={"PATH": "/usr/bin:/bin", "SNR_RAY_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    # `ray stop` would end every Ray of the machine, whoever started it.
+    assert "no cluster" in run.stdout
+    assert '"$ray" stop' not in (CLUSTER / "local.sh").read_text()

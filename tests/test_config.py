@@ -1,0 +1,89 @@
+"""Configuration: merging, overriding, saving, and the sentences for mistakes."""
+
+from pathlib import Path
+
+import pytest
+
+from snr_ray import config as configs
+from snr_ray.config import Config, InputError
+
+
+@pytest.mark.parametrize("name", configs.preset_names())
+def test_every_shipped_preset_loads(name: str) -> None:
+    assert isinstance(configs.load([name]), Config)
+
+
+def test_preset_paired_is_the_default() -> None:
+    assert configs.load(["paired"]) == Config()
+
+
+def test_preset_seed_is_elbo_and_drawn_triplet_only() -> None:
+    loss = configs.load(["seed"]).loss
+    assert (loss.swap_probability, loss.content_kl, loss.triplet_form) == (0.0, 0.0, "drawn")
+
+
+def test_saved_config_loads_equal(tmp_path: Path) -> None:
+    config = configs.load(["cifar10", "seed"], ["train.lr=3e-4", "noise.n_views=[30,15]",
+                                                "train.batch_size=32"])  # fmt: skip
+    configs.save(config, tmp_path / "c.yaml")
+    assert configs.load([tmp_path / "c.yaml"]) == config
+
+
+def test_later_sources_win_and_set_wins_over_all(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train: {steps: 7, lr: 0.1}\n")
+    config = configs.load(["glyphs", tmp_path / "a.yaml"], ["train.lr=1e-3"])
+    assert (config.train.steps, config.train.lr, config.images.size) == (7, 1e-3, 28)
+
+
+def test_differences_name_the_key_and_both_values() -> None:
+    other = configs.load([], ["train.steps=5"])
+    assert configs.differences(Config(), other) == ["train.steps: 3000 there, 5 here"]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.stepz=3", r"Unknown configuration key train\.stepz; valid here: .*train\.steps"),
+        ("nonsense.a=3", r"Unknown configuration key nonsense"),
+        ("train.steps=two", r"train\.steps must be int, but got 'two'"),
+        ("train.steps=true", r"train\.steps must be int, but got True"),
+        ("train.steps=0", r"train\.steps must be at least 1, but got 0"),
+        ("train.lr=fast", r"train\.lr must be float, but got 'fast'"),
+        ("train=3", r"train must be a section with keys, but got 3"),
+        ("train.steps", r"--set takes key\.path=value, but got 'train\.steps'"),
+        ("noise.n_views=[0]", r"noise\.n_views must be at least 1, but got 0"),
+        ("noise.n_views=[-3,4]", r"noise\.n_views must be at least 1, but got -3"),
+        ("noise.n_views=[]", r"needs at least one view count"),
+        ("noise.n_views=[4,4]", r"must not repeat"),
+        ("noise.n_views=many", r"noise\.n_views must be a list"),
+        ("noise.filter=lowpass", r"noise\.filter must be one of ramp, .*but got 'lowpass'"),
+        ("images.size=0", r"images\.size must be at least 8 pixels, but got 0"),
+        ("images.size=28.5", r"images\.size must be int, but got 28\.5"),
+        ("images.channels=2", r"images\.channels must be one of 1, 3, but got 2"),
+        ("train.batch_size=35", r"multiple of 2 x view counts x workers = 6, .*nearest is 36"),
+        ("model.noise_channels=[4,4]", r"one entry per level of model\.channels \(3\), but got 2"),
+        ("sweep.triplet=[2,1]", r"low <= high"),
+        ("sweep.triplet=[2]", r"list of 2 numbers"),
+    ],
+)
+def test_mistake_gets_a_sentence(override: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        configs.load([], [override])
+
+
+def test_more_levels_than_the_image_halves_is_refused() -> None:
+    with pytest.raises(InputError, match="use fewer levels or larger images"):
+        configs.load([], ["images.size=8", "model.channels=[8,8,8,8]",
+                          "model.content_channels=[2,2,2,2]",
+                          "model.noise_channels=[2,2,2,2]"])  # fmt: skip
+
+
+def test_unknown_config_file_lists_presets() -> None:
+    with pytest.raises(InputError, match="one of cifar10, .*but got 'nope'"):
+        configs.load(["nope"])
+
+
+def test_broken_yaml_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("train: [1,")
+    with pytest.raises(InputError, match="bad.yaml is not valid YAML"):
+        configs.load([tmp_path / "bad.yaml"])

@@ -1,0 +1,196 @@
+"""The denoise stage: one output per input, names, formats, donors, failures, resume."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tifffile
+from PIL import Image
+
+from snr_ray import config as configs
+from snr_ray.checkpoint import load_model
+from snr_ray.config import Config, InputError
+from snr_ray.denoise import denoise
+from snr_ray.images import decode
+from snr_ray.simulate import simulate
+from snr_ray.swap import swap
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
+CONFIG = Config()
+
+
+def outputs(out: Path) -> set[str]:
+    known = {"job.json", "manifest.parquet", "failures.parquet", "report.html"}
+    return {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} - known
+
+
+def test_one_output_per_input_under_its_name(
+    model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    outcome = denoise(CONFIG, model=str(model_folder), images=str(image_folder), out=out)
+    names = {str(p.relative_to(image_folder)) for p in image_folder.rglob("*.png")}
+    assert outputs(out) == names
+    assert (outcome.images, outcome.failed) == (24, 0)
+    rows = pq.read_table(out / "manifest.parquet").to_pylist()
+    assert [row["id"] for row in rows] == sorted(names)
+    # What was written is the swap with the mean clean code, rounded to 8 bits.
+    trained = load_model(model_folder)
+    for name in list(names)[:3]:
+        image = decode((image_folder / name).read_bytes(), name).pixels[None]
+        expected = np.clip(swap(trained.model, image, trained.codes.mean(0)), 0, 1)[0, 0]
+        written = np.asarray(Image.open(out / name)) / 255
+        np.testing.assert_allclose(written, expected, atol=0.51 / 255)
+    assert "24 images" in (out / "report.html").read_text()
+
+
+def test_formats_depths_and_channels_are_kept(model_folder: Path, tmp_path: Path) -> None:
+    rng, images = np.random.default_rng(0), tmp_path / "images"
+    images.mkdir()
+    Image.fromarray(rng.integers(0, 256, (20, 15, 3), dtype=np.uint8)).save(images / "rgb.jpg")
+    Image.fromarray(rng.integers(0, 4096, (20, 15), dtype=np.uint16)).save(images / "deep.png")
+    tifffile.imwrite(images / "ct.tif", rng.normal(2000, 3000, (17, 9)).astype(np.float32))
+    np.save(images / "array.npy", rng.integers(0, 256, (8, 8), dtype=np.uint8))
+    out = tmp_path / "out"
+    config = configs.load([], ["images.white=4095"])
+    assert denoise(config, model=str(model_folder), images=str(images), out=out).failed == 0
+    assert Image.open(out / "rgb.jpg").size == (15, 20)
+    assert Image.open(out / "rgb.jpg").mode == "RGB"
+    assert np.asarray(Image.open(out / "deep.png")).dtype == np.uint16
+    assert tifffile.imread(out / "ct.tif").dtype == np.float32
+    assert tifffile.imread(out / "ct.tif").shape == (17, 9)
+    assert np.load(out / "array.npy").shape == (8, 8)
+
+
+def test_bad_images_fail_alone(model_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    good = (image_folder / "a" / "00.png").read_bytes()
+    (image_folder / "a" / "cut.png").write_bytes(good[:40])
+    (image_folder / "b" / "empty.jpg").write_bytes(b"")
+    alpha = np.zeros((9, 9, 4), np.uint8)
+    Image.fromarray(alpha).save(image_folder / "alpha.png")
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(image_folder / "deep.png")
+    tifffile.imwrite(image_folder / "float.tif", np.zeros((9, 9), np.float32))
+    out = tmp_path / "out"
+    outcome = denoise(CONFIG, model=str(model_folder), images=str(image_folder), out=out)
+    assert (outcome.images, outcome.failed) == (24, 5)
+    failures = pq.read_table(out / "failures.parquet").to_pylist()
+    assert {f["id"] for f in failures} == {
+        "a/cut.png", "b/empty.jpg", "alpha.png", "deep.png", "float.tif"}  # fmt: skip
+    assert all(f["reason"].endswith(".") for f in failures)
+    # Repaired images are tried again by the same command; the others are not touched.
+    stamp = (out / "a" / "00.png").stat().st_mtime_ns
+    (image_folder / "a" / "cut.png").write_bytes(good)
+    again = denoise(CONFIG, model=str(model_folder), images=str(image_folder), out=out)
+    assert (again.images, again.failed) == (25, 4)
+    assert (out / "a" / "00.png").stat().st_mtime_ns == stamp
+
+
+def test_random_donors_and_samples_do_not_depend_on_the_other_images(
+    model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    options = {"model": str(model_folder), "donor": "random", "samples": 3}
+    denoise(CONFIG, images=str(image_folder), out=tmp_path / "all", **options)
+    denoise(CONFIG, images=str(image_folder / "a"), out=tmp_path / "some", **options)
+    rows = pq.read_table(tmp_path / "all" / "manifest.parquet").to_pylist()
+    assert len({row["donor"] for row in rows}) > 4
+    assert all(row["std"] > 0 for row in rows)
+    deviation = np.load(tmp_path / "all" / "a" / "00.png.std.npy")
+    assert deviation.shape == (20, 18)
+    # Ids differ by their folder, so equal ids are compared through one more job.
+    denoise(CONFIG, images=str(image_folder / "a" / "0*.png"), out=tmp_path / "few", **options)
+    for name in ("00.png", "02.png.std.npy"):
+        assert (tmp_path / "few" / name).read_bytes() == (tmp_path / "some" / name).read_bytes()
+
+
+def test_donor_images_and_injection_change_the_result(
+    model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    results = {}
+    for name, options in {
+        "mean": {}, "path": {"donor": str(image_folder / "b" / "01.png")}, "inject": {"inject": 6},
+    }.items():  # fmt: skip
+        out = tmp_path / name
+        denoise(CONFIG, model=str(model_folder), images=str(image_folder / "a"), out=out, **options)
+        results[name] = tuple((out / f).read_bytes() for f in sorted(outputs(out)))
+    assert len(set(results.values())) == 3
+
+
+def test_tensors_of_a_data_folder_become_float_tiff(
+    tiny: Config, model_folder: Path, tmp_path: Path
+) -> None:
+    data = simulate(tiny, images="glyphs", out=tmp_path / "data").out
+    out = tmp_path / "out"
+    denoise(CONFIG, model=str(model_folder), images=f"{data / 'test'}#noisy_6", out=out)
+    ids = pq.read_table(data / "test", columns=["id"])["id"].to_pylist()
+    assert outputs(out) == {name.replace(".png", ".tif") for name in ids}
+
+
+def test_outputs_of_a_killed_job_are_kept_and_completed(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(900):
+        pixels = rng.integers(0, 256, (48, 48), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{k:04d}.png")
+    command = [sys.executable, "-m", "snr_ray.cli", "denoise", "--model", str(model_folder),
+               "--images", str(images), "--out", str(out), "--samples", "8"]  # fmt: skip
+    job = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list((out / "parts").glob("[0-9]*.parquet")):
+        assert job.poll() is None, job.stderr.read().decode() if job.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    kept = [row["output"] for part in (out / "parts").glob("[0-9]*.parquet")
+            for row in pq.read_table(part).to_pylist()]  # fmt: skip
+    stamps = {name: (out / name).stat().st_mtime_ns for name in kept}
+    assert 0 < len(kept) < 900
+    outcome = denoise(CONFIG, model=str(model_folder), images=str(images), out=out, samples=8)
+    assert (outcome.images, outcome.failed) == (900, 0)
+    ids = pq.read_table(out / "manifest.parquet")["id"].to_pylist()
+    assert len(ids) == len(set(ids)) == 900
+    assert {name: (out / name).stat().st_mtime_ns for name in kept} == stamps
+    assert not [p for p in out.rglob("*.partial") if p.suffix != ".partial"]
+
+
+def test_bad_requests_are_refused(
+    model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    def run(**changes: object) -> None:
+        options = {"model": str(model_folder), "images": str(image_folder),
+                   "out": tmp_path / "out"} | changes  # fmt: skip
+        denoise(CONFIG, **options)  # type: ignore[arg-type]
+
+    with pytest.raises(InputError, match="knows 12, 6 views, but got 7"):
+        run(inject=7)
+    with pytest.raises(InputError, match="--donor must be mean, random or an image or folder"):
+        run(donor="nobody")
+    with pytest.raises(InputError, match="--samples must not be negative, but got -1"):
+        run(samples=-1)
+    with pytest.raises(InputError, match="--out must lie outside the images"):
+        run(out=image_folder / "clean")
+    with pytest.raises(InputError, match="A model folder holds"):
+        run(model=str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "00.png").write_bytes(b"precious")
+    with pytest.raises(InputError, match="holds other files"):
+        run(out=tmp_path / "mine")
+    assert (tmp_path / "mine" / "00.png").read_bytes() == b"precious"
+
+
+def test_two_inputs_with_one_output_name_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    rows = {"name": ["x", "x.png"], "image": [b"1", b"2"]}
+    pq.write_table(pa.table(rows), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"2 of .* would be written to 't/x\.png'"):
+        denoise(CONFIG, model=str(model_folder), images=str(tmp_path / "t.parquet"),
+                out=tmp_path / "out")  # fmt: skip

@@ -1,0 +1,157 @@
+"""Learning without Ray: it learns, workers agree with one, a resumed run equals an unbroken one."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from snr_ray import config as configs
+from snr_ray import radon
+from snr_ray.batches import PairFeed, Pairs, Share
+from snr_ray.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
+from snr_ray.config import Config, InputError
+from snr_ray.fit import Learner, Metrics, donor_codes, fit, validate
+from snr_ray.sources import open_source
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny: Config) -> Pairs:
+    source = open_source("glyphs")
+    rows = source.select("train", 250)
+    clean = np.stack([source.load(row, tiny.images) for row in rows])
+    noisy = [[radon.operator(spec, 16, 16)(clean)] for spec in radon.specs(tiny.noise)]
+    return Pairs([source.ids[row] for row in rows], [clean], noisy)
+
+
+def _gradients(learner: Learner) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in learner.objective.parameters() if p.grad is not None]
+
+
+def _step(config: Config, pairs: Pairs, share: Share) -> list[torch.Tensor]:
+    learner = Learner(config, share=share)
+    feed = PairFeed(pairs, config.train.batch_size, seed=config.seed, share=share)
+    learner.train_step(feed.batch(0))
+    return _gradients(learner)
+
+
+@pytest.mark.parametrize("preset", ["paired", "seed"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_gradients_of_workers_average_to_those_of_one(
+    pairs: Pairs, preset: str, world_size: int
+) -> None:
+    config = configs.load(["smoke", preset], ["train.grad_clip=1e9", "loss.free_bits=0.5"])
+    one = _step(config, pairs, Share())
+    many = [_step(config, pairs, Share(rank, world_size)) for rank in range(world_size)]
+    for k, gradient in enumerate(one):
+        mean = torch.stack([worker[k] for worker in many]).mean(0)
+        torch.testing.assert_close(mean, gradient, atol=1e-5, rtol=1e-3)
+
+
+def _run(config: Config, pairs: Pairs, learner: Learner) -> list[Metrics]:
+    feed = PairFeed(pairs, config.train.batch_size, seed=config.seed, share=Share())
+    logged: list[Metrics] = []
+    fit(learner, feed.batches(learner.step), log=logged.append, checkpoint=lambda last: False)
+    return logged
+
+
+def test_training_learns_letters(tiny: Config, pairs: Pairs) -> None:
+    config = configs.replace(tiny, {"train.steps": 200, "train.ema": 0.9})
+    learner = Learner(config)
+    before = validate(learner.average, donor_codes(learner.average, pairs), pairs, (12, 6))
+    logged = _run(config, pairs, learner)
+    after = validate(learner.average, donor_codes(learner.average, pairs), pairs, (12, 6))
+    assert logged[-1]["loss"] < logged[0]["loss"] / 3
+    assert after["swap_psnr"] > before["swap_psnr"] + 3
+    assert set(after) == {"swap_psnr", "swap_psnr_12", "swap_psnr_6", "recon_clean_psnr"}
+
+
+def test_resumed_run_equals_an_unbroken_one(tiny: Config, pairs: Pairs, tmp_path: Path) -> None:
+    unbroken = Learner(tiny)
+    _run(tiny, pairs, unbroken)
+    first = Learner(tiny)
+    feed = PairFeed(pairs, tiny.train.batch_size, seed=tiny.seed, share=Share())
+    for step in range(7):
+        first.train_step(feed.batch(step))
+    save_checkpoint(tmp_path, first)
+    resumed = Learner(configs.replace(tiny, {"train.num_workers": 1}))
+    load_checkpoint(tmp_path, resumed)
+    _run(tiny, pairs, resumed)
+    for a, b in zip(unbroken.average.parameters(), resumed.average.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+
+
+def test_same_seed_same_weights_and_another_seed_others(tiny: Config, pairs: Pairs) -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        learner = Learner(configs.replace(tiny, {"seed": seed}))
+        _run(tiny, pairs, learner)
+        runs.append(torch.cat([p.flatten() for p in learner.average.parameters()]))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+def test_step_with_bad_numbers_is_skipped(tiny: Config, pairs: Pairs) -> None:
+    learner = Learner(tiny)
+    batch = PairFeed(pairs, tiny.train.batch_size, seed=0, share=Share()).batch(0)
+    batch.noisy[0] = float("nan")
+    before = [p.clone() for p in learner.objective.parameters()]
+    learner.train_step(batch)
+    assert learner.skipped == 1
+    for a, b in zip(before, learner.objective.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpoint_callback_can_stop_early(tiny: Config, pairs: Pairs) -> None:
+    learner = Learner(tiny)
+    feed = PairFeed(pairs, tiny.train.batch_size, seed=0, share=Share())
+    calls: list[bool] = []
+
+    def stop(last: bool) -> bool:
+        calls.append(last)
+        return True
+
+    fit(learner, feed.batches(0), log=lambda m: None, checkpoint=stop)
+    assert (learner.step, calls) == (tiny.train.checkpoint_every_steps, [False])
+
+
+def test_model_folder_round_trip(tiny: Config, pairs: Pairs, tmp_path: Path) -> None:
+    learner = Learner(tiny)
+    codes = donor_codes(learner.average, pairs)
+    save_model(tmp_path / "model", tiny, learner.average, codes, {"swap_psnr": 1.0}, "tests")
+    back = load_model(tmp_path / "model")
+    assert back.config == tiny
+    for a, b in zip(learner.average.parameters(), back.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(codes.donors, back.codes.donors, strict=True):
+        assert torch.equal(a, b)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "16x16 grey" in card
+    assert not list((tmp_path / "model").glob("*.p*"))  # nothing to unpickle
+
+
+def test_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds model\.safetensors, but .* does not; `snr train`"):
+        load_model(tmp_path)
+
+
+def test_run_folder_hints_at_its_model(model_folder: Path) -> None:
+    with pytest.raises(InputError, match="did you mean .*model"):
+        load_model(model_folder.parent)
+
+
+def test_weights_of_another_shape_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(model_folder, tmp_path / "model")
+    text = (other / "config.yaml").read_text().replace("stem_channels: 4", "stem_channels: 6")
+    (other / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"has \[8, 4, .*yaml wants \[8, 6, .*mixes two models"):
+        load_model(other)
+
+
+def test_damaged_weights_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(model_folder, tmp_path / "model")
+    data = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        load_model(other)

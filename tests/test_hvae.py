@@ -1,0 +1,210 @@
+"""The model: shapes at any size, codes as the only way to the image, the swap, the losses."""
+
+import numpy as np
+import pytest
+import torch
+
+from snr_ray import config as configs
+from snr_ray.batches import Batch, Share, StepNormal
+from snr_ray.blocks import Gaussian, kl, standard
+from snr_ray.config import Config
+from snr_ray.fit import build_model
+from snr_ray.hvae import HVAE, Codes
+from snr_ray.losses import Objective, triplet_loss
+from snr_ray.swap import collect, noise_code, swap
+
+
+def model_of(config: Config, *, seed: int = 0) -> HVAE:
+    """A model whose weights are large enough for every code to matter."""
+    model = build_model(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def images(n: int = 4, *size: int, channels: int = 1) -> np.ndarray:
+    shape = (n, channels, *(size or (16, 16)))
+    return np.random.default_rng(sum(shape)).random(shape, dtype=np.float32)
+
+
+@pytest.fixture(params=["vector", "map"])
+def any_code(request: pytest.FixtureRequest, tiny: Config) -> Config:
+    return configs.replace(tiny, {"model.noise_code": request.param})
+
+
+@pytest.mark.parametrize("size", [(16, 16), (17, 23), (28, 28), (9, 40), (1, 1), (3, 2)])
+def test_any_size_comes_back_at_its_size(any_code: Config, size: tuple[int, int]) -> None:
+    x = images(2, *size)
+    assert swap(model_of(any_code), x, None).shape == x.shape
+
+
+def test_rgb_model_takes_three_channels(tiny: Config) -> None:
+    config = configs.replace(tiny, {"images.channels": 3})
+    x = images(2, 16, 16, channels=3)
+    assert swap(model_of(config), x, None).shape == x.shape
+
+
+def test_decode_of_encode_is_the_reconstruction(any_code: Config) -> None:
+    model, x = model_of(any_code), torch.from_numpy(images(3, 15, 18))
+    with torch.inference_mode():
+        torch.testing.assert_close(model.decode(model.encode(x)), model(x).image)
+
+
+def test_swap_with_own_code_is_the_reconstruction(any_code: Config) -> None:
+    model, x = model_of(any_code), images(1)
+    np.testing.assert_allclose(swap(model, x, noise_code(model, x)), swap(model, x, None), atol=1e-5)
+
+
+def test_all_codes_of_another_image_give_the_other_image(any_code: Config) -> None:
+    # Authority: nothing but codes reaches the decoder, so image i's place cannot matter.
+    model, x = model_of(any_code), torch.from_numpy(images(4))
+    with torch.inference_mode():
+        codes = model.encode(x)
+        exchanged = Codes([c.flip(0) for c in codes.content], [c.flip(0) for c in codes.noise],
+                          codes.size)  # fmt: skip
+        torch.testing.assert_close(model.decode(exchanged), model.decode(codes).flip(0))
+
+
+def test_each_code_changes_the_image(any_code: Config) -> None:
+    model, x = model_of(any_code), torch.from_numpy(images(2))
+    with torch.inference_mode():
+        codes = model.encode(x)
+        image = model.decode(codes)
+        for part in ("content", "noise"):
+            for level in range(2):
+                changed = model.encode(x)
+                getattr(changed, part)[level] += 1
+                assert (model.decode(changed) - image).abs().max() > 1e-4, (part, level)
+
+
+def test_noise_code_does_not_depend_on_the_other_images(any_code: Config) -> None:
+    model, x = model_of(any_code), images(4)
+    together = collect(model, [x, x]).donors
+    alone = collect(model, [x[2:3], x[2:3]]).donors
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a[0, 2], b[0, 0], atol=1e-5, rtol=1e-4)
+
+
+def test_donor_of_another_size_fits(any_code: Config) -> None:
+    model = model_of(any_code)
+    donor = noise_code(model, images(1, 30, 25))
+    assert swap(model, images(2, 17, 16), donor).shape == (2, 1, 17, 16)
+
+
+def test_samples_of_the_prior_have_the_size_asked_for(tiny: Config) -> None:
+    model = model_of(tiny)
+    normal = StepNormal(0, 0, Share(), torch.device("cpu"))
+    noise = noise_code(model, images(1))
+    with torch.inference_mode():
+        drawn = model.sample(3, (15, 20), noise, normal)
+    assert drawn.shape == (3, 1, 15, 20)
+    assert (drawn[0] - drawn[1]).abs().max() > 0
+
+
+def test_kl_of_equal_gaussians_is_zero_and_others_positive() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, p = (Gaussian(*torch.randn(2, 6, 3, 4, 4, generator=generator)) for _ in range(2))
+    torch.testing.assert_close(kl(q, q), torch.zeros(6))
+    assert (kl(q, p) > 0).all()
+
+
+def test_kl_equals_torch_distributions() -> None:
+    from torch.distributions import Normal, kl_divergence
+
+    generator = torch.Generator().manual_seed(1)
+    q = Gaussian(*torch.randn(2, 5, 7, generator=generator))
+    expected = kl_divergence(Normal(q.mu, (q.logvar / 2).exp()), Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(kl(q, standard(q)), expected)
+
+
+def _codes(clean: float, per_id: list[float], spread: float = 0.0) -> torch.Tensor:
+    """Noise codes [2 B, 1, 1, 1] of one group: clean ones, and one value per noise id."""
+    noisy = [value for value in per_id for _ in range(2)]
+    rows = [[clean + spread * k, value] for k, value in enumerate(noisy)]
+    return torch.tensor(rows).flatten()[:, None, None, None]
+
+
+def test_symmetric_triplet_is_zero_where_ids_are_apart() -> None:
+    assert triplet_loss(_codes(0.0, [2.0, 4.0]), 2, "symmetric", 1.0) == 0
+
+
+def test_symmetric_triplet_pulls_clean_codes_together_and_the_drawn_one_does_not() -> None:
+    spread = _codes(-9.0, [2.0, 4.0], spread=0.5)
+    assert triplet_loss(spread, 2, "symmetric", 1.0) > 0
+    assert triplet_loss(spread, 2, "drawn", 1.0) == 0
+
+
+def test_collapsed_codes_pay_the_margins() -> None:
+    equal = _codes(1.0, [1.0, 1.0])
+    assert triplet_loss(equal, 2, "drawn", 0.7) == pytest.approx(0.7)
+    assert triplet_loss(equal, 2, "symmetric", 0.7) == pytest.approx(1.4)
+
+
+def _objective_and_batch(config: Config) -> tuple[Objective, Batch]:
+    n_ids = len(config.noise.n_views)
+    objective = Objective(model_of(config).train(), config.loss, n_ids)
+    clean = torch.from_numpy(images(8))
+    ids = torch.tensor([1, 1, 2, 2] * 2)
+    noisy = clean * (1 + ids[:, None, None, None])
+    return objective, Batch(clean, noisy, ids)
+
+
+def _normal() -> StepNormal:
+    return StepNormal(0, 1, Share(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("preset", ["seed", "paired"])
+def test_objective_reaches_every_weight(tiny: Config, preset: str) -> None:
+    # A weight without gradient would stop data-parallel training.
+    config = configs.load(["smoke", preset])
+    objective, batch = _objective_and_batch(config)
+    objective(batch, _normal(), 1.0)["loss"].backward()
+    for name, p in objective.named_parameters():
+        assert not p.requires_grad or (p.grad is not None and p.grad.isfinite().all()), name
+
+
+def test_swap_training_aims_at_the_other_side_of_the_pair(tiny: Config) -> None:
+    # With a model that returns its input, the reconstruction error of swapped pairs is the
+    # distance between the two sides, and that of others zero.
+    errors = {}
+    for share in (0.0, 1.0):
+        config = configs.replace(tiny, {"loss.swap_probability": share,
+                                        "loss.sigma_learned": False})  # fmt: skip
+        objective, batch = _objective_and_batch(config)
+        forward = objective.model.forward
+
+        def identity(x, *args, forward=forward, **options):  # type: ignore[no-untyped-def]
+            result = forward(x, *args, **options)
+            result.image = x
+            return result
+
+        objective.model.forward = identity  # type: ignore[method-assign]
+        errors[share] = float(objective(batch, _normal(), 1.0)["recon"])
+    sigma = tiny.loss.sigma
+    floor = np.log(sigma)
+    difference = (batch.noisy - batch.clean).square().mean().item() / (2 * sigma**2)
+    assert errors[0.0] == pytest.approx(floor, rel=1e-4)
+    assert errors[1.0] == pytest.approx(floor + difference, rel=1e-4)
+
+
+def test_free_bits_only_charge_what_exceeds_them(tiny: Config) -> None:
+    losses = []
+    for free in (0.0, 1e9):
+        config = configs.replace(tiny, {"loss.free_bits": free, "loss.triplet": 0.0,
+                                        "loss.content_kl": 0.0})  # fmt: skip
+        objective, batch = _objective_and_batch(config)
+        parts = objective(batch, _normal(), 1.0)
+        losses.append((parts["loss"].item(), parts["recon"].item()))
+    assert losses[1][0] == pytest.approx(losses[1][1])
+    assert losses[0][0] > losses[0][1]
+
+
+def test_sigma_stays_within_its_ratio(tiny: Config) -> None:
+    objective, _ = _objective_and_batch(tiny)
+    with torch.no_grad():
+        objective.log_sigma.copy_(torch.tensor([-20.0, -2.0, 3.0]))
+    sigma = objective.sigma().detach()
+    assert sigma.min() == pytest.approx(0.01)
+    assert sigma.max() == pytest.approx(0.01 * tiny.loss.sigma_ratio)
