@@ -60,8 +60,10 @@ def bench(config: Config, name: str, *, out: Path | None) -> int:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) and value < 100 else (
-        f"{value:,.0f}" if isinstance(value, (int, float)) else str(value)
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 100
+        else (f"{value:,.0f}" if isinstance(value, (int, float)) else str(value))
     )
 
 

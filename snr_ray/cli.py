@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,7 @@ PURPOSE = {
 def main(argv: list[str] | None = None) -> int:
     """Run one stage. Returns 0 done, 2 wrong usage or input, 3 some images failed, 1 else."""
     args = _parser().parse_args(argv)
-    # torch starts a thread per core in every process otherwise; workers are told their share.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    _prepare_environment()
     try:
         presets = ["demo", *args.config] if args.stage == "demo" else args.config
         config = configs.load(presets, args.set)
@@ -65,6 +65,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nsnr {args.stage}: interrupted; the same command continues.", file=sys.stderr)
         return 1
+
+
+def _prepare_environment() -> None:
+    """Settings that Ray and torch read when they are imported; what the user has set stays."""
+    # torch starts a thread per core in every process otherwise; workers are told their share.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
+        # A local Ray listens on every interface of the machine, and who reaches it runs code: a
+        # token of this process's own keeps others out and leaves no file behind.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _run(args: argparse.Namespace, config: Config) -> int:
@@ -100,7 +112,9 @@ def _run(args: argparse.Namespace, config: Config) -> int:
     elif args.stage == "evaluate":
         from snr_ray.evaluate import BASELINES, evaluate
 
-        names = BASELINES if args.baselines is None else tuple(filter(None, args.baselines.split(",")))
+        names = (
+            BASELINES if args.baselines is None else tuple(filter(None, args.baselines.split(",")))
+        )
         outcome = evaluate(
             config,
             model=args.model,
@@ -150,8 +164,12 @@ def _parser() -> argparse.ArgumentParser:
         parsers[name].add_argument("--images", metavar="SRC", required=True, help="images to read")
     for name in ("train", "sweep"):
         group = parsers[name].add_mutually_exclusive_group(required=True)
-        group.add_argument("--images", metavar="SRC", help="clean images; noise is made on the way")
-        group.add_argument("--data", metavar="DIR", type=Path, help="folder made by `snr simulate`")
+        group.add_argument(
+            "--images", metavar="SRC", help="clean images; noise is made on the way"
+        )
+        group.add_argument(
+            "--data", metavar="DIR", type=Path, help="folder made by `snr simulate`"
+        )
     for name in ("denoise", "evaluate"):
         parsers[name].add_argument(
             "--model", metavar="M", required=True, help="model folder (RUN/model)"

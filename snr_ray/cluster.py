@@ -23,17 +23,16 @@ def connected() -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS", "local")
-    if address == "local":
-        # A local Ray answers on loopback only, so a token would protect nothing and its creation
-        # prints a warning; one set by the user stays in force.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR,
-                     configure_logging=True,
-                     **({"include_dashboard": False} if address == "local" else {}))
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+                **({"include_dashboard": False} if address == "local" else {}),
+            )
         except ConnectionError as error:
             raise InputError(
                 f"RAY_ADDRESS must name a running Ray cluster, but {address} does not answer "

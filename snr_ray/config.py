@@ -140,7 +140,8 @@ class LossConfig:
             _check(value >= 0, f"loss.{name} must not be negative, but got {value}.")
         _check(self.sigma > 0, f"loss.sigma must be above 0, but got {self.sigma}.")
         _check(
-            self.sigma_ratio >= 1, f"loss.sigma_ratio must be at least 1, but got {self.sigma_ratio}."
+            self.sigma_ratio >= 1,
+            f"loss.sigma_ratio must be at least 1, but got {self.sigma_ratio}.",
         )
         for name in ("warmup", "swap_probability"):
             value = getattr(self, name)
@@ -186,7 +187,10 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             _check(value >= 1, f"train.{name} must be at least 1, but got {value}.")
-        _check(self.warmup_steps >= 0, f"train.warmup_steps must not be negative, but got {self.warmup_steps}.")
+        _check(
+            self.warmup_steps >= 0,
+            f"train.warmup_steps must not be negative, but got {self.warmup_steps}.",
+        )
         _check(self.lr > 0, f"train.lr must be above 0, but got {self.lr}.")
         _check(self.grad_clip > 0, f"train.grad_clip must be above 0, but got {self.grad_clip}.")
         _check(0 <= self.ema < 1, f"train.ema must be in [0, 1), but got {self.ema}.")
@@ -325,7 +329,10 @@ def _read(source: str | Path) -> dict[str, Any]:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise InputError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from None
-    _check(isinstance(tree, dict), f"{source} must hold a mapping of sections, but is a {type(tree).__name__}.")
+    _check(
+        isinstance(tree, dict),
+        f"{source} must hold a mapping of sections, but is a {type(tree).__name__}.",
+    )
     return tree
 
 

@@ -1,7 +1,7 @@
 """Source or data folder -> Ray Data rows -> the pairs that training and evaluation work on.
 
-    rows (id, clean, noisy_*, error) --small set: materialize--> Pairs in shared memory, any order
-                                     --large set: split-------> a stream per worker, fixed steps
+rows (id, clean, noisy_*, error) --small set: materialize--> Pairs in shared memory, any order
+                                 --large set: split-------> a stream per worker, fixed steps
 """
 
 import json
@@ -162,7 +162,9 @@ def stream_batches(shard: Any, config: Config, share: Share) -> Iterator[Batch]:
             rows = np.resize(good, len(ids))
             arrays = [tensors(batch[name])[rows] for name in columns]
             noisy = np.stack(arrays)[ids, np.arange(len(ids))]
-            yield Batch(torch.from_numpy(arrays[0]), torch.from_numpy(noisy), torch.from_numpy(ids))
+            yield Batch(
+                torch.from_numpy(arrays[0]), torch.from_numpy(noisy), torch.from_numpy(ids)
+            )
 
 
 def _read_shard(item: pa.Table) -> pa.Table:

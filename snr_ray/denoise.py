@@ -374,8 +374,7 @@ def _keep_apart(images: str, out: Path) -> None:
     folder = Path(images.partition("#")[0]).expanduser().absolute()
     if folder.is_dir() and (out == folder or folder in out.parents):
         raise InputError(
-            f"--out must lie outside the images, but {out} is inside {folder}; "
-            "give another --out."
+            f"--out must lie outside the images, but {out} is inside {folder}; give another --out."
         )
 
 

@@ -1,11 +1,11 @@
 """Scores of a model on the test split of a source, beside baselines: tables and the picture grid.
 
-    test rows --tasks: every method on every noise id--> PSNR and SSIM per image --> means
+test rows --tasks: every method on every noise id--> PSNR and SSIM per image --> means
 
-    OUT/metrics.json   the contract other programs read
-    OUT/metrics.md     the same as a table
-    OUT/scores.parquet one row per image, method and view count
-    OUT/grid.png       noisy, its reconstruction, clean, its reconstruction, removed, injected, true
+OUT/metrics.json   the contract other programs read
+OUT/metrics.md     the same as a table
+OUT/scores.parquet one row per image, method and view count
+OUT/grid.png       noisy, its reconstruction, clean, its reconstruction, removed, injected, true
 """
 
 import functools

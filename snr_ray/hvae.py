@@ -75,7 +75,8 @@ class HVAE(nn.Module):
             )
         )
         self.up = nn.ModuleList(
-            nn.Conv2d(wide, narrow, 1) for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
+            nn.Conv2d(wide, narrow, 1)
+            for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
         )
         self.top = nn.Parameter(torch.zeros(1, widths[-1], 1, 1))
         self.head = nn.Sequential(

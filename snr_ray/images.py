@@ -50,7 +50,9 @@ def decode(data: bytes, name: str, *, white: float | None = None) -> Decoded:
         raise
     except Exception as error:  # decoders raise anything on damaged bytes
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name} cannot be read as an image ({reason}); replace the file.") from None
+        raise InputError(
+            f"{name} cannot be read as an image ({reason}); replace the file."
+        ) from None
     return Decoded(scale(stored, name, white=white), stored.dtype)
 
 

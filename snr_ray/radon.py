@@ -44,7 +44,9 @@ class NoiseSpec:
         if self.n_views < 1:
             raise InputError(f"n_views must be at least 1, but got {self.n_views}.")
         if self.filter not in FILTERS:
-            raise InputError(f"filter must be one of {', '.join(FILTERS)}, but got {self.filter!r}.")
+            raise InputError(
+                f"filter must be one of {', '.join(FILTERS)}, but got {self.filter!r}."
+            )
 
     @property
     def theta(self) -> npt.NDArray[np.float64]:
@@ -60,7 +62,9 @@ def specs(config: NoiseConfig) -> list[NoiseSpec]:
 def spec_hash(noise: list[NoiseSpec], size: int) -> str:
     """Key of a simulated data set: changes with anything its noise depends on."""
     fixed = {"circle": False, "interpolation": "linear", "clip": False, "photons": None}
-    text = json.dumps([dataclasses.asdict(spec) | fixed for spec in noise] + [size], sort_keys=True)
+    text = json.dumps(
+        [dataclasses.asdict(spec) | fixed for spec in noise] + [size], sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -111,7 +115,11 @@ class RadonNoise:
     def project(self, images: npt.NDArray[np.floating]) -> Array:
         """Sinograms [..., N, A] of images [..., H, W]: N detector bins, A angles, as scikit-image."""
         flat = np.asarray(images, np.float64).reshape(-1, self.height * self.width)
-        sinogram = (self._projection @ flat.T).T.astype(np.float32).reshape(-1, self.spec.n_views, self.n_bins)
+        sinogram = (
+            (self._projection @ flat.T)
+            .T.astype(np.float32)
+            .reshape(-1, self.spec.n_views, self.n_bins)
+        )
         return sinogram.swapaxes(1, 2).reshape(*images.shape[:-2], self.n_bins, self.spec.n_views)
 
     def matrix(self) -> Array:

@@ -135,7 +135,9 @@ def simulate_rows(
     columns: dict[str, Any] = {"id": pa.array([i for _, i in ids], pa.string())}
     columns["clean"] = _tensor_array(images)
     for spec in radon.specs(config.noise):
-        columns[noisy_column(spec.n_views)] = _tensor_array(radon.operator(spec, side, side)(images))
+        columns[noisy_column(spec.n_views)] = _tensor_array(
+            radon.operator(spec, side, side)(images)
+        )
     return pa.table(columns), failures
 
 

@@ -165,7 +165,9 @@ def _paths(text: str, name: str) -> Source:
     if globbed:
         files = [path for path in files if fnmatch.fnmatchcase(path, pattern)]
     prefix = root.rstrip("/") + "/"
-    visible = [p for p in sorted(files) if not any(s[:1] == "." for s in p[len(prefix) :].split("/"))]
+    visible = [
+        p for p in sorted(files) if not any(s[:1] == "." for s in p[len(prefix) :].split("/"))
+    ]
     images = [path for path in visible if path.lower().endswith(SUFFIXES)]
     if images and not wanted:
         fetch = functools.partial(_read_file, fs, images)
@@ -194,7 +196,9 @@ def _parquet(
         column, id_column = _columns(file.schema_arrow, path, wanted)
         is_tensor = isinstance(file.schema_arrow.field(column).type, pa.FixedShapeTensorType)
         # Ids of a data folder are those of its source already.
-        stem = "" if is_tensor and id_column else path[len(prefix) :].removesuffix(".parquet") + "/"
+        stem = (
+            "" if is_tensor and id_column else path[len(prefix) :].removesuffix(".parquet") + "/"
+        )
         for group in range(file.num_row_groups):
             n_rows = file.metadata.row_group(group).num_rows
             keys: list[Any] = [None] * n_rows
@@ -271,7 +275,9 @@ def _notmnist(path: str) -> Source:
     if not path.endswith((".tar.gz", ".tgz", ".tar")):
         return _paths(path, f"notmnist:{path}")
     if not Path(path).is_file():
-        raise InputError(f"notmnist:PATH must be the archive or its folder, but {path} is missing.")
+        raise InputError(
+            f"notmnist:PATH must be the archive or its folder, but {path} is missing."
+        )
     ids, offsets, chunks = [], [0], []
     try:
         with tarfile.open(path) as archive_file:
@@ -305,8 +311,11 @@ def _cifar10(path: str) -> Source:
 
     sets = _download("cifar10", "cifar-10-python.tar.gz", fetch)
     pixels = np.concatenate([part.data for part in sets])
-    ids = [f"{split}/{i:05d}.png" for split, part in zip(SPLITS[::2], sets, strict=True)
-           for i in range(len(part))]
+    ids = [
+        f"{split}/{i:05d}.png"
+        for split, part in zip(SPLITS[::2], sets, strict=True)
+        for i in range(len(part))
+    ]
     return Source("cifar10", ids, pixels.__getitem__)
 
 
@@ -320,8 +329,11 @@ def _places365(path: str) -> Source:
         from torchvision.datasets import Places365
 
         root.mkdir(parents=True, exist_ok=True)
-        _download("places365", "val_256.tar (unpacked)",
-                  lambda: Places365(str(root), split="val", small=True, download=True))
+        _download(
+            "places365",
+            "val_256.tar (unpacked)",
+            lambda: Places365(str(root), split="val", small=True, download=True),
+        )
     return _paths(str(folder), "places365")
 
 
@@ -357,12 +369,17 @@ def _glyphs(path: str) -> Source:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     # The other fonts hold pieces of formulas in the places of letters.
     fonts = sorted(
-        p for p in folder.glob("*.ttf")
+        p
+        for p in folder.glob("*.ttf")
         if p.name.startswith(("DejaVu", "STIXGeneral", "cmb", "cmmi", "cmr", "cms", "cmt"))
         and "Display" not in p.name
     )
-    ids = [f"{letter}/{font.stem}/{variant:03d}.png" for font in fonts for letter in "ABCDEFGHIJ"
-           for variant in range(GLYPH_VARIANTS)]
+    ids = [
+        f"{letter}/{font.stem}/{variant:03d}.png"
+        for font in fonts
+        for letter in "ABCDEFGHIJ"
+        for variant in range(GLYPH_VARIANTS)
+    ]
     return Source("glyphs", ids, functools.partial(_draw_glyph, str(folder), ids), _parent)
 
 
@@ -408,8 +425,12 @@ def _photos(path: str) -> Source:
     for name in PHOTOS:
         with Image.open(_photo_file(folder, name)) as image:
             columns, rows = (side // PHOTO_CELL for side in image.size)
-        ids += [f"{name}/{row:02d}-{column:02d}/{crop}.png" for row in range(rows)
-                for column in range(columns) for crop in range(PHOTO_CROPS)]
+        ids += [
+            f"{name}/{row:02d}-{column:02d}/{crop}.png"
+            for row in range(rows)
+            for column in range(columns)
+            for crop in range(PHOTO_CROPS)
+        ]
     return Source("photos", ids, functools.partial(_crop_photo, str(folder), ids), _parent)
 
 

@@ -58,7 +58,10 @@ def sweep(
     out = out.absolute()
     space = {f"sweep.{k}": v for k, v in configs.to_dict(config)["sweep"].items()}
     claim(
-        out, identity(config, origin) | {"stage": "sweep"} | space, owned=OWNED, overwrite=overwrite
+        out,
+        identity(config, origin) | {"stage": "sweep"} | space,
+        owned=OWNED,
+        overwrite=overwrite,
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = _open_study(out, config)

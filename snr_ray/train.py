@@ -135,7 +135,10 @@ def _worker(job: dict[str, Any]) -> None:
         write_failures(out / "failures.parquet", failures)
 
     learner = Learner(
-        config, device=ray.train.torch.get_device(), share=share, wrap=ray.train.torch.prepare_model
+        config,
+        device=ray.train.torch.get_device(),
+        share=share,
+        wrap=ray.train.torch.prepare_model,
     )
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:

@@ -117,7 +117,9 @@ def test_donor_images_and_injection_change_the_result(
         "mean": {}, "path": {"donor": str(image_folder / "b" / "01.png")}, "inject": {"inject": 6},
     }.items():  # fmt: skip
         out = tmp_path / name
-        denoise(CONFIG, model=str(model_folder), images=str(image_folder / "a"), out=out, **options)
+        denoise(
+            CONFIG, model=str(model_folder), images=str(image_folder / "a"), out=out, **options
+        )
         results[name] = tuple((out / f).read_bytes() for f in sorted(outputs(out)))
     assert len(set(results.values())) == 3
 
@@ -163,9 +165,7 @@ def test_outputs_of_a_killed_job_are_kept_and_completed(
     assert not [p for p in out.rglob("*.partial") if p.suffix != ".partial"]
 
 
-def test_bad_requests_are_refused(
-    model_folder: Path, image_folder: Path, tmp_path: Path
-) -> None:
+def test_bad_requests_are_refused(model_folder: Path, image_folder: Path, tmp_path: Path) -> None:
     def run(**changes: object) -> None:
         options = {"model": str(model_folder), "images": str(image_folder),
                    "out": tmp_path / "out"} | changes  # fmt: skip

@@ -68,9 +68,7 @@ def test_grid_has_seven_pictures_a_row_and_the_table_a_row_a_method(report: Path
     assert "linear MMSE" in text
 
 
-def test_finished_evaluation_is_left_alone(
-    tiny: Config, model_folder: Path, report: Path
-) -> None:
+def test_finished_evaluation_is_left_alone(tiny: Config, model_folder: Path, report: Path) -> None:
     stamp = (report / "metrics.json").stat().st_mtime_ns
     evaluate(tiny, model=str(model_folder), images="glyphs", out=report)
     assert (report / "metrics.json").stat().st_mtime_ns == stamp

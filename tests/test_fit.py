@@ -132,7 +132,9 @@ def test_model_folder_round_trip(tiny: Config, pairs: Pairs, tmp_path: Path) -> 
 
 
 def test_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds model\.safetensors, but .* does not; `snr train`"):
+    with pytest.raises(
+        InputError, match=r"holds model\.safetensors, but .* does not; `snr train`"
+    ):
         load_model(tmp_path)
 
 

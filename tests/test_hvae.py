@@ -54,7 +54,9 @@ def test_decode_of_encode_is_the_reconstruction(any_code: Config) -> None:
 
 def test_swap_with_own_code_is_the_reconstruction(any_code: Config) -> None:
     model, x = model_of(any_code), images(1)
-    np.testing.assert_allclose(swap(model, x, noise_code(model, x)), swap(model, x, None), atol=1e-5)
+    np.testing.assert_allclose(
+        swap(model, x, noise_code(model, x)), swap(model, x, None), atol=1e-5
+    )
 
 
 def test_all_codes_of_another_image_give_the_other_image(any_code: Config) -> None:

@@ -53,7 +53,7 @@ def test_lmmse_is_the_best_linear_estimate_on_its_own_images() -> None:
     noisy = noise(clean)
     estimate = Lmmse(clean, noise)(noisy)
     a = noise.matrix().astype(np.float64)
-    ridge = np.linalg.solve(a.T @ a + 1e-3 * np.eye(256), a.T)
+    ridge = np.linalg.solve(a.T @ a + 1e-6 * np.eye(256), a.T)
     least_squares = (noisy.reshape(-1, 256) @ ridge.T).reshape(noisy.shape).astype(np.float32)
     error = np.square(estimate - clean).mean()
     assert error < np.square(noisy - clean).mean() / 3
@@ -63,5 +63,3 @@ def test_lmmse_is_the_best_linear_estimate_on_its_own_images() -> None:
 def test_lmmse_refuses_large_images() -> None:
     with pytest.raises(InputError, match="at most 4096 pixels per image, but got 65x65"):
         Lmmse(np.zeros((2, 1, 65, 65), np.float32), operator(NoiseSpec(2), 65, 65))
-
-

@@ -40,7 +40,10 @@ def test_rows_are_the_images_and_their_noise(tiny: Config, tmp_path: Path) -> No
                 np.testing.assert_allclose(image, noise(expected), atol=1e-5)
     assert len(seen) == outcome.images == 200
     manifest = json.loads((outcome.out / "manifest.json").read_text())
-    assert manifest["noise"] == [{"n_views": 12, "filter": "ramp"}, {"n_views": 6, "filter": "ramp"}]
+    assert manifest["noise"] == [
+        {"n_views": 12, "filter": "ramp"},
+        {"n_views": 6, "filter": "ramp"},
+    ]
     assert sum(manifest["splits"].values()) == manifest["images"] == 200
 
 
