@@ -1,4 +1,4 @@
-"""`snr bench` for `ray job submit --working-dir . -- python jobs/bench.py ...`; same arguments."""
+"""`snr bench` as a Ray job: ray job submit --working-dir . -- python jobs/bench.py ..."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`snr demo` for `ray job submit --working-dir . -- python jobs/demo.py ...`; same arguments."""
+"""`snr demo` as a Ray job: ray job submit --working-dir . -- python jobs/demo.py ..."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`snr denoise` for `ray job submit --working-dir . -- python jobs/denoise.py ...`; same arguments."""
+"""`snr denoise` as a Ray job: ray job submit --working-dir . -- python jobs/denoise.py ..."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`snr evaluate` for `ray job submit --working-dir . -- python jobs/evaluate.py ...`; same arguments."""
+"""`snr evaluate` as a Ray job: ray job submit --working-dir . -- python jobs/evaluate.py ..."""
 
 import sys
 

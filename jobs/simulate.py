@@ -1,4 +1,4 @@
-"""`snr simulate` for `ray job submit --working-dir . -- python jobs/simulate.py ...`; same arguments."""
+"""`snr simulate` as a Ray job: ray job submit --working-dir . -- python jobs/simulate.py ..."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`snr sweep` for `ray job submit --working-dir . -- python jobs/sweep.py ...`; same arguments."""
+"""`snr sweep` as a Ray job: ray job submit --working-dir . -- python jobs/sweep.py ..."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`snr train` for `ray job submit --working-dir . -- python jobs/train.py ...`; same arguments."""
+"""`snr train` as a Ray job: ray job submit --working-dir . -- python jobs/train.py ..."""
 
 import sys
 

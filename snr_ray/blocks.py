@@ -1,4 +1,4 @@
-"""Building blocks of the HVAE: Gaussians, residual blocks, the noise head and the top-down level."""
+"""Building blocks of the HVAE: Gaussians, residual blocks, noise head, top-down level."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -125,7 +125,7 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Traine
             f"{path} does not; train it again."
         )
     place = device or torch.device("cpu")
-    model = model.to(place, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model = model.to(place).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return TrainedModel(config, model, NoiseCodes([level.to(place) for level in kept]))
 
 

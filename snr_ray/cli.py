@@ -24,7 +24,7 @@ EXAMPLES = {
     "demo": "snr demo --out demo",
     "simulate": """snr simulate --images glyphs --out data
   snr simulate --config cifar10 --images cifar10:cifar10/ --out data
-  snr simulate --set images.size=64 --set images.channels=3 --images 's3://bucket/photos' --out data""",
+  snr simulate --config places64 --images 's3://bucket/photos?region=eu-west-1' --out data""",
     "train": """snr train --images glyphs --out run
   snr train --config notmnist --images notmnist:notMNIST_small.tar.gz --out run
   snr train --config notmnist --config seed --data data --out run-seed --set train.num_workers=2""",
@@ -35,7 +35,7 @@ EXAMPLES = {
   snr denoise --model run/model --images photos/ --out noisy --inject 20
   snr denoise --model run/model --images scans/ --out cleaned --donor random --samples 16""",
     "evaluate": """snr evaluate --model run/model --images glyphs --out report
-  snr evaluate --model run/model --images notmnist:notMNIST_small.tar.gz --out report --limit 200""",
+  snr evaluate --model run/model --images notmnist:notMNIST.tar.gz --out report --limit 200""",
     "bench": """snr bench radon
   snr bench train --out train.json""",
 }
@@ -164,12 +164,8 @@ def _parser() -> argparse.ArgumentParser:
         parsers[name].add_argument("--images", metavar="SRC", required=True, help="images to read")
     for name in ("train", "sweep"):
         group = parsers[name].add_mutually_exclusive_group(required=True)
-        group.add_argument(
-            "--images", metavar="SRC", help="clean images; noise is made on the way"
-        )
-        group.add_argument(
-            "--data", metavar="DIR", type=Path, help="folder made by `snr simulate`"
-        )
+        group.add_argument("--images", metavar="SRC", help="clean images; noise is made on the way")
+        group.add_argument("--data", metavar="DIR", type=Path, help="folder made by `snr simulate`")
     for name in ("denoise", "evaluate"):
         parsers[name].add_argument(
             "--model", metavar="M", required=True, help="model folder (RUN/model)"

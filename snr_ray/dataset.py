@@ -162,9 +162,7 @@ def stream_batches(shard: Any, config: Config, share: Share) -> Iterator[Batch]:
             rows = np.resize(good, len(ids))
             arrays = [tensors(batch[name])[rows] for name in columns]
             noisy = np.stack(arrays)[ids, np.arange(len(ids))]
-            yield Batch(
-                torch.from_numpy(arrays[0]), torch.from_numpy(noisy), torch.from_numpy(ids)
-            )
+            yield Batch(torch.from_numpy(arrays[0]), torch.from_numpy(noisy), torch.from_numpy(ids))
 
 
 def _read_shard(item: pa.Table) -> pa.Table:

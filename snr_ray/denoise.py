@@ -290,9 +290,7 @@ class _Swapper:
             )
         return rows
 
-    def _swap(
-        self, images: Array, donors: list[int], ids: list[str]
-    ) -> tuple[Array, Array | None]:
+    def _swap(self, images: Array, donors: list[int], ids: list[str]) -> tuple[Array, Array | None]:
         """Result and, with samples, standard deviation: each [B, C, H, W]."""
         channels = self.trained.config.images.channels
         if not self.samples:

@@ -50,9 +50,8 @@ class Learner:
         self.device = device or torch.device("cpu")
         self.share = share or Share()
         n_ids = len(config.noise.n_views)
-        self.objective = Objective(build_model(config), config.loss, n_ids).to(
-            self.device, memory_format=torch.channels_last
-        )
+        self.objective = Objective(build_model(config), config.loss, n_ids).to(self.device)
+        self.objective.to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.objective.model).eval().requires_grad_(False)
         self.parallel = wrap(self.objective)
         groups: list[dict[str, Any]] = [{"params": list(self.objective.model.parameters())}]

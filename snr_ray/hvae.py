@@ -9,13 +9,14 @@ is to know. The content posterior of a level is inferred against the top-down st
 codes in use produced; with a donor's noise codes this is the swap, in one pass.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snr_ray.blocks import Gaussian, Normal, NoiseHead, TopDownLevel, residual_blocks, upsample
+from snr_ray.blocks import Gaussian, NoiseHead, Normal, TopDownLevel, residual_blocks, upsample
 from snr_ray.config import ModelConfig
 
 PIXEL_OFFSET = 0.4
@@ -61,7 +62,7 @@ class HVAE(nn.Module):
                 nn.Conv2d(narrow, wide, 3, stride=2, padding=1),
                 residual_blocks(wide, config.blocks),
             )
-            for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
+            for narrow, wide in itertools.pairwise(widths)
         )
         spatial = config.noise_code == "map"
         self.noise_heads = nn.ModuleList(
@@ -75,8 +76,7 @@ class HVAE(nn.Module):
             )
         )
         self.up = nn.ModuleList(
-            nn.Conv2d(wide, narrow, 1)
-            for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
+            nn.Conv2d(wide, narrow, 1) for narrow, wide in itertools.pairwise(widths)
         )
         self.top = nn.Parameter(torch.zeros(1, widths[-1], 1, 1))
         self.head = nn.Sequential(
@@ -86,7 +86,7 @@ class HVAE(nn.Module):
         )
 
     def bottom_up(self, x: Tensor) -> list[Tensor]:
-        """Features of images [B, C, H, W] per level, finest first: [B, C_l, H/2^l, W/2^l] (ceil)."""
+        """Features of images [B, C, H, W] per level, finest first: [B, C_l, H/2^l, W/2^l]."""
         h = self.stem(x - PIXEL_OFFSET)
         features = []
         for down in self.down:
@@ -124,7 +124,7 @@ class HVAE(nn.Module):
         z: list[Tensor] = []
         state = self.top.expand(len(x), -1, *features[-1].shape[-2:])
         for level in reversed(range(len(self.levels))):
-            layer = self.levels[level]
+            layer = self._level(level)
             q, p = layer.infer(state, features[level]), layer.expect(state)
             content.insert(0, (q, p))
             z.insert(0, q.sample(normal))
@@ -143,7 +143,7 @@ class HVAE(nn.Module):
         batch = len(codes.content[-1])
         state = self.top.expand(batch, -1, *codes.content[-1].shape[-2:])
         for level in reversed(range(len(self.levels))):
-            layer = self.levels[level]
+            layer = self._level(level)
             state = layer.advance(state, codes.content[level], codes.noise[level])
             finer = codes.content[level - 1].shape[-2:] if level else torch.Size(codes.size)
             state = upsample(self.up[level](state), finer)
@@ -156,11 +156,16 @@ class HVAE(nn.Module):
             sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
         state = self.top.expand(n, -1, *sizes[-1])
         for level in reversed(range(len(self.levels))):
-            layer = self.levels[level]
+            layer = self._level(level)
             code = noise[level].expand(n, -1, -1, -1)
             state = layer.advance(state, layer.expect(state).sample(normal), code)
             state = upsample(self.up[level](state), torch.Size(sizes[level]))
         return self._image(state)
+
+    def _level(self, level: int) -> TopDownLevel:
+        layer = self.levels[level]
+        assert isinstance(layer, TopDownLevel)
+        return layer
 
     def _image(self, state: Tensor) -> Tensor:
         return self.head(F.silu(state)).float() + PIXEL_OFFSET

@@ -95,7 +95,7 @@ def encode(pixels: Array, name: str, *, depth: np.dtype, white: float | None = N
         stored = (image * np.float32(white or 1.0)).astype(depth)
     else:
         top = white if white and depth != np.uint8 else np.iinfo(np.uint8).max
-        stored = np.round(image * top).astype(np.uint8 if depth == bool else depth)
+        stored = np.round(image * top).astype(np.uint8 if depth.kind == "b" else depth)
     if stored.shape[2] == 1:
         stored = stored[:, :, 0]
     out = io.BytesIO()
@@ -158,10 +158,11 @@ def _read(data: bytes, suffix: str, name: str) -> npt.NDArray[np.generic]:
         return np.load(io.BytesIO(data), allow_pickle=False)
     if suffix in (".tif", ".tiff"):
         # Pillow clips 16-bit and float TIFF on conversion; tifffile keeps them.
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
-            page = file.pages[0].asarray()
+        with tifffile.TiffFile(io.BytesIO(data)) as pages:
+            page = pages.pages[0].asarray()
         return _without_alpha(page, name) if page.ndim == 3 and page.shape[2] in (2, 4) else page
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data)) as file:
+        image: Image.Image = file
         image.load()
         if image.mode == "P" or (image.mode in ("L", "RGB") and "transparency" in image.info):
             image = image.convert("RGBA" if "transparency" in image.info else "RGB")
@@ -175,7 +176,7 @@ def _read(data: bytes, suffix: str, name: str) -> npt.NDArray[np.generic]:
 
 def _without_alpha(stored: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.generic]:
     alpha = stored[:, :, -1]
-    opaque = 1.0 if alpha.dtype.kind == "f" else np.iinfo(alpha.dtype).max
+    opaque = 1.0 if alpha.dtype.kind == "f" else np.iinfo(alpha.dtype.name).max
     if np.any(alpha != opaque):
         raise InputError(
             f"An image must be opaque, but {name} has transparent pixels; "

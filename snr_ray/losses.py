@@ -92,7 +92,7 @@ class Objective(nn.Module):
         recon = (error / (2 * sigma.square()) + n_pixels * sigma.log()).mean() / n_pixels
         kl_content = [kl(q, p) for q, p in result.content]
         kl_noise = [kl(q, standard(q)) for q in result.noise]
-        paid = sum((F.relu(nats - config.free_bits).mean() for nats in kl_content + kl_noise))
+        paid = sum(F.relu(nats - config.free_bits).mean() for nats in kl_content + kl_noise)
         triplet = torch.stack(
             [
                 triplet_loss(q.mu, self.n_ids, config.triplet_form, config.margin)

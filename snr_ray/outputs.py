@@ -27,9 +27,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     os.replace(partial, path)
 
 
-def claim(
-    out: Path, identity: Mapping[str, Any], *, owned: Iterable[str], overwrite: bool
-) -> bool:
+def claim(out: Path, identity: Mapping[str, Any], *, owned: Iterable[str], overwrite: bool) -> bool:
     """Take an output folder for a job.
 
     Args:

@@ -3,9 +3,9 @@
     image [H, W] --project--> sinogram [N, A] --filter along N, back-project--> noisy [H, W]
 
 Every step is linear, so each is a matrix, built once per noise spec and image shape and applied to
-whole batches. Matrices and sinograms are float64, since one view of 96 pixels adds up to 20 times
-the image's range and float32 sums would be 2e-5 off. The result equals `skimage.transform.iradon(radon(x, theta, circle=False), theta)`
-with linear interpolation; it is not clipped.
+whole batches. It equals `skimage.transform.iradon(radon(x, theta, circle=False), theta)` with
+linear interpolation, and is not clipped. Matrices and sinograms are float64: one view of 96 pixels
+adds up 20 times the range of the image, and float32 sums would be 2e-5 off.
 """
 
 import dataclasses
@@ -62,9 +62,7 @@ def specs(config: NoiseConfig) -> list[NoiseSpec]:
 def spec_hash(noise: list[NoiseSpec], size: int) -> str:
     """Key of a simulated data set: changes with anything its noise depends on."""
     fixed = {"circle": False, "interpolation": "linear", "clip": False, "photons": None}
-    text = json.dumps(
-        [dataclasses.asdict(spec) | fixed for spec in noise] + [size], sort_keys=True
-    )
+    text = json.dumps([dataclasses.asdict(spec) | fixed for spec in noise] + [size], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -113,7 +111,7 @@ class RadonNoise:
         return sum(part.nbytes for part in (*parts, self._filter, *dense))
 
     def project(self, images: npt.NDArray[np.floating]) -> Array:
-        """Sinograms [..., N, A] of images [..., H, W]: N detector bins, A angles, as scikit-image."""
+        """Sinograms [..., N, A] of images [..., H, W]: N detector bins, A angles."""
         flat = np.asarray(images, np.float64).reshape(-1, self.height * self.width)
         sinogram = (
             (self._projection @ flat.T)

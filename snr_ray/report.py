@@ -144,7 +144,7 @@ def denoise_report(
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>snr_ray: {html.escape(title)}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem }}
 main {{ display: flex; flex-wrap: wrap; gap: 1rem }}
 figure {{ margin: 0 }} figcaption {{ font-size: 12px; max-width: 232px; overflow-wrap: anywhere }}
 img {{ width: 112px; image-rendering: pixelated; margin-right: 4px; background: #888 }}

@@ -24,9 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from snr_ray import __version__
+from snr_ray import __version__, radon
 from snr_ray import config as configs
-from snr_ray import radon
 from snr_ray.cluster import connected, cpus, shared
 from snr_ray.config import Config, ImagesConfig, InputError
 from snr_ray.outputs import Progress, claim, write_atomic

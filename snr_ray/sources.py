@@ -37,9 +37,9 @@ CACHE = Path("~/.cache/snr_ray")
 class Source:
     """A collection of images.
 
-    `fetch(index)` gives the file bytes, or stored pixels [H, W] or [H, W, C], of image `ids[index]`.
-    `group(id)` names what must stay in one split (by default the image itself). `tensors` says that
-    pixels are float with white at 1, as in a data folder.
+    `fetch(index)` gives the file bytes, or stored pixels [H, W] or [H, W, C], of `ids[index]`.
+    `group(id)` names what must stay in one split (by default the image itself). `tensors` says
+    that pixels are float with white at 1, as in a data folder.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Source:
         return "train" if share < 0.8 else "val" if share < 0.9 else "test"
 
     def file(self, index: int) -> tuple[str, bytes]:
-        """File name and bytes of one image; pixels without a file come as NPY. Raises InputError."""
+        """File name and bytes of one image (NPY where there is no file). Raises InputError."""
         raw = self._raw(index)
         if isinstance(raw, bytes):
             return self.ids[index], raw
@@ -181,9 +181,7 @@ def _read_file(fs: pafs.FileSystem, paths: Sequence[str], index: int) -> bytes:
         return stream.read()
 
 
-def _parquet(
-    fs: pafs.FileSystem, tables: list[str], prefix: str, name: str, wanted: str
-) -> Source:
+def _parquet(fs: pafs.FileSystem, tables: list[str], prefix: str, name: str, wanted: str) -> Source:
     """Parquet rows with encoded images (bytes, or a struct with bytes and path) or tensors."""
     ids: list[str] = []
     rows: list[tuple[str, int, int]] = []  # table, row group, row in it
@@ -196,9 +194,7 @@ def _parquet(
         column, id_column = _columns(file.schema_arrow, path, wanted)
         is_tensor = isinstance(file.schema_arrow.field(column).type, pa.FixedShapeTensorType)
         # Ids of a data folder are those of its source already.
-        stem = (
-            "" if is_tensor and id_column else path[len(prefix) :].removesuffix(".parquet") + "/"
-        )
+        stem = "" if is_tensor and id_column else path[len(prefix) :].removesuffix(".parquet") + "/"
         for group in range(file.num_row_groups):
             n_rows = file.metadata.row_group(group).num_rows
             keys: list[Any] = [None] * n_rows
@@ -275,9 +271,7 @@ def _notmnist(path: str) -> Source:
     if not path.endswith((".tar.gz", ".tgz", ".tar")):
         return _paths(path, f"notmnist:{path}")
     if not Path(path).is_file():
-        raise InputError(
-            f"notmnist:PATH must be the archive or its folder, but {path} is missing."
-        )
+        raise InputError(f"notmnist:PATH must be the archive or its folder, but {path} is missing.")
     ids, offsets, chunks = [], [0], []
     try:
         with tarfile.open(path) as archive_file:

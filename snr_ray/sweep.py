@@ -89,9 +89,7 @@ def suggest(trial: Trial, config: Config) -> Config:
         ]
     changes["loss.triplet"] = trial.suggest_float("triplet", *ranges.triplet, log=True)
     if config.loss.content_kl:
-        changes["loss.content_kl"] = trial.suggest_float(
-            "content_kl", *ranges.content_kl, log=True
-        )
+        changes["loss.content_kl"] = trial.suggest_float("content_kl", *ranges.content_kl, log=True)
     return configs.replace(config, changes)
 
 

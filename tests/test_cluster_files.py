@@ -83,9 +83,7 @@ def test_stages_find_nodes_when_they_start() -> None:
     launched = read("autoscaler.yaml")["available_node_types"]
     least = [launched[name]["min_workers"] for name in ("cpu_pool", "gpu_pool")]
     least += [
-        group["minReplicas"]
-        for name in KUBERAY
-        for group in cluster_spec(name)["workerGroupSpecs"]
+        group["minReplicas"] for name in KUBERAY for group in cluster_spec(name)["workerGroupSpecs"]
     ]
     # Stages count cores and GPUs once; a pool that starts empty would stay unused.
     assert min(least) >= 1

@@ -79,11 +79,11 @@ def test_more_levels_than_the_image_halves_is_refused() -> None:
 
 
 def test_unknown_config_file_lists_presets() -> None:
-    with pytest.raises(InputError, match="one of cifar10, .*but got 'nope'"):
+    with pytest.raises(InputError, match=r"one of cifar10, .*but got 'nope'"):
         configs.load(["nope"])
 
 
 def test_broken_yaml_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("train: [1,")
-    with pytest.raises(InputError, match="bad.yaml is not valid YAML"):
+    with pytest.raises(InputError, match=r"bad\.yaml is not valid YAML"):
         configs.load([tmp_path / "bad.yaml"])

@@ -117,9 +117,7 @@ def test_donor_images_and_injection_change_the_result(
         "mean": {}, "path": {"donor": str(image_folder / "b" / "01.png")}, "inject": {"inject": 6},
     }.items():  # fmt: skip
         out = tmp_path / name
-        denoise(
-            CONFIG, model=str(model_folder), images=str(image_folder / "a"), out=out, **options
-        )
+        denoise(CONFIG, model=str(model_folder), images=str(image_folder / "a"), out=out, **options)
         results[name] = tuple((out / f).read_bytes() for f in sorted(outputs(out)))
     assert len(set(results.values())) == 3
 
@@ -134,9 +132,7 @@ def test_tensors_of_a_data_folder_become_float_tiff(
     assert outputs(out) == {name.replace(".png", ".tif") for name in ids}
 
 
-def test_outputs_of_a_killed_job_are_kept_and_completed(
-    model_folder: Path, tmp_path: Path
-) -> None:
+def test_outputs_of_a_killed_job_are_kept_and_completed(model_folder: Path, tmp_path: Path) -> None:
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
     rng = np.random.default_rng(0)

@@ -132,14 +132,12 @@ def test_model_folder_round_trip(tiny: Config, pairs: Pairs, tmp_path: Path) -> 
 
 
 def test_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"holds model\.safetensors, but .* does not; `snr train`"
-    ):
+    with pytest.raises(InputError, match=r"holds model\.safetensors, but .* does not; `snr train`"):
         load_model(tmp_path)
 
 
 def test_run_folder_hints_at_its_model(model_folder: Path) -> None:
-    with pytest.raises(InputError, match="did you mean .*model"):
+    with pytest.raises(InputError, match=r"did you mean .*model"):
         load_model(model_folder.parent)
 
 

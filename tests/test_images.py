@@ -93,8 +93,8 @@ def test_opaque_alpha_is_dropped() -> None:
         ("a.npy", encode_npy(np.zeros((4, 4, 7), np.uint8)), r"but a\.npy is \[4, 4, 7\]"),
         ("a.npy", encode_npy(np.zeros(4, np.uint8)), r"but a\.npy is"),
     ],
-    ids=["empty", "garbage", "cut png", "cut jpeg", "cut npy", "alpha", "16 bit", "float", "7 channels",
-         "1d"],
+    ids=["empty", "garbage", "cut png", "cut jpeg", "cut npy", "alpha", "16 bit", "float",
+         "7 channels", "1d"],
 )  # fmt: skip
 def test_bad_file_gets_a_sentence(name: str, data: bytes, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
@@ -109,7 +109,7 @@ def test_npy_with_pickle_is_refused() -> None:
 
 
 def test_nan_is_refused() -> None:
-    with pytest.raises(InputError, match="must be finite, but a.tif holds NaN"):
+    with pytest.raises(InputError, match=r"must be finite, but a\.tif holds NaN"):
         decode(tiff(np.full((4, 4), np.nan, np.float32)), "a.tif", white=1)
 
 
@@ -140,5 +140,5 @@ def test_crop_keeps_pixels_and_refuses_small_images() -> None:
     pixels = RNG.random((1, 20, 30), dtype=np.float32)
     config = ImagesConfig(size=16, fit="crop")
     np.testing.assert_array_equal(prepare(pixels, config, "x")[0], pixels[0, 2:18, 7:23])
-    with pytest.raises(InputError, match="but small is 10x30; use images.fit=resize"):
+    with pytest.raises(InputError, match=r"but small is 10x30; use images\.fit=resize"):
         prepare(pixels[:, :10], config, "small")

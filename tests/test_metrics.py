@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
-
 from snr_ray.baselines import Lmmse, best_tv_weight, tv
 from snr_ray.config import InputError
 from snr_ray.metrics import psnr, ssim
