@@ -2,10 +2,12 @@
 
 The modules form four layers; a module imports only from its own layer or the ones below it.
 
-    0 values   config
-    1 arrays   radon  images  sources  metrics  baselines        (NumPy, SciPy, scikit-image)
-    2 torch    blocks  hvae  losses  fit  checkpoint  swap       (run without Ray)
-    3 ray      cluster  simulate  train  sweep  denoise  evaluate  report  bench  demo  cli
+    0 values   config  hashing  outputs
+    1 arrays   radon  images  samples  sources  metrics  baselines
+    2 torch    blocks  hvae  batches  losses  fit  checkpoint  swap  fileswap
+    3 ray      cluster  simulate  dataset  train  sweep  denoise  evaluate  report  bench  demo  cli
+
+Layers 1 and 2 run without Ray: in a notebook, in tests, on a lone GPU machine.
 """
 
 __version__ = "0.1.0"

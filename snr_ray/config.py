@@ -300,16 +300,6 @@ def replace(config: Config, changes: Mapping[str, Any]) -> Config:
     return from_dict(tree)
 
 
-def differences(a: Config, b: Config, *, ignore: Iterable[str] = ()) -> list[str]:
-    """`key: value of a, value of b` for every dotted key in which two Configs differ."""
-    flat_a, flat_b = _flat(to_dict(a)), _flat(to_dict(b))
-    return [
-        f"{key}: {flat_a[key]} there, {flat_b[key]} here"
-        for key in flat_a
-        if flat_a[key] != flat_b[key] and key not in set(ignore)
-    ]
-
-
 def _presets() -> Any:
     return resources.files("snr_ray") / "presets"
 
@@ -342,16 +332,6 @@ def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
             _merge(tree[key], value)
         else:
             tree[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ rows (id, clean, noisy_*, error) --small set: materialize--> Pairs in shared mem
                                  --large set: split-------> a stream per worker, fixed steps
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from snr_ray import config as configs
 from snr_ray.batches import Batch, Pairs, Share, noise_id_pattern
 from snr_ray.config import Config, InputError
 from snr_ray.simulate import Failure, noisy_column, row_bytes, stream, tensors
-from snr_ray.sources import open_source
+from snr_ray.sources import Source, open_source
 
 MEMORY_SHARE = 0.5
 """Sets up to this share of the object store are kept in memory; larger ones are streamed."""
@@ -38,18 +39,15 @@ class Origin:
         if (self.images is None) == (self.data is None):
             raise InputError("Give either --images SRC or --data DIR, and not both.")
 
+    @functools.cached_property
+    def source(self) -> Source:
+        """The source, listed once."""
+        return open_source(str(self.images))
+
     @property
     def name(self) -> str:
         """What the user typed."""
         return str(self.images or self.data)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One split: a Ray Data set and its length (failed images included)."""
-
-    dataset: "ray.data.Dataset"
-    count: int
 
 
 def settle(config: Config, origin: Origin) -> Config:
@@ -59,7 +57,6 @@ def settle(config: Config, origin: Origin) -> Config:
         InputError: if the data folder is none.
     """
     if origin.data is None:
-        open_source(str(origin.images))
         return config
     manifest = origin.data / "manifest.json"
     if not manifest.is_file():
@@ -71,32 +68,41 @@ def settle(config: Config, origin: Origin) -> Config:
     return configs.from_dict(tree)
 
 
-def open_rows(config: Config, origin: Origin, split: str, limit: int | None = None) -> Rows:
-    """Rows of a split, in the order of id hashes or of the shards. Lazy; needs a Ray connection.
+def count_rows(config: Config, origin: Origin, split: str) -> int:
+    """Images of a split, those that will fail included. Needs no Ray.
 
     Raises:
         InputError: if the split is empty.
     """
-    if origin.data is None:
-        source = open_source(str(origin.images))
-        rows = source.select(split, config.images.limit)[:limit]
-        count = len(rows)
+    if origin.images:
+        count = len(origin.source.select(split, config.images.limit))
     else:
-        shards = sorted((origin.data / split).glob("*.parquet"))
-        counts = [pq.read_metadata(path).num_rows for path in shards]
-        count = sum(counts)
+        count = sum(pq.read_metadata(path).num_rows for path in _shards(origin, split))
     if not count:
         raise InputError(
             f"The {split} split must hold images, but that of {origin.name} is empty; splits are "
             "80 / 10 / 10 % by hash of the image id, so give more images."
         )
-    if origin.data is None:
-        return Rows(stream(source, rows, config), count)
+    return count
+
+
+def open_rows(
+    config: Config, origin: Origin, split: str, limit: int | None = None
+) -> "ray.data.Dataset":
+    """Rows of a split, in the order of id hashes or of the shards; at most `limit`. Lazy."""
+    if origin.images:
+        rows = origin.source.select(split, config.images.limit)[:limit]
+        return stream(origin.source, rows, config)
     # One shard per task: the reader of Ray would pack small shards into a single one.
-    paths = [{"path": str(path.absolute())} for path in shards]
+    paths = [{"path": str(path.absolute())} for path in _shards(origin, split)]
     items = ray.data.from_items(paths, override_num_blocks=len(paths))
     dataset = items.map_batches(_read_shard, batch_size=1, batch_format="pyarrow")
-    return Rows(dataset if limit is None else dataset.limit(limit), min(count, limit or count))
+    return dataset if limit is None else dataset.limit(limit)
+
+
+def _shards(origin: Origin, split: str) -> list[Path]:
+    assert origin.data is not None
+    return sorted((origin.data / split).glob("*.parquet"))
 
 
 def fits_in_memory(config: Config, count: int) -> bool:
@@ -134,9 +140,9 @@ def gather(batches: Iterator[pa.Table], config: Config) -> tuple[Pairs, list[Fai
     return pairs, failures
 
 
-def collect_pairs(rows: Rows, config: Config) -> tuple[Pairs, list[Failure]]:
-    """All rows of a split as Pairs in this process."""
-    batches = rows.dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+def collect_pairs(rows: "ray.data.Dataset", config: Config) -> tuple[Pairs, list[Failure]]:
+    """Rows as Pairs in this process, and the images that failed."""
+    batches = rows.iter_batches(batch_size=None, batch_format="pyarrow")
     return gather(iter(batches), config)
 
 

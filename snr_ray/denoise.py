@@ -13,8 +13,8 @@ Files appear whole, then their rows; a killed job continues with the images that
 a finished one tries its failures again.
 """
 
+import dataclasses
 import functools
-import hashlib
 import shutil
 import time
 from collections import Counter
@@ -32,30 +32,20 @@ from snr_ray import images as image_files
 from snr_ray.checkpoint import TrainedModel, load_model
 from snr_ray.cluster import connected, cpus, gpus, shared
 from snr_ray.config import Config, InputError
+from snr_ray.fileswap import MANIFEST_SCHEMA, FileSwapper, ImageFile
+from snr_ray.hashing import fingerprint
 from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.report import denoise_report
 from snr_ray.simulate import Failure, Outcome, parquet_bytes, write_failures
 from snr_ray.sources import Source, open_source
-from snr_ray.swap import noise_code, swap
+from snr_ray.swap import noise_code
 
 Array = npt.NDArray[np.float32]
 
 READ_ROWS = 64
 """Images per read task and per call of an actor."""
-PASS_PIXELS = 2**20
-"""Pixels per pass of the network; bounds memory whatever the image sizes."""
-MANIFEST_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("output", pa.string()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("channels", pa.int32()),
-        ("depth", pa.string()),
-        ("donor", pa.int32()),
-        ("std", pa.float32()),
-        ("seconds", pa.float32()),
-    ]
+ROW_SCHEMA = MANIFEST_SCHEMA.append(pa.field("error", pa.string())).append(
+    pa.field("stage", pa.string())
 )
 
 
@@ -100,7 +90,7 @@ def denoise(
         out,
         {
             "stage": "denoise",
-            "model": _digest(Path(model) / "model.safetensors"),
+            "model": fingerprint((Path(model) / "model.safetensors").read_bytes()),
             "source": source.name,
             "donor": donor,
             "samples": samples,
@@ -153,7 +143,7 @@ def _run(
         ray.data.from_numpy(blocks)
         .map_batches(read, batch_size=None, batch_format="numpy")
         .map_batches(
-            _Swapper,
+            _Actor,
             fn_constructor_kwargs=work,
             batch_size=READ_ROWS,
             batch_format="pyarrow",
@@ -186,162 +176,32 @@ def _run(
 
 
 def _read(batch: dict[str, npt.NDArray[np.int64]], *, ref: "ray.ObjectRef") -> pa.Table:
-    """CPU task: indices -> name, output name and file bytes, or the reason there are none."""
+    """CPU task: indices -> the fields of ImageFile."""
     source, outputs = shared(ref)
-    rows = []
+    files = []
     for index in batch["data"].tolist():
-        row = {"id": source.ids[index], "output": outputs[index], "tensor": source.tensors}
+        name, data, error = "", b"", ""
         try:
             name, data = source.file(index)
-            row |= {"file": name, "bytes": data, "error": ""}
-        except InputError as error:
-            row |= {"file": "", "bytes": b"", "error": str(error)}
-        rows.append(row)
-    return pa.Table.from_pylist(rows)
+        except InputError as problem:
+            error = str(problem)
+        file = ImageFile(source.ids[index], outputs[index], name, data, source.tensors, error)
+        files.append(dataclasses.asdict(file))
+    return pa.Table.from_pylist(files)
 
 
-class _Swapper:
-    """Actor: one copy of the model; bytes in, files and manifest rows out."""
+class _Actor:
+    """One copy of the model; the fields of ImageFile in, manifest rows and failures out."""
 
-    def __init__(
-        self,
-        model: str,
-        pool: list[Array],
-        out: str,
-        samples: int,
-        seed: int,
-        white: float | None,
-    ) -> None:
+    def __init__(self, model: str, out: str, pool: list[Array], **options: Any) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(1)
-        self.trained = load_model(model, device)
-        self.pool = [torch.from_numpy(level).to(device) for level in pool]
-        self.out, self.samples, self.seed, self.white = Path(out), samples, seed, white
+        self.swapper = FileSwapper(load_model(model, device), pool, Path(out), **options)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        inputs = batch.to_pylist()
-        results: list[dict[str, Any]] = []
-        by_shape: dict[tuple[int, ...], list[tuple[dict[str, Any], image_files.Decoded]]] = {}
-        for row in inputs:
-            if row["error"]:
-                results.append(_failed(row, "read", row["error"]))
-                continue
-            try:
-                white = 1.0 if row["tensor"] else self.white
-                decoded = image_files.decode(row["bytes"], row["file"], white=white)
-            except InputError as error:
-                results.append(_failed(row, "read", str(error)))
-                continue
-            by_shape.setdefault(decoded.pixels.shape, []).append((row, decoded))
-        for shape, members in by_shape.items():
-            step = max(1, PASS_PIXELS // int(np.prod(shape)))
-            for start in range(0, len(members), step):
-                results += self._pass(members[start : start + step])
-        schema = MANIFEST_SCHEMA.append(pa.field("error", pa.string()))
-        return pa.Table.from_pylist(results, schema.append(pa.field("stage", pa.string())))
-
-    def _pass(
-        self, members: list[tuple[dict[str, Any], image_files.Decoded]]
-    ) -> list[dict[str, Any]]:
-        """Images of one shape; a failure of the whole pass is tried again image by image."""
-        since = time.perf_counter()
-        donors = [self._hash(row["id"]) % len(self.pool[0]) for row, _ in members]
-        images = np.stack([decoded.pixels for _, decoded in members])
-        try:
-            result, deviation = self._swap(images, donors, [row["id"] for row, _ in members])
-        except (RuntimeError, MemoryError) as error:
-            if len(members) > 1:
-                return [row for member in members for row in self._pass([member])]
-            reason = f"The network could not take it ({' '.join(str(error).split())[:200]})."
-            return [_failed(members[0][0], "swap", reason)]
-        seconds = (time.perf_counter() - since) / len(members)
-        rows = []
-        for k, (row, decoded) in enumerate(members):
-            try:
-                white = 1.0 if row["tensor"] else self.white
-                data = image_files.encode(
-                    result[k], row["output"], depth=decoded.depth, white=white
-                )
-                write_atomic(self.out / row["output"], data)
-                if deviation is not None:
-                    name = row["output"] + ".std.npy"
-                    float32 = np.dtype(np.float32)
-                    data = image_files.encode(deviation[k], name, depth=float32)
-                    write_atomic(self.out / name, data)
-            except (OSError, ValueError) as error:
-                rows.append(_failed(row, "write", f"{row['output']} cannot be written ({error})."))
-                continue
-            channels, height, width = decoded.pixels.shape
-            rows.append(
-                {
-                    "id": row["id"],
-                    "output": row["output"],
-                    "height": height,
-                    "width": width,
-                    "channels": channels,
-                    "depth": str(decoded.depth),
-                    "donor": donors[k],
-                    "std": None if deviation is None else float(deviation[k].mean()),
-                    "seconds": seconds,
-                    "error": "",
-                    "stage": "",
-                }
-            )
-        return rows
-
-    def _swap(self, images: Array, donors: list[int], ids: list[str]) -> tuple[Array, Array | None]:
-        """Result and, with samples, standard deviation: each [B, C, H, W]."""
-        channels = self.trained.config.images.channels
-        if not self.samples:
-            noise = [level[donors] for level in self.pool]
-            return _through(self.trained, images, noise, channels, None), None
-        means, deviations = [], []
-        for image, donor, name in zip(images, donors, ids, strict=True):
-            # A generator per image: its samples do not depend on its neighbours in the batch.
-            generator = torch.Generator(self.pool[0].device)
-            generator.manual_seed(self._hash(f"samples/{name}") % 2**63)
-
-            def normal(
-                shape: tuple[int, ...], generator: torch.Generator = generator
-            ) -> torch.Tensor:
-                return torch.randn(shape, generator=generator, device=generator.device)
-
-            noise = [level[donor : donor + 1] for level in self.pool]
-            drawn = np.stack(
-                [
-                    _through(self.trained, image[None], noise, channels, normal)[0]
-                    for _ in range(self.samples)
-                ]
-            )
-            means.append(drawn.mean(0))
-            deviations.append(drawn.std(0))
-        return np.stack(means), np.stack(deviations)
-
-    def _hash(self, text: str) -> int:
-        digest = hashlib.sha256(f"{self.seed}/{text}".encode()).digest()
-        return int.from_bytes(digest[:8], "big")
-
-
-def _through(
-    trained: TrainedModel, images: Array, noise: list[torch.Tensor], channels: int, normal: Any
-) -> Array:
-    """Swap images [B, C, H, W] of any C: a grey model takes RGB channel by channel, an RGB model
-    takes grey repeated and answers with the mean of its channels."""
-    batch, have = images.shape[:2]
-    if have == channels:
-        return swap(trained.model, images, noise, normal=normal)
-    if channels == 1:
-        apart = images.reshape(batch * have, 1, *images.shape[2:])
-        # A single code serves all; otherwise each image lends its donor to its channels.
-        each = [level.repeat_interleave(have, 0) if len(level) > 1 else level for level in noise]
-        return swap(trained.model, apart, each, normal=normal).reshape(images.shape)
-    repeated = np.repeat(images, channels, axis=1)
-    return swap(trained.model, repeated, noise, normal=normal).mean(1, keepdims=True)
-
-
-def _failed(row: dict[str, Any], stage: str, reason: str) -> dict[str, Any]:
-    return {"id": row["id"], "output": row["output"], "error": reason, "stage": stage}
+        rows = self.swapper.run([ImageFile(**row) for row in batch.to_pylist()])
+        return pa.Table.from_pylist(rows, ROW_SCHEMA)
 
 
 def _output_names(source: Source, samples: int) -> list[str]:
@@ -405,7 +265,3 @@ def _rows_done(out: Path) -> list[dict[str, Any]]:
     paths += sorted((out / "parts").glob("*.parquet"))
     rows = {row["id"]: row for path in paths for row in pq.read_table(path).to_pylist()}
     return [row for row in rows.values() if (out / row["output"]).is_file()]
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -9,7 +9,6 @@ OUT/grid.png       noisy, its reconstruction, clean, its reconstruction, removed
 """
 
 import functools
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,13 @@ from snr_ray.batches import Pairs
 from snr_ray.checkpoint import TrainedModel, load_model
 from snr_ray.cluster import connected, shared
 from snr_ray.config import Config, InputError
-from snr_ray.dataset import Origin, collect_pairs, gather, open_rows
+from snr_ray.dataset import Origin, collect_pairs, count_rows, gather, open_rows
+from snr_ray.hashing import fingerprint, hash64
 from snr_ray.metrics import psnr, ssim
 from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.report import evaluation_table, grid
 from snr_ray.simulate import Outcome, parquet_bytes, write_failures
+from snr_ray.sources import SPLITS
 from snr_ray.swap import swap
 
 Array = npt.NDArray[np.float32]
@@ -84,11 +85,13 @@ def evaluate(
     keep = {f"images.{k}": getattr(config.images, k) for k in ("fit", "white", "limit")}
     config = configs.replace(trained.config, keep)
     origin = Origin(images=images)
+    counts = {split: count_rows(config, origin, split) for split in SPLITS}
+    n_test = min(counts["test"], limit or counts["test"])
     resumed = claim(
         out,
         {
             "stage": "evaluate",
-            "model": hashlib.sha256((Path(model) / "model.safetensors").read_bytes()).hexdigest(),
+            "model": fingerprint((Path(model) / "model.safetensors").read_bytes()),
             "source": images,
             "baselines": list(baselines),
             "limit": limit,
@@ -101,36 +104,41 @@ def evaluate(
         done = json.loads((out / "metrics.json").read_text())
         return Outcome(out, done["images"], done["failed"])
     with connected():
-        test = open_rows(config, origin, "test", limit)
         print(f"evaluate: fitting baselines ({', '.join(baselines) or 'none'}).", flush=True)
         fitted = _fit_baselines(config, origin, baselines)
         work = ray.put({"model": str(Path(model).absolute()), "fitted": fitted})
         # Rows come from tasks; scoring is a second task on each block.
-        rows = test.dataset.materialize()
+        rows = open_rows(config, origin, "test", limit).materialize()
         task = functools.partial(_score_block, work=work)
         scored = rows.map_batches(task, batch_size=32, batch_format="pyarrow")
         tables = []
-        progress = Progress("evaluate", test.count)
+        progress = Progress("evaluate", n_test)
         done_images = 0
         for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
             tables.append(table)
             done_images += len(pc.unique(table["id"]))
             progress.update(done_images)
-        pairs, failures = gather(
-            iter(rows.iter_batches(batch_size=None, batch_format="pyarrow")), config
-        )
+        outcome = rows.select_columns(["id", "error"]).iter_rows()
+        failures = [
+            {"id": row["id"], "stage": "read", "reason": row["error"]}
+            for row in outcome
+            if row["error"]
+        ]
+        first = rows.limit(PROBE_IMAGES).iter_batches(batch_size=None, batch_format="pyarrow")
+        pairs, _ = gather(iter(first), config)
         probe_pairs, _ = collect_pairs(open_rows(config, origin, "val", PROBE_IMAGES), config)
-    if not len(pairs):
+    if len(failures) == n_test:
         raise InputError(
             f"Evaluation needs at least one readable test image, but all of {images} failed: "
             f"{failures[0]['reason']}"
         )
     scores = pa.concat_tables(tables)
+    n_images = n_test - len(failures)
     write_atomic(out / "scores.parquet", parquet_bytes(scores))
     metrics = {
         "model": str(model),
         "source": images,
-        "images": len(pairs),
+        "images": n_images,
         "failed": len(failures),
         "data_range": 1.0,
         "results": _means(scores, trained),
@@ -142,7 +150,7 @@ def evaluate(
     _draw_grid(trained, pairs, out / "grid.png")
     write_atomic(out / "metrics.md", evaluation_table(metrics))
     write_atomic(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    return Outcome(out, len(pairs), len(failures))
+    return Outcome(out, n_images, len(failures))
 
 
 def _fit_baselines(config: Config, origin: Origin, baselines: tuple[str, ...]) -> dict[str, Any]:
@@ -194,7 +202,7 @@ def _scores(trained: TrainedModel, fitted: dict[str, Any], pairs: Pairs) -> Scor
     rows = np.arange(len(pairs))
     clean = pairs.take(rows, 0)
     model, codes = trained.model, trained.codes
-    order = [_hash(name) % codes.n_donors for name in sorted(pairs.ids)]
+    order = [hash64(name) % codes.n_donors for name in sorted(pairs.ids)]
     random_clean = codes.pick(0, np.array(order))
     scores: Scores = {}
 
@@ -310,7 +318,3 @@ def _draw_grid(trained: TrainedModel, pairs: Pairs, path: Path) -> None:
         rows.append([picture[0] for picture in pictures])
         labels.append(f"{views[noise_id - 1]} views")
     grid(rows, labels, path)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -149,19 +149,6 @@ class HVAE(nn.Module):
             state = upsample(self.up[level](state), finer)
         return self._image(state)
 
-    def sample(self, n: int, size: tuple[int, int], noise: list[Tensor], normal: Normal) -> Tensor:
-        """n new images [n, C, H, W] from the content prior, with the given noise codes."""
-        sizes = [size]
-        for _ in self.levels:
-            sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
-        state = self.top.expand(n, -1, *sizes[-1])
-        for level in reversed(range(len(self.levels))):
-            layer = self._level(level)
-            code = noise[level].expand(n, -1, -1, -1)
-            state = layer.advance(state, layer.expect(state).sample(normal), code)
-            state = upsample(self.up[level](state), torch.Size(sizes[level]))
-        return self._image(state)
-
     def _level(self, level: int) -> TopDownLevel:
         layer = self.levels[level]
         assert isinstance(layer, TopDownLevel)

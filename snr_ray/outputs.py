@@ -61,7 +61,14 @@ def claim(out: Path, identity: Mapping[str, Any], *, owned: Iterable[str], overw
             "files; give another --out, or --overwrite to write into it."
         )
     if overwrite:
-        for name in (JOB, *owned):
+        owned = (JOB, *owned)
+        foreign = [name for name in owned if (out / name).exists() and not job.is_file()]
+        if foreign:
+            raise InputError(
+                f"--overwrite replaces what snr wrote, but {out / foreign[0]} is not from snr; "
+                "give another --out or move it away."
+            )
+        for name in owned:
             path = out / name
             if path.is_dir():
                 shutil.rmtree(path)

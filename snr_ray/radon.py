@@ -10,7 +10,6 @@ adds up 20 times the range of the image, and float32 sums would be 2e-5 off.
 
 import dataclasses
 import functools
-import hashlib
 import json
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from scipy import fft, sparse
 
 from snr_ray.config import FILTERS, InputError, NoiseConfig
+from snr_ray.hashing import fingerprint
 
 Array = npt.NDArray[np.float32]
 
@@ -63,7 +63,7 @@ def spec_hash(noise: list[NoiseSpec], size: int) -> str:
     """Key of a simulated data set: changes with anything its noise depends on."""
     fixed = {"circle": False, "interpolation": "linear", "clip": False, "photons": None}
     text = json.dumps([dataclasses.asdict(spec) | fixed for spec in noise] + [size], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return fingerprint(text)
 
 
 class RadonNoise:

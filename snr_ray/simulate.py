@@ -9,7 +9,6 @@ is the unit of work: it appears whole or not at all, so a killed job continues w
 
 import dataclasses
 import functools
-import hashlib
 import io
 import json
 import math
@@ -28,6 +27,7 @@ from snr_ray import __version__, radon
 from snr_ray import config as configs
 from snr_ray.cluster import connected, cpus, shared
 from snr_ray.config import Config, ImagesConfig, InputError
+from snr_ray.hashing import fingerprint
 from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.sources import SPLITS, Source, open_source
 
@@ -64,7 +64,7 @@ def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False)
         {
             "stage": "simulate",
             "source": source.name,
-            "ids": hashlib.sha256("\n".join(source.ids).encode()).hexdigest()[:16],
+            "ids": fingerprint("\n".join(source.ids)),
             "noise": radon.spec_hash(noise, config.images.size),
             **{f"images.{k}": v for k, v in configs.to_dict(config)["images"].items()},
         },

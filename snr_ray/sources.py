@@ -6,7 +6,6 @@ every worker (files stay where they are), and ids are stable: they decide splits
 
 import fnmatch
 import functools
-import hashlib
 import io
 import tarfile
 from collections import Counter
@@ -20,9 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw, ImageFont
 
+from snr_ray import samples
 from snr_ray.config import ImagesConfig, InputError
+from snr_ray.hashing import hash64
 from snr_ray.images import SUFFIXES, Decoded, decode, prepare, scale
 
 Array = npt.NDArray[np.float32]
@@ -72,18 +72,18 @@ class Source:
         """One image as a run wants it: [channels, size, size] float32. Raises InputError."""
         return prepare(self.read(index, config.white).pixels, config, self.ids[index])
 
-    def select(self, split: str | None, limit: int | None = None) -> list[int]:
-        """Indices of a split ("train", "val", "test"; None: all), in the order of id hashes.
+    def select(self, split: str, limit: int | None = None) -> list[int]:
+        """Indices of a split ("train", "val" or "test"), in the order of id hashes.
 
         The split of an image is a hash of its group (80 / 10 / 10 %), so it never changes when
         images are added, and `limit` keeps the same images whatever the split asked for.
         """
-        order = sorted(range(len(self.ids)), key=lambda i: _hash(self.ids[i]))[:limit]
-        return order if split is None else [i for i in order if self.split(i) == split]
+        order = sorted(range(len(self.ids)), key=lambda i: hash64(self.ids[i]))[:limit]
+        return [i for i in order if self.split(i) == split]
 
     def split(self, index: int) -> str:
         """Split of one image."""
-        share = _hash("split/" + self.group(self.ids[index])) / 2**64
+        share = hash64("split/" + self.group(self.ids[index])) / 2**64
         return "train" if share < 0.8 else "val" if share < 0.9 else "test"
 
     def file(self, index: int) -> tuple[str, bytes]:
@@ -115,10 +115,6 @@ def open_source(text: str) -> Source:
         }
         return opener[name](path)
     return _paths(text, text)
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 # Paths, globs and URIs ---------------------------------------------------------------------------
@@ -260,6 +256,27 @@ def _row_group(fs: _Hashable, path: str, group: int, column: str) -> pa.ChunkedA
 # Named collections -------------------------------------------------------------------------------
 
 
+def _glyphs(path: str) -> Source:
+    _no_path("glyphs", path)
+    ids = samples.glyph_ids()
+    return Source("glyphs", ids, functools.partial(_make, samples.draw_glyph, ids), samples.group)
+
+
+def _photos(path: str) -> Source:
+    _no_path("photos", path)
+    ids = samples.photo_ids()
+    return Source("photos", ids, functools.partial(_make, samples.crop_photo, ids), samples.group)
+
+
+def _make(make: Callable[[str], Raw], ids: Sequence[str], index: int) -> Raw:
+    return make(ids[index])
+
+
+def _no_path(name: str, path: str) -> None:
+    if path:
+        raise InputError(f"{name} is made here and takes no path, but got {name}:{path}.")
+
+
 def _notmnist(path: str) -> Source:
     """notMNIST: the tar.gz, its unpacked folder, or a download of notMNIST_small."""
     if not path:
@@ -347,110 +364,3 @@ def _download(name: str, file: str, fetch: Callable[[], Any]) -> Any:
             f"{name} could not be downloaded ({reason}); "
             f"bring {file} yourself and pass it as {name}:PATH."
         ) from None
-
-
-GLYPH_CANVAS = 84
-"""Side of a rendered glyph in pixels; three times notMNIST's, so that resizing antialiases."""
-GLYPH_VARIANTS = 40
-"""Random placements of each letter of each font."""
-
-
-def _glyphs(path: str) -> Source:
-    """Letters A to J in matplotlib's fonts, shifted, scaled and slanted, white on black."""
-    _no_path("glyphs", path)
-    import matplotlib
-
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    # The other fonts hold pieces of formulas in the places of letters.
-    fonts = sorted(
-        p
-        for p in folder.glob("*.ttf")
-        if p.name.startswith(("DejaVu", "STIXGeneral", "cmb", "cmmi", "cmr", "cms", "cmt"))
-        and "Display" not in p.name
-    )
-    ids = [
-        f"{letter}/{font.stem}/{variant:03d}.png"
-        for font in fonts
-        for letter in "ABCDEFGHIJ"
-        for variant in range(GLYPH_VARIANTS)
-    ]
-    return Source("glyphs", ids, functools.partial(_draw_glyph, str(folder), ids), _parent)
-
-
-def _draw_glyph(folder: str, ids: Sequence[str], index: int) -> npt.NDArray[np.uint8]:
-    letter, font_name, _ = ids[index].split("/")
-    path = f"{folder}/{font_name}.ttf"
-    rng = np.random.default_rng(_hash(ids[index]))
-    extent, slant = rng.uniform(0.65, 0.88) * GLYPH_CANVAS, rng.uniform(-0.2, 0.2)
-    shift = rng.uniform(-0.05, 0.05, 2) * GLYPH_CANVAS
-    # Fonts disagree on ascent and width, so the ink itself is scaled and centred.
-    left, top, right, bottom = _font(path, GLYPH_CANVAS).getbbox(letter)
-    font = _font(path, round(GLYPH_CANVAS * extent / max(right - left, bottom - top)))
-    left, top, right, bottom = font.getbbox(letter)
-    center = GLYPH_CANVAS / 2
-    image = Image.new("L", (GLYPH_CANVAS, GLYPH_CANVAS))
-    place = (center + shift[0] - (left + right) / 2, center + shift[1] - (top + bottom) / 2)
-    ImageDraw.Draw(image).text(place, letter, fill=255, font=font)
-    shear = (1, slant, -slant * center, 0, 1, 0)
-    sheared = image.transform(image.size, Image.Transform.AFFINE, shear, Image.Resampling.BILINEAR)
-    return np.asarray(sheared)
-
-
-@functools.lru_cache(maxsize=256)
-def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(path, size)
-
-
-PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel",
-          "motorcycle_left", "rocket")  # fmt: skip
-PHOTO_CELL = 96
-"""Photographs are cut in cells of this side; a cell is one source image, so splits never share."""
-PHOTO_CROPS = 16
-"""Random crops per cell."""
-
-
-def _photos(path: str) -> Source:
-    """Crops of the photographs in scikit-image's wheel, at random places and scales."""
-    _no_path("photos", path)
-    import skimage.data
-
-    folder = Path(skimage.data.__file__).parent
-    ids = []
-    for name in PHOTOS:
-        with Image.open(_photo_file(folder, name)) as image:
-            columns, rows = (side // PHOTO_CELL for side in image.size)
-        ids += [
-            f"{name}/{row:02d}-{column:02d}/{crop}.png"
-            for row in range(rows)
-            for column in range(columns)
-            for crop in range(PHOTO_CROPS)
-        ]
-    return Source("photos", ids, functools.partial(_crop_photo, str(folder), ids), _parent)
-
-
-def _photo_file(folder: Path, name: str) -> Path:
-    return next(p for p in sorted(folder.glob(f"{name}.*")) if p.suffix in (".png", ".jpg"))
-
-
-def _crop_photo(folder: str, ids: Sequence[str], index: int) -> npt.NDArray[np.uint8]:
-    name, cell, _ = ids[index].split("/")
-    photo = _photo(str(_photo_file(Path(folder), name)))
-    top, left = (int(part) * PHOTO_CELL for part in cell.split("-"))
-    rng = np.random.default_rng(_hash(ids[index]))
-    side = int(rng.integers(PHOTO_CELL // 2, PHOTO_CELL + 1))
-    y, x = rng.integers(0, PHOTO_CELL - side + 1, 2)
-    return photo[top + y : top + y + side, left + x : left + x + side]
-
-
-@functools.lru_cache(maxsize=4)
-def _photo(path: str) -> npt.NDArray[np.uint8]:
-    return np.asarray(Image.open(io.BytesIO(Path(path).read_bytes())).convert("RGB"))
-
-
-def _parent(name: str) -> str:
-    return name.rpartition("/")[0]
-
-
-def _no_path(name: str, path: str) -> None:
-    if path:
-        raise InputError(f"{name} is made here and takes no path, but got {name}:{path}.")

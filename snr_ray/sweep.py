@@ -32,7 +32,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from snr_ray import config as configs
 from snr_ray.cluster import connected, cpus
 from snr_ray.config import Config, InputError
-from snr_ray.dataset import Origin, open_rows, settle
+from snr_ray.dataset import Origin, count_rows, settle
 from snr_ray.outputs import claim, write_atomic
 from snr_ray.simulate import Outcome, simulate
 from snr_ray.train import identity, read_metrics, train
@@ -56,6 +56,8 @@ def sweep(
     config = settle(config, origin)
     config = configs.replace(config, {"train.steps": config.sweep.steps})
     out = out.absolute()
+    for split in ("train", "val"):
+        count_rows(config, origin, split)
     space = {f"sweep.{k}": v for k, v in configs.to_dict(config)["sweep"].items()}
     claim(
         out,
@@ -70,8 +72,6 @@ def sweep(
         if origin.images:  # simulated once, for all trials
             simulate(config, images=origin.images, out=out / "data")
             origin = Origin(data=out / "data")
-        for split in ("train", "val"):
-            open_rows(config, origin, split)  # an empty split must not fail once per trial
         failed = _run(study, config, origin, out, trials)
     _finish(study, config, out)
     return Outcome(out, len(study.get_trials(states=FINISHED)), failed)

@@ -11,7 +11,6 @@ The same command again continues from the newest checkpoint, on any number of wo
 RUN/stop ends training at the next checkpoint as if it were the last.
 """
 
-import hashlib
 import json
 import tempfile
 import threading
@@ -31,6 +30,7 @@ from snr_ray.cluster import connected, cpus, gpus
 from snr_ray.config import Config, InputError
 from snr_ray.dataset import (
     Origin,
+    count_rows,
     fits_in_memory,
     gather,
     open_rows,
@@ -38,6 +38,7 @@ from snr_ray.dataset import (
     stream_batches,
 )
 from snr_ray.fit import Learner, Metrics, donor_codes, fit, validate
+from snr_ray.hashing import fingerprint
 from snr_ray.outputs import Progress, claim
 from snr_ray.simulate import Outcome, write_failures
 
@@ -62,24 +63,26 @@ def train(
     """
     config = settle(config, origin)
     out = out.absolute()
+    counts = {split: count_rows(config, origin, split) for split in ("train", "val")}
+    if counts["train"] < config.train.batch_size:
+        raise InputError(
+            f"Training needs at least one batch of images (train.batch_size = "
+            f"{config.train.batch_size}), but the train split of {origin.name} holds "
+            f"{counts['train']}; add images or lower train.batch_size."
+        )
     claim(out, identity(config, origin), owned=OWNED, overwrite=overwrite)
     if (out / "model").is_dir():
         return _outcome(out)
     configs.save(config, out / "config.yaml")
     with connected():
         _check_resources(config)
-        rows = {"train": open_rows(config, origin, "train")}
-        rows["val"] = open_rows(config, origin, "val", config.train.val_images)
-        if rows["train"].count < config.train.batch_size:
-            raise InputError(
-                f"Training needs at least one batch of images (train.batch_size = "
-                f"{config.train.batch_size}), but the train split of {origin.name} holds "
-                f"{rows['train'].count}; add images or lower train.batch_size."
-            )
-        in_memory = fits_in_memory(config, rows["train"].count)
-        datasets = {split: part.dataset for split, part in rows.items()}
-        for split in ("train", "val") if in_memory else ("val",):
-            datasets[split] = datasets[split].materialize()
+        in_memory = fits_in_memory(config, counts["train"])
+        datasets = {
+            "train": open_rows(config, origin, "train"),
+            "val": open_rows(config, origin, "val", config.train.val_images).materialize(),
+        }
+        if in_memory:
+            datasets["train"] = datasets["train"].materialize()
         watch = _Watch(out, config) if progress else None
         try:
             _fit_on_ray(config, origin, out, datasets, in_memory)
@@ -270,8 +273,7 @@ def identity(config: Config, origin: Origin) -> dict[str, Any]:
     }
     data = {}
     if origin.data:
-        manifest = (origin.data / "manifest.json").read_bytes()
-        data["data"] = hashlib.sha256(manifest).hexdigest()[:16]
+        data["data"] = fingerprint((origin.data / "manifest.json").read_bytes())
     return {"stage": "train", "source": origin.name, **data, "seed": config.seed, **flat}
 
 

@@ -149,5 +149,5 @@ def test_readme_names_what_exists() -> None:
         assert (REPOSITORY / target).exists(), target
     for command in re.findall(r"^snr (\w+)", text, re.MULTILINE):
         assert command in cli.PURPOSE
-    with Image.open(REPOSITORY / "docs" / "grid-glyphs.png") as picture:
+    with Image.open(REPOSITORY / ".pictures" / "glyphs.png") as picture:
         assert np.asarray(picture).std() > 10

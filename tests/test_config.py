@@ -35,11 +35,6 @@ def test_later_sources_win_and_set_wins_over_all(tmp_path: Path) -> None:
     assert (config.train.steps, config.train.lr, config.images.size) == (7, 1e-3, 28)
 
 
-def test_differences_name_the_key_and_both_values() -> None:
-    other = configs.load([], ["train.steps=5"])
-    assert configs.differences(Config(), other) == ["train.steps: 3000 there, 5 here"]
-
-
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

@@ -95,16 +95,6 @@ def test_donor_of_another_size_fits(any_code: Config) -> None:
     assert swap(model, images(2, 17, 16), donor).shape == (2, 1, 17, 16)
 
 
-def test_samples_of_the_prior_have_the_size_asked_for(tiny: Config) -> None:
-    model = model_of(tiny)
-    normal = StepNormal(0, 0, Share(), torch.device("cpu"))
-    noise = noise_code(model, images(1))
-    with torch.inference_mode():
-        drawn = model.sample(3, (15, 20), noise, normal)
-    assert drawn.shape == (3, 1, 15, 20)
-    assert (drawn[0] - drawn[1]).abs().max() > 0
-
-
 def test_kl_of_equal_gaussians_is_zero_and_others_positive() -> None:
     generator = torch.Generator().manual_seed(0)
     q, p = (Gaussian(*torch.randn(2, 6, 3, 4, 4, generator=generator)) for _ in range(2))

@@ -7,9 +7,9 @@ import snr_ray
 
 PACKAGE = Path(snr_ray.__file__).parent
 LAYERS = [
-    {"config", "outputs"},
-    {"radon", "images", "sources", "metrics", "baselines"},
-    {"blocks", "hvae", "batches", "losses", "fit", "checkpoint", "swap"},
+    {"config", "hashing", "outputs"},
+    {"radon", "images", "samples", "sources", "metrics", "baselines"},
+    {"blocks", "hvae", "batches", "losses", "fit", "checkpoint", "swap", "fileswap"},
     {"cluster", "simulate", "dataset", "train", "sweep", "denoise", "evaluate", "report", "bench",
      "demo", "cli"},
 ]  # fmt: skip

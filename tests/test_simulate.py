@@ -104,3 +104,11 @@ def test_folder_with_files_of_the_user_is_refused(tiny: Config, tmp_path: Path) 
         simulate(tiny, images="glyphs", out=tmp_path)
     simulate(tiny, images="glyphs", out=tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwrite_does_not_touch_what_snr_did_not_write(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mine.csv").write_text("1,2")
+    with pytest.raises(InputError, match="is not from snr"):
+        simulate(tiny, images="glyphs", out=tmp_path, overwrite=True)
+    assert (tmp_path / "train" / "mine.csv").read_text() == "1,2"

@@ -1,0 +1,207 @@
+"""Image files -> the same files with exchanged noise codes, and a row about each. Runs without Ray.
+
+bytes -> pixels of any size and depth -> (by shape) network -> encoded like the input -> disk
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from snr_ray.blocks import Normal
+from snr_ray.checkpoint import TrainedModel
+from snr_ray.config import InputError
+from snr_ray.hashing import hash64
+from snr_ray.images import Decoded, decode, encode
+from snr_ray.outputs import write_atomic
+from snr_ray.swap import swap
+
+Array = npt.NDArray[np.float32]
+Row = dict[str, Any]
+
+PASS_PIXELS = 2**20
+"""Pixels per pass of the network; bounds memory whatever the image sizes."""
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("output", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("channels", pa.int32()),
+        ("depth", pa.string()),
+        ("donor", pa.int32()),
+        ("std", pa.float32()),
+        ("seconds", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One input."""
+
+    id: str
+    output: str
+    """Path of the result, relative to the output folder."""
+    name: str
+    """File name of `data`; its suffix says the format."""
+    data: bytes
+    tensor: bool = False
+    """Float pixels with white at 1, as in a data folder."""
+    error: str = ""
+    """Why there is no data."""
+
+
+class FileSwapper:
+    """Takes the noise code of every image from a pool of donors."""
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        pool: Sequence[Array],
+        out: Path,
+        *,
+        samples: int = 0,
+        seed: int = 0,
+        white: float | None = None,
+    ) -> None:
+        """
+        Args:
+            trained: the model, on the device to use.
+            pool: donors' noise codes per level, [n_donors, C_noise, h, w]; each image takes one by
+                the hash of its id.
+            out: output folder.
+            samples: 0 decodes posterior means; N > 0 averages N posterior samples and writes
+                their standard deviation.
+            seed: of the choice of donors and of the samples.
+            white: the stored value that means 1.0 in 16-bit and float images.
+        """
+        self.trained, self.out, self.samples = trained, out, samples
+        self.seed, self.white = seed, white
+        device = trained.model.top.device
+        self.pool = [torch.from_numpy(np.array(level)).to(device) for level in pool]
+
+    def run(self, files: Sequence[ImageFile]) -> list[Row]:
+        """Swap and write files. Returns a row for each: those of MANIFEST_SCHEMA, or a failure
+        with id, stage and error; a failed image never takes another with it."""
+        rows: list[Row] = []
+        by_shape: dict[tuple[int, ...], list[tuple[ImageFile, Decoded]]] = {}
+        for file in files:
+            try:
+                if file.error:
+                    raise InputError(file.error)
+                decoded = decode(file.data, file.name, white=self._white(file))
+            except InputError as error:
+                rows.append(_failed(file, "read", str(error)))
+                continue
+            by_shape.setdefault(decoded.pixels.shape, []).append((file, decoded))
+        for shape, members in by_shape.items():
+            step = max(1, PASS_PIXELS // int(np.prod(shape)))
+            for start in range(0, len(members), step):
+                rows += self._pass(members[start : start + step])
+        return rows
+
+    def _pass(self, members: list[tuple[ImageFile, Decoded]]) -> list[Row]:
+        """Images of one shape; where the pass fails as a whole, image by image."""
+        since = time.perf_counter()
+        donors = [hash64(f"{self.seed}/{file.id}") % len(self.pool[0]) for file, _ in members]
+        images = np.stack([decoded.pixels for _, decoded in members])
+        try:
+            if self.samples:
+                results, deviations = self._sample(images, donors, members)
+            else:
+                noise = [level[donors] for level in self.pool]
+                results, deviations = _through(self.trained, images, noise, None), None
+        except (RuntimeError, MemoryError) as error:
+            if len(members) > 1:
+                return [row for member in members for row in self._pass([member])]
+            reason = f"The network could not take it ({' '.join(str(error).split())[:200]})."
+            return [_failed(members[0][0], "swap", reason)]
+        seconds = (time.perf_counter() - since) / len(members)
+        rows = []
+        for k, (file, decoded) in enumerate(members):
+            deviation = None if deviations is None else deviations[k]
+            try:
+                self._write(file, decoded, results[k], deviation)
+            except (OSError, ValueError) as error:
+                reason = f"{file.output} cannot be written ({error})."
+                rows.append(_failed(file, "write", reason))
+                continue
+            channels, height, width = decoded.pixels.shape
+            rows.append(
+                {
+                    "id": file.id,
+                    "output": file.output,
+                    "height": height,
+                    "width": width,
+                    "channels": channels,
+                    "depth": str(decoded.depth),
+                    "donor": donors[k],
+                    "std": None if deviation is None else float(deviation.mean()),
+                    "seconds": seconds,
+                }
+            )
+        return rows
+
+    def _sample(
+        self, images: Array, donors: list[int], members: list[tuple[ImageFile, Decoded]]
+    ) -> tuple[Array, Array]:
+        """Mean and standard deviation over posterior samples: each [B, C, H, W]."""
+        means, deviations = [], []
+        for image, donor, (file, _) in zip(images, donors, members, strict=True):
+            noise = [level[donor : donor + 1] for level in self.pool]
+            # A generator per image: its samples do not depend on its neighbours in the batch.
+            normal = _seeded(hash64(f"{self.seed}/samples/{file.id}"), self.pool[0].device)
+            drawn = np.concatenate(
+                [_through(self.trained, image[None], noise, normal) for _ in range(self.samples)]
+            )
+            means.append(drawn.mean(0))
+            deviations.append(drawn.std(0))
+        return np.stack(means), np.stack(deviations)
+
+    def _write(
+        self, file: ImageFile, decoded: Decoded, result: Array, deviation: Array | None
+    ) -> None:
+        data = encode(result, file.output, depth=decoded.depth, white=self._white(file))
+        write_atomic(self.out / file.output, data)
+        if deviation is not None:
+            name = file.output + ".std.npy"
+            write_atomic(self.out / name, encode(deviation, name, depth=np.dtype(np.float32)))
+
+    def _white(self, file: ImageFile) -> float | None:
+        return 1.0 if file.tensor else self.white
+
+
+def _through(
+    trained: TrainedModel, images: Array, noise: list[Tensor], normal: Normal | None
+) -> Array:
+    """Swap images [B, C, H, W] of any C: a grey model takes RGB channel by channel, an RGB model
+    takes grey repeated and answers with the mean of its channels."""
+    batch, have = images.shape[:2]
+    channels = trained.config.images.channels
+    if have == channels:
+        return swap(trained.model, images, noise, normal=normal)
+    if channels == 1:
+        apart = images.reshape(batch * have, 1, *images.shape[2:])
+        # A single code serves all; otherwise each image lends its donor to its channels.
+        each = [level.repeat_interleave(have, 0) if len(level) > 1 else level for level in noise]
+        return swap(trained.model, apart, each, normal=normal).reshape(images.shape)
+    repeated = np.repeat(images, channels, axis=1)
+    return swap(trained.model, repeated, noise, normal=normal).mean(1, keepdims=True)
+
+
+def _seeded(seed: int, device: torch.device) -> Normal:
+    generator = torch.Generator(device)
+    generator.manual_seed(seed % 2**63)
+    return lambda shape: torch.randn(shape, generator=generator, device=device)
+
+
+def _failed(file: ImageFile, stage: str, reason: str) -> Row:
+    return {"id": file.id, "output": file.output, "stage": stage, "error": reason}

@@ -1,0 +1,64 @@
+"""Files in, files out, without Ray: what a notebook runs is what the batch job runs."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from snr_ray.checkpoint import load_model
+from snr_ray.fileswap import MANIFEST_SCHEMA, FileSwapper, ImageFile
+
+
+def png(seed: int, *shape: int) -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(out, format="png")
+    return out.getvalue()
+
+
+def swapper(model_folder: Path, out: Path, **options: int) -> FileSwapper:
+    trained = load_model(model_folder)
+    pool = [level[0].numpy() for level in trained.codes.donors]
+    return FileSwapper(trained, pool, out, **options)
+
+
+def test_every_file_gets_a_row_or_a_failure(model_folder: Path, tmp_path: Path) -> None:
+    files = [ImageFile(f"{k}.png", f"{k}.png", f"{k}.png", png(k, 9 + k % 3, 12)) for k in range(7)]
+    files.append(ImageFile("bad.png", "bad.png", "bad.png", b""))
+    files.append(ImageFile("lost.png", "lost.png", "", b"", error="lost.png cannot be read."))
+    rows = swapper(model_folder, tmp_path).run(files)
+    assert sorted(row["id"] for row in rows) == sorted(file.id for file in files)
+    good = [row for row in rows if not row.get("error")]
+    assert all(set(row) == set(MANIFEST_SCHEMA.names) for row in good)
+    assert {path.name for path in tmp_path.iterdir()} == {row["output"] for row in good}
+    assert {row["stage"] for row in rows if row.get("error")} == {"read"}
+
+
+def test_result_does_not_depend_on_the_company(model_folder: Path, tmp_path: Path) -> None:
+    files = [ImageFile(f"{k}.png", f"{k}.png", f"{k}.png", png(k, 20, 16)) for k in range(6)]
+    swapper(model_folder, tmp_path / "all", samples=2).run(files)
+    swapper(model_folder, tmp_path / "one", samples=2).run(files[3:4])
+    for name in ("3.png", "3.png.std.npy"):
+        assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_grey_model_takes_rgb_channel_by_channel(model_folder: Path, tmp_path: Path) -> None:
+    grey = png(1, 15, 15)
+    stacked = io.BytesIO()
+    pixels = np.asarray(Image.open(io.BytesIO(grey)))
+    Image.fromarray(np.dstack([pixels] * 3)).save(stacked, format="png")
+    files = [ImageFile("x", "g.png", "g.png", grey), ImageFile("x", "c.png", "c.png",
+                                                               stacked.getvalue())]  # fmt: skip
+    swapper(model_folder, tmp_path).run(files)
+    with Image.open(tmp_path / "g.png") as g, Image.open(tmp_path / "c.png") as c:
+        difference = np.asarray(c).astype(int) - np.asarray(g)[:, :, None]
+        assert np.abs(difference).max() <= 1  # rounding
+
+
+def test_file_that_cannot_be_written_fails_alone(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where a folder is needed")
+    files = [ImageFile("a", "taken/a.png", "a.png", png(0, 9, 9)),
+             ImageFile("b", "b.png", "b.png", png(1, 9, 9))]  # fmt: skip
+    rows = swapper(model_folder, tmp_path).run(files)
+    assert {row["id"]: row.get("stage") for row in rows} == {"a": "write", "b": None}
