@@ -106,8 +106,9 @@ def _shards(origin: Origin, split: str) -> list[Path]:
 
 
 def fits_in_memory(config: Config, count: int) -> bool:
-    """Whether rows of this config fit the object store beside all else it holds."""
-    store = ray.cluster_resources().get("object_store_memory", 0.0)
+    """Whether rows of this config fit the object store of every node beside all else it holds."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    store = min(node.get("object_store_memory", 0.0) for node in nodes)
     return count * row_bytes(config.images, len(config.noise.n_views)) <= MEMORY_SHARE * store
 
 

@@ -97,12 +97,10 @@ class Progress:
 
     def __post_init__(self) -> None:
         self._since = self._printed = time.monotonic()
-        self._done = self.start
 
     def update(self, done: int, note: str = "", *, per_unit: float = 1.0) -> None:
         """Tell that `done` units are done; `per_unit` images stand behind a unit."""
         now = time.monotonic()
-        self._done = done
         every = 0.3 if self.stream.isatty() else 5.0
         if now - self._printed < every and done < self.total:
             return
