@@ -39,7 +39,10 @@ class TrainedModel:
         """Noise id of a view count. Raises InputError if the model was not trained on it."""
         if n_views not in self.config.noise.n_views:
             known = ", ".join(map(str, self.config.noise.n_views))
-            raise InputError(f"This model knows {known} views, but got {n_views}.")
+            raise InputError(
+                f"--inject takes a view count that the model was trained on ({known}), "
+                f"but got {n_views}."
+            )
         return self.config.noise.n_views.index(n_views) + 1
 
 
@@ -99,7 +102,10 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Traine
             else "`snr train` writes one as RUN/model."
         )
         raise InputError(f"A model folder holds {missing[0]}, but {path} does not; {hint}")
-    config = configs.load([path / "config.yaml"])
+    try:
+        config = configs.load([path / "config.yaml"])
+    except InputError as error:
+        raise InputError(f"{path / 'config.yaml'}: {error}") from None
     try:
         tensors = load_file(path / "model.safetensors")
     except (SafetensorError, OSError) as error:
@@ -115,10 +121,20 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Traine
                 f"Weights must fit the config beside them, but {path} has {have} for {name} where "
                 f"config.yaml wants {want}; the folder mixes two models."
             )
+    broken = [name for name, weight in tensors.items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise InputError(f"Weights must be finite, but {path} has NaN or infinity in {broken[0]}.")
     model.load_state_dict({k: v.float() for k, v in weights.items()})
     n_levels, n_ids = len(config.model.channels), len(config.noise.n_views) + 1
     donors = [tensors.get(f"{DONORS}{level}") for level in range(n_levels)]
-    kept = [level.float() for level in donors if level is not None and level.shape[0] == n_ids]
+    kept = [
+        level.float()
+        for level, width in zip(donors, config.model.noise_channels, strict=True)
+        if level is not None
+        and level.ndim == 5
+        and (level.shape[0], level.shape[2]) == (n_ids, width)
+        and level.shape[1] > 0
+    ]
     if len(kept) < n_levels:
         raise InputError(
             f"A model folder holds noise codes of {n_ids} noise ids at {n_levels} levels, but "

@@ -5,6 +5,7 @@ always lies beside the settings that made it. Unknown keys are errors.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -42,9 +43,9 @@ class ImagesConfig:
 
     def __post_init__(self) -> None:
         _check(
-            self.size >= 8,
-            f"images.size must be at least 8 pixels, but got {self.size}; "
-            "below that a projection has too few rays to mean anything.",
+            8 <= self.size <= 4096,
+            f"images.size must be from 8 to 4096 pixels, but got {self.size}; smaller images have "
+            "too few rays to mean anything, and larger operators do not fit in memory.",
         )
         _check(
             self.white is None or self.white > 0,
@@ -191,7 +192,7 @@ class TrainConfig:
             self.warmup_steps >= 0,
             f"train.warmup_steps must not be negative, but got {self.warmup_steps}.",
         )
-        _check(self.lr > 0, f"train.lr must be above 0, but got {self.lr}.")
+        _check(0 < self.lr <= 1, f"train.lr must be above 0 and at most 1, but got {self.lr}.")
         _check(self.grad_clip > 0, f"train.grad_clip must be above 0, but got {self.grad_clip}.")
         _check(0 <= self.ema < 1, f"train.ema must be in [0, 1), but got {self.ema}.")
 
@@ -267,7 +268,7 @@ def load(sources: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> C
             bool(equals) and bool(key),
             f"--set takes key.path=value, but got {override!r}; for example --set train.steps=500.",
         )
-        leaf: Any = yaml.safe_load(text) if text else text
+        leaf: Any = _yaml(text, override) if text else text
         for part in reversed(key.split(".")):
             leaf = {part: leaf}
         _merge(tree, leaf)
@@ -307,7 +308,10 @@ def _presets() -> Any:
 def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if path.is_file():
-        text = path.read_text()
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            raise InputError(f"{source} must be a YAML text file, but is binary.") from None
     elif str(source) in preset_names():
         text = (_presets() / f"{source}.yaml").read_text()
     else:
@@ -315,15 +319,19 @@ def _read(source: str | Path) -> dict[str, Any]:
             f"--config takes a YAML file or one of {', '.join(preset_names())}, "
             f"but got {str(source)!r}, which is neither."
         )
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from None
+    tree = _yaml(text, source) or {}
     _check(
         isinstance(tree, dict),
         f"{source} must hold a mapping of sections, but is a {type(tree).__name__}.",
     )
     return tree
+
+
+def _yaml(text: str, origin: str | Path) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
 def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
@@ -359,6 +367,9 @@ def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
     return cls(**values)
 
 
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
 def _coerce(value: Any, kind: Any, key: str) -> Any:
     """A YAML value as the annotated type; PyYAML reads `3e-4` as a string, so floats are cast."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -381,9 +392,11 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         return tuple(_coerce(item, args[0], key) for item in items)
     if kind is float and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
-            pass
+            number = math.nan
+        if math.isfinite(number):
+            return number
     elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
-    raise InputError(f"{key} must be {kind.__name__}, but got {value!r}.")
+    raise InputError(f"{key} must be {_KINDS[kind]}, but got {value!r}.")

@@ -6,6 +6,7 @@ rows (id, clean, noisy_*, error) --small set: materialize--> Pairs in shared mem
 
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Origin:
     @property
     def name(self) -> str:
         """What the user typed."""
-        return str(self.images or self.data)
+        return str(self.data if self.images is None else self.images)
 
 
 def settle(config: Config, origin: Origin) -> Config:
@@ -64,8 +65,16 @@ def settle(config: Config, origin: Origin) -> Config:
             f"--data must be a folder that `snr simulate` has finished, but {origin.data} has no "
             "manifest.json; simulate first, or give the images with --images."
         )
-    tree = configs.to_dict(config) | json.loads(manifest.read_text())["config"]
-    return configs.from_dict(tree)
+    mine, stored = configs.to_dict(config), json.loads(manifest.read_text())["config"]
+    for section, values in stored.items():
+        for key, value in values.items():
+            if mine[section][key] != value:
+                print(
+                    f"{origin.data} was simulated with {section}.{key}={value}, which is used in "
+                    f"place of {mine[section][key]}.",
+                    file=sys.stderr,
+                )
+    return configs.from_dict(mine | stored)
 
 
 def count_rows(config: Config, origin: Origin, split: str) -> int:
@@ -74,7 +83,7 @@ def count_rows(config: Config, origin: Origin, split: str) -> int:
     Raises:
         InputError: if the split is empty.
     """
-    if origin.images:
+    if origin.images is not None:
         count = len(origin.source.select(split, config.images.limit))
     else:
         count = sum(pq.read_metadata(path).num_rows for path in _shards(origin, split))
@@ -90,7 +99,7 @@ def open_rows(
     config: Config, origin: Origin, split: str, limit: int | None = None
 ) -> "ray.data.Dataset":
     """Rows of a split, in the order of id hashes or of the shards; at most `limit`. Lazy."""
-    if origin.images:
+    if origin.images is not None:
         rows = origin.source.select(split, config.images.limit)[:limit]
         return stream(origin.source, rows, config)
     # One shard per task: the reader of Ray would pack small shards into a single one.

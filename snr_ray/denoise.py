@@ -84,7 +84,6 @@ def denoise(
     source = open_source(images)
     out = out.absolute()
     outputs = _output_names(source, samples)
-    _keep_apart(images, out)
     pool = _pool(trained, donor, noise_id, config)
     resumed = claim(
         out,
@@ -100,6 +99,7 @@ def denoise(
         },
         owned=("manifest.parquet", "failures.parquet", "report.html", "parts"),
         overwrite=overwrite,
+        inputs=source.folder,
     )
     rows = _rows_done(out) if resumed else []
     done = {row["id"] for row in rows}
@@ -227,25 +227,19 @@ def _output_names(source: Source, samples: int) -> list[str]:
     return names
 
 
-def _keep_apart(images: str, out: Path) -> None:
-    """Outputs must not land among the inputs, where they would replace them."""
-    folder = Path(images.partition("#")[0]).expanduser().absolute()
-    if folder.is_dir() and (out == folder or folder in out.parents):
-        raise InputError(
-            f"--out must lie outside the images, but {out} is inside {folder}; give another --out."
-        )
-
-
 def _pool(trained: TrainedModel, donor: str, noise_id: int, config: Config) -> list[Array]:
     """Noise codes to take donors from, per level: [n_donors, C_noise, h, w]."""
     if donor == "mean":
         return [level.numpy() for level in trained.codes.mean(noise_id)]
     if donor == "random":
         return [level[noise_id].numpy() for level in trained.codes.donors]
-    if not Path(donor).exists():
-        raise InputError(f"--donor must be mean, random or an image or folder, but got {donor!r}.")
     channels, white = trained.config.images.channels, config.images.white
-    lenders = open_source(donor)
+    try:
+        lenders = open_source(donor)
+    except InputError as error:
+        raise InputError(
+            f"--donor must be mean, random or images to borrow from: {error}"
+        ) from None
     codes = []
     for index in range(len(lenders.ids)):
         pixels = image_files.with_channels(lenders.read(index, white).pixels, channels)

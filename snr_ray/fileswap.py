@@ -128,6 +128,9 @@ class FileSwapper:
         rows = []
         for k, (file, decoded) in enumerate(members):
             deviation = None if deviations is None else deviations[k]
+            if not np.isfinite(results[k]).all():
+                rows.append(_failed(file, "swap", "The network's answer is not finite."))
+                continue
             try:
                 self._write(file, decoded, results[k], deviation)
             except (OSError, ValueError) as error:

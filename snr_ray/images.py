@@ -6,13 +6,14 @@ beyond white) raises an InputError that says so.
 """
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
 import tifffile
-from PIL import Image
+from PIL import Image, ImageOps
 
 from snr_ray.config import ImagesConfig, InputError
 
@@ -49,7 +50,7 @@ def decode(data: bytes, name: str, *, white: float | None = None) -> Decoded:
     except InputError:
         raise
     except Exception as error:  # decoders raise anything on damaged bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(re.sub(r"<[^>]*>", name, str(error)).split()) or type(error).__name__
         raise InputError(
             f"{name} cannot be read as an image ({reason}); replace the file."
         ) from None
@@ -61,6 +62,8 @@ def scale(stored: npt.NDArray[np.generic], name: str, *, white: float | None = N
 
     Reconstructions may leave [0, 1]; only clean images must not (see `prepare`).
     """
+    if stored.dtype.kind not in "buif":
+        raise InputError(f"Pixels must be numbers, but {name} holds {stored.dtype.name}.")
     if stored.dtype == bool:
         stored = stored.astype(np.uint8) * 255
     if stored.ndim == 2:
@@ -73,7 +76,7 @@ def scale(stored: npt.NDArray[np.generic], name: str, *, white: float | None = N
         top = 255.0
     elif white is None:
         raise InputError(
-            f"{stored.dtype} pixels have no agreed white, and {name} has them; "
+            f"{stored.dtype.name} pixels have no agreed white, and {name} has them; "
             "say which stored value means 1.0, for example --set images.white=65535."
         )
     else:
@@ -158,12 +161,14 @@ def _read(data: bytes, suffix: str, name: str) -> npt.NDArray[np.generic]:
         return np.load(io.BytesIO(data), allow_pickle=False)
     if suffix in (".tif", ".tiff"):
         # Pillow clips 16-bit and float TIFF on conversion; tifffile keeps them.
-        with tifffile.TiffFile(io.BytesIO(data)) as pages:
-            page = pages.pages[0].asarray()
-        return _without_alpha(page, name) if page.ndim == 3 and page.shape[2] in (2, 4) else page
+        stored = _read_tiff(data, name)
+        if stored is not None:
+            return stored
     with Image.open(io.BytesIO(data)) as file:
-        image: Image.Image = file
-        image.load()
+        frames = getattr(file, "n_frames", 1)
+        if frames > 1:
+            raise InputError(f"A file must hold one image, but {name} holds {frames}; split it.")
+        image: Image.Image = ImageOps.exif_transpose(file)
         if image.mode == "P" or (image.mode in ("L", "RGB") and "transparency" in image.info):
             image = image.convert("RGBA" if "transparency" in image.info else "RGB")
         if image.mode in ("LA", "RGBA", "PA", "La", "RGBa"):
@@ -172,6 +177,26 @@ def _read(data: bytes, suffix: str, name: str) -> npt.NDArray[np.generic]:
         if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
             image = image.convert("RGB")
         return np.asarray(image)
+
+
+def _read_tiff(data: bytes, name: str) -> npt.NDArray[np.generic] | None:
+    """Stored pixels of a TIFF; None for palettes, which Pillow resolves."""
+    with tifffile.TiffFile(io.BytesIO(data), name=name) as file:
+        if len(file.pages) > 1:
+            raise InputError(
+                f"A file must hold one image, but {name} holds {len(file.pages)}; split it."
+            )
+        page = file.pages[0]
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+            return None
+        stored = page.asarray()
+        if stored.ndim == 3 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
+            stored = np.moveaxis(stored, 0, 2)
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and stored.dtype.kind == "u":
+            stored = np.iinfo(stored.dtype).max - stored
+    return (
+        _without_alpha(stored, name) if stored.ndim == 3 and stored.shape[2] in (2, 4) else stored
+    )
 
 
 def _without_alpha(stored: npt.NDArray[np.generic], name: str) -> npt.NDArray[np.generic]:

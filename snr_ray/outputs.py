@@ -27,7 +27,14 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     os.replace(partial, path)
 
 
-def claim(out: Path, identity: Mapping[str, Any], *, owned: Iterable[str], overwrite: bool) -> bool:
+def claim(
+    out: Path,
+    identity: Mapping[str, Any],
+    *,
+    owned: Iterable[str],
+    overwrite: bool,
+    inputs: Path | None = None,
+) -> bool:
     """Take an output folder for a job.
 
     Args:
@@ -35,6 +42,7 @@ def claim(out: Path, identity: Mapping[str, Any], *, owned: Iterable[str], overw
         identity: flat key -> JSON value; all that decides what the folder will hold.
         owned: names of files and folders in `out` that this stage writes; `overwrite` removes them.
         overwrite: start afresh whatever is there.
+        inputs: folder of the images, which the output folder must not be or lie in.
 
     Returns:
         True if the folder already belongs to this very job, which then continues.
@@ -43,6 +51,11 @@ def claim(out: Path, identity: Mapping[str, Any], *, owned: Iterable[str], overw
         InputError: if the folder belongs to another job or holds files of someone else.
     """
     identity = json.loads(json.dumps(identity))
+    place = out.resolve()
+    if inputs is not None and (place == inputs or inputs in place.parents):
+        raise InputError(
+            f"--out must lie outside the images, but {out} is inside {inputs}; give another --out."
+        )
     if out.exists() and not out.is_dir():
         raise InputError(f"--out must be a folder, but {out} is a file.")
     job = out / JOB
@@ -97,6 +110,7 @@ class Progress:
 
     def __post_init__(self) -> None:
         self._since = self._printed = time.monotonic()
+        self._started = False
 
     def update(self, done: int, note: str = "", *, per_unit: float = 1.0) -> None:
         """Tell that `done` units are done; `per_unit` images stand behind a unit."""
@@ -106,6 +120,8 @@ class Progress:
             return
         self._printed = now
         rate = (done - self.start) / max(now - self._since, 1e-9)
+        if not self._started:  # from here on, the time that starting took is left out
+            self._started, self.start, self._since = True, done, now
         left = round((self.total - done) / rate) if rate > 0 else 0
         line = (
             f"{self.stage}: {done:,}/{self.total:,} {self.unit}, {rate * per_unit:,.0f} images/s, "

@@ -70,6 +70,7 @@ def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False)
         },
         owned=(*SPLITS, "manifest.json", "failures.parquet", "plan.json"),
         overwrite=overwrite,
+        inputs=source.folder,
     )
     manifest = out / "manifest.json"
     if manifest.is_file():

@@ -30,6 +30,8 @@ Raw = bytes | npt.NDArray[np.generic]
 
 NAMES = ("glyphs", "photos", "notmnist", "cifar10", "places365")
 SPLITS = ("train", "val", "test")
+OWN_TABLES = ("failures.parquet", "manifest.parquet", "scores.parquet")
+"""Parquet files that stages write beside images and rows."""
 CACHE = Path("~/.cache/snr_ray")
 
 
@@ -47,6 +49,8 @@ class Source:
     fetch: Callable[[int], Raw]
     group: Callable[[str], str] = field(default=str)
     tensors: bool = False
+    folder: Path | None = None
+    """The local folder that the images lie in, if they do; results must not land there."""
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -97,13 +101,18 @@ class Source:
 
     def _raw(self, index: int) -> Raw:
         try:
-            return self.fetch(index)
-        except OSError as error:
+            raw = self.fetch(index)
+        except (OSError, pa.ArrowException) as error:
             raise InputError(f"{self.ids[index]} cannot be read ({error}).") from None
+        if raw is None:
+            raise InputError(f"A row must hold an image, but {self.ids[index]} is null.")
+        return raw
 
 
 def open_source(text: str) -> Source:
     """The source that the user's `SRC` names. Raises InputError with the way out."""
+    if not text.strip():
+        raise InputError(f"SRC must be a path, a URI or one of {', '.join(NAMES)}, but is empty.")
     name, _, path = text.partition(":")
     if name in NAMES and not path.startswith("//"):
         opener: dict[str, Callable[[str], Source]] = {
@@ -134,8 +143,11 @@ def _paths(text: str, name: str) -> Source:
 
     `#COLUMN` at the end names the image column of Parquet files.
     """
-    text, _, wanted = text.partition("#")
-    globbed = any(c in text for c in "*[") or ("?" in text and "://" not in text)
+    wanted = ""
+    globbed = False
+    if not Path(text).expanduser().exists():  # names may hold any character
+        text, _, wanted = text.partition("#")
+        globbed = any(c in text for c in "*[") or ("?" in text and "://" not in text)
     head, pattern = text, ""
     if globbed:
         parts = text.split("/")
@@ -161,15 +173,20 @@ def _paths(text: str, name: str) -> Source:
     if globbed:
         files = [path for path in files if fnmatch.fnmatchcase(path, pattern)]
     prefix = root.rstrip("/") + "/"
+    folder = Path(root).resolve() if isinstance(fs, pafs.LocalFileSystem) else None
     visible = [
         p for p in sorted(files) if not any(s[:1] == "." for s in p[len(prefix) :].split("/"))
     ]
     images = [path for path in visible if path.lower().endswith(SUFFIXES)]
     if images and not wanted:
         fetch = functools.partial(_read_file, fs, images)
-        return Source(name, [path[len(prefix) :] for path in images], fetch)
-    tables = [path for path in visible if path.lower().endswith(".parquet")]
-    return _parquet(fs, tables, prefix, name, wanted)
+        return Source(name, [path[len(prefix) :] for path in images], fetch, folder=folder)
+    tables = [
+        path
+        for path in visible
+        if path.lower().endswith(".parquet") and PurePosixPath(path).name not in OWN_TABLES
+    ]
+    return _parquet(fs, tables, prefix, name, wanted, folder)
 
 
 def _read_file(fs: pafs.FileSystem, paths: Sequence[str], index: int) -> bytes:
@@ -177,7 +194,14 @@ def _read_file(fs: pafs.FileSystem, paths: Sequence[str], index: int) -> bytes:
         return stream.read()
 
 
-def _parquet(fs: pafs.FileSystem, tables: list[str], prefix: str, name: str, wanted: str) -> Source:
+def _parquet(
+    fs: pafs.FileSystem,
+    tables: list[str],
+    prefix: str,
+    name: str,
+    wanted: str,
+    folder: Path | None,
+) -> Source:
     """Parquet rows with encoded images (bytes, or a struct with bytes and path) or tensors."""
     ids: list[str] = []
     rows: list[tuple[str, int, int]] = []  # table, row group, row in it
@@ -200,7 +224,7 @@ def _parquet(fs: pafs.FileSystem, tables: list[str], prefix: str, name: str, wan
             ids += [f"{stem}{key or f'{group}-{i:06d}'}" for i, key in enumerate(keys)]
             rows += [(path, group, i) for i in range(n_rows)]
     fetch = functools.partial(_read_row, fs, column, rows)
-    return Source(name, ids, fetch, tensors=is_tensor)
+    return Source(name, ids, fetch, tensors=is_tensor, folder=folder)
 
 
 def _columns(schema: pa.Schema, path: str, wanted: str) -> tuple[str, str]:
@@ -299,7 +323,8 @@ def _notmnist(path: str) -> Source:
                     ids.append("/".join(member.name.split("/")[1:]))
                     offsets.append(offsets[-1] + len(chunks[-1]))
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"{path} is not a readable tar archive ({error}).") from None
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path} is not a readable tar archive ({reason}).") from None
     # One array, so that the workers of a machine share it through the object store.
     buffer = np.frombuffer(b"".join(chunks), np.uint8)
     return Source(f"notmnist:{path}", ids, functools.partial(_read_slice, buffer, offsets))

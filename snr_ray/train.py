@@ -119,7 +119,10 @@ def _fit_on_ray(
             failure_config=ray.train.FailureConfig(max_failures=3),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except SystemExit:  # Ray Train's answer to an interrupt
+        raise KeyboardInterrupt from None
 
 
 def _worker(job: dict[str, Any]) -> None:

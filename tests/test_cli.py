@@ -73,7 +73,7 @@ def test_wrong_usage_exits_with_two(argv: list[str], capsys: pytest.CaptureFixtu
         (["simulate", "--images", "glyphs", "--out", "taken.txt"], "but taken.txt is a file"),
         (["simulate", "--images", "glyphs", "--out", "o", "--set", "a.b=1"], "Unknown config"),
         (["simulate", "--images", "glyphs", "--out", "o", "--set", "images.size=-1"],
-         "images.size must be at least 8"),
+         "images.size must be from 8"),
         (["simulate", "--images", "glyphs", "--out", "o", "--set", "noise.n_views=[0]"],
          "n_views must be at least 1"),
         (["simulate", "--images", "glyphs", "--out", "o", "--config", "nope"],

@@ -40,10 +40,15 @@ def test_later_sources_win_and_set_wins_over_all(tmp_path: Path) -> None:
     [
         ("train.stepz=3", r"Unknown configuration key train\.stepz; valid here: .*train\.steps"),
         ("nonsense.a=3", r"Unknown configuration key nonsense"),
-        ("train.steps=two", r"train\.steps must be int, but got 'two'"),
-        ("train.steps=true", r"train\.steps must be int, but got True"),
+        ("train.steps=two", r"train\.steps must be a whole number, but got 'two'"),
+        ("train.steps=true", r"train\.steps must be a whole number, but got True"),
         ("train.steps=0", r"train\.steps must be at least 1, but got 0"),
-        ("train.lr=fast", r"train\.lr must be float, but got 'fast'"),
+        ("train.lr=.inf", r"train\.lr must be a number, but got inf"),
+        ("train.lr=2", r"above 0 and at most 1, but got 2\.0"),
+        ("images.size=9999999", r"from 8 to 4096 pixels"),
+        ("images.size=[1", r"images\.size=\[1 is not valid YAML"),
+        ("seed=!!python/object:os.system", r"is not valid YAML"),
+        ("train.lr=fast", r"train\.lr must be a number, but got 'fast'"),
         ("train=3", r"train must be a section with keys, but got 3"),
         ("train.steps", r"--set takes key\.path=value, but got 'train\.steps'"),
         ("noise.n_views=[0]", r"noise\.n_views must be at least 1, but got 0"),
@@ -52,8 +57,8 @@ def test_later_sources_win_and_set_wins_over_all(tmp_path: Path) -> None:
         ("noise.n_views=[4,4]", r"must not repeat"),
         ("noise.n_views=many", r"noise\.n_views must be a list"),
         ("noise.filter=lowpass", r"noise\.filter must be one of ramp, .*but got 'lowpass'"),
-        ("images.size=0", r"images\.size must be at least 8 pixels, but got 0"),
-        ("images.size=28.5", r"images\.size must be int, but got 28\.5"),
+        ("images.size=0", r"images\.size must be from 8 to 4096 pixels, but got 0"),
+        ("images.size=28.5", r"images\.size must be a whole number, but got 28\.5"),
         ("images.channels=2", r"images\.channels must be one of 1, 3, but got 2"),
         ("train.batch_size=35", r"multiple of 2 x view counts x workers = 6, .*nearest is 36"),
         ("model.noise_channels=[4,4]", r"one entry per level of model\.channels \(3\), but got 2"),
@@ -81,4 +86,10 @@ def test_unknown_config_file_lists_presets() -> None:
 def test_broken_yaml_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("train: [1,")
     with pytest.raises(InputError, match=r"bad\.yaml is not valid YAML"):
+        configs.load([tmp_path / "bad.yaml"])
+
+
+def test_binary_config_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"bad\.yaml must be a YAML text file, but is binary"):
         configs.load([tmp_path / "bad.yaml"])

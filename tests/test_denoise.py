@@ -167,9 +167,9 @@ def test_bad_requests_are_refused(model_folder: Path, image_folder: Path, tmp_pa
                    "out": tmp_path / "out"} | changes  # fmt: skip
         denoise(CONFIG, **options)  # type: ignore[arg-type]
 
-    with pytest.raises(InputError, match="knows 12, 6 views, but got 7"):
+    with pytest.raises(InputError, match=r"trained on \(12, 6\), but got 7"):
         run(inject=7)
-    with pytest.raises(InputError, match="--donor must be mean, random or an image or folder"):
+    with pytest.raises(InputError, match="--donor must be mean, random or images to borrow"):
         run(donor="nobody")
     with pytest.raises(InputError, match="--samples must not be negative, but got -1"):
         run(samples=-1)
@@ -182,6 +182,18 @@ def test_bad_requests_are_refused(model_folder: Path, image_folder: Path, tmp_pa
     with pytest.raises(InputError, match="holds other files"):
         run(out=tmp_path / "mine")
     assert (tmp_path / "mine" / "00.png").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("form", ["{0}", "{0}/*.png", "{0}/00.png", "file://{0}"])
+def test_inputs_are_never_replaced_even_on_demand(
+    model_folder: Path, image_folder: Path, form: str
+) -> None:
+    folder = image_folder / "a"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match="--out must lie outside the images"):
+        denoise(CONFIG, model=str(model_folder), images=form.format(folder), out=folder,
+                overwrite=True)  # fmt: skip
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_two_inputs_with_one_output_name_are_refused(model_folder: Path, tmp_path: Path) -> None:

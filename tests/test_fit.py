@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from snr_ray import config as configs
 from snr_ray import radon
@@ -146,6 +147,24 @@ def test_weights_of_another_shape_are_refused(model_folder: Path, tmp_path: Path
     text = (other / "config.yaml").read_text().replace("stem_channels: 4", "stem_channels: 6")
     (other / "config.yaml").write_text(text)
     with pytest.raises(InputError, match=r"has \[8, 4, .*yaml wants \[8, 6, .*mixes two models"):
+        load_model(other)
+
+
+def test_weights_that_are_not_finite_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(model_folder, tmp_path / "model")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.top"][:] = float("nan")
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(InputError, match=r"must be finite, but .* in model\.top"):
+        load_model(other)
+
+
+def test_donor_codes_of_another_shape_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(model_folder, tmp_path / "model")
+    tensors = load_file(other / "model.safetensors")
+    tensors["donors.0"] = tensors["donors.0"][:, :, :1].contiguous()
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(InputError, match="noise codes of 3 noise ids at 2 levels"):
         load_model(other)
 
 

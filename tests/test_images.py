@@ -142,3 +142,42 @@ def test_crop_keeps_pixels_and_refuses_small_images() -> None:
     np.testing.assert_array_equal(prepare(pixels, config, "x")[0], pixels[0, 2:18, 7:23])
     with pytest.raises(InputError, match=r"but small is 10x30; use images\.fit=resize"):
         prepare(pixels[:, :10], config, "small")
+
+
+def several(kind: str) -> bytes:
+    """A file with two images."""
+    out = io.BytesIO()
+    frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    frames[0].save(out, format=kind, save_all=True, append_images=frames[1:])
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["tiff", "webp", "gif"])
+def test_file_with_several_images_is_refused(kind: str) -> None:
+    with pytest.raises(InputError, match=r"must hold one image, but a\.\w+ holds 2; split it"):
+        decode(several(kind), "a.tif" if kind == "tiff" else "a.png")
+
+
+def test_tiff_palette_inverted_and_planar_pixels_are_read_as_seen() -> None:
+    palette = Image.fromarray(RGB).quantize(8)
+    out = io.BytesIO()
+    palette.save(out, format="tiff")
+    expected = np.moveaxis(np.asarray(palette.convert("RGB")), 2, 0) / 255
+    np.testing.assert_allclose(decode(out.getvalue(), "a.tif").pixels, expected, atol=1e-6)
+    out = io.BytesIO()
+    tifffile.imwrite(out, 255 - GREY, photometric="miniswhite")
+    np.testing.assert_allclose(decode(out.getvalue(), "a.tif").pixels[0], GREY / 255, atol=1e-6)
+    out = io.BytesIO()
+    tifffile.imwrite(out, np.moveaxis(RGB, 2, 0), photometric="rgb", planarconfig="separate")
+    expected = np.moveaxis(RGB, 2, 0) / 255
+    np.testing.assert_allclose(decode(out.getvalue(), "a.tif").pixels, expected, atol=1e-6)
+
+
+def test_orientation_tag_is_applied() -> None:
+    image = Image.fromarray(RGB)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees to be seen upright
+    out = io.BytesIO()
+    image.save(out, format="png", exif=exif)
+    expected = np.moveaxis(np.rot90(RGB, -1), 2, 0) / 255
+    np.testing.assert_allclose(decode(out.getvalue(), "a.png").pixels, expected, atol=1e-6)

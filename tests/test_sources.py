@@ -243,3 +243,24 @@ def test_bucket_is_read_through_its_uri(bucket: tuple[pafs.FileSystem, str]) -> 
     source = open_source(f"s3://bucket/scans?{query}")
     assert source.ids == ["0.png", "1.png", "2.png"]
     assert source.read(2).pixels.shape == (1, 12, 12)
+
+
+def test_names_with_special_characters_are_read_literally(tmp_path: Path) -> None:
+    folder = tmp_path / "dir [1]*x #2"
+    folder.mkdir()
+    (folder / "a #1?.png").write_bytes(png(1))
+    assert open_source(str(folder)).ids == ["a #1?.png"]
+    assert open_source(str(folder / "a #1?.png")).read(0).pixels.shape == (1, 12, 12)
+
+
+def test_null_row_is_one_bad_image(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(1), None]}), tmp_path / "t.parquet")
+    source = open_source(str(tmp_path))
+    assert source.read(0).pixels.shape == (1, 12, 12)
+    with pytest.raises(InputError, match=r"must hold an image, but .* is null"):
+        source.file(1)
+
+
+def test_empty_text_is_refused() -> None:
+    with pytest.raises(InputError, match="but is empty"):
+        open_source(" ")
