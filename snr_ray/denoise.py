@@ -1,6 +1,6 @@
 """Bulk denoising: model folder + images -> images under their own names, in a Ray Data job.
 
-    index --CPU tasks: read--> bytes --actors: decode, swap, encode, write--> file + manifest row
+    index --tasks: read--> bytes --tasks: decode, swap, encode, write--> file + manifest row
 
     OUT/<name of the image>        same format and depth (tensors become float TIFF)
     OUT/<name>.std.npy             with --samples: standard deviation of the samples, per pixel
@@ -30,7 +30,7 @@ import torch
 
 from snr_ray import images as image_files
 from snr_ray.checkpoint import TrainedModel, load_model
-from snr_ray.cluster import connected, cpus, gpus, shared
+from snr_ray.cluster import connected, gpus, shared
 from snr_ray.config import Config, InputError
 from snr_ray.fileswap import MANIFEST_SCHEMA, FileSwapper, ImageFile
 from snr_ray.hashing import fingerprint
@@ -43,7 +43,7 @@ from snr_ray.swap import noise_code
 Array = npt.NDArray[np.float32]
 
 READ_ROWS = 64
-"""Images per read task and per call of an actor."""
+"""Images per task."""
 ROW_SCHEMA = MANIFEST_SCHEMA.append(pa.field("error", pa.string())).append(
     pa.field("stage", pa.string())
 )
@@ -134,22 +134,20 @@ def _run(
     source: Source, outputs: list[str], todo: list[int], work: dict[str, Any], out: Path
 ) -> tuple[list[dict[str, Any]], list[Failure]]:
     """Denoise the images at `todo`; rows reach the disk while the job runs."""
-    n_gpus, n_cpus = gpus(), cpus()
-    # Reading needs a core of its own, or the actors would wait for ever.
-    pool_size = n_gpus or max(1, n_cpus - 1)
-    read = functools.partial(_read, ref=ray.put((source, outputs)))
     blocks = [np.array(todo[i : i + READ_ROWS]) for i in range(0, len(todo), READ_ROWS)]
     dataset = (
         ray.data.from_numpy(blocks)
-        .map_batches(read, batch_size=None, batch_format="numpy")
         .map_batches(
-            _Actor,
-            fn_constructor_kwargs=work,
+            functools.partial(_read, ref=ray.put((source, outputs))),
+            batch_size=None,
+            batch_format="numpy",
+        )
+        .map_batches(
+            functools.partial(_swap, work=ray.put(work)),
             batch_size=READ_ROWS,
             batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(pool_size, len(blocks))),
-            num_cpus=1 if not n_gpus else 0.5,
-            num_gpus=1 if n_gpus else 0,
+            num_cpus=1,
+            num_gpus=1 if gpus() else 0,
         )
     )
     progress = Progress("denoise", len(todo))
@@ -190,18 +188,21 @@ def _read(batch: dict[str, npt.NDArray[np.int64]], *, ref: "ray.ObjectRef") -> p
     return pa.Table.from_pylist(files)
 
 
-class _Actor:
-    """One copy of the model; the fields of ImageFile in, manifest rows and failures out."""
+def _swap(batch: pa.Table, *, work: "ray.ObjectRef") -> pa.Table:
+    """Task: the fields of ImageFile in, manifest rows and failures out."""
+    rows = _swapper(work).run([ImageFile(**row) for row in batch.to_pylist()])
+    return pa.Table.from_pylist(rows, ROW_SCHEMA)
 
-    def __init__(self, model: str, out: str, pool: list[Array], **options: Any) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-        self.swapper = FileSwapper(load_model(model, device), pool, Path(out), **options)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = self.swapper.run([ImageFile(**row) for row in batch.to_pylist()])
-        return pa.Table.from_pylist(rows, ROW_SCHEMA)
+@functools.lru_cache(maxsize=1)
+def _swapper(work: "ray.ObjectRef") -> FileSwapper:
+    """One copy of the model for all tasks of a worker process."""
+    options = dict(ray.get(work))
+    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    trained = load_model(options.pop("model"), device)
+    return FileSwapper(trained, options.pop("pool"), Path(options.pop("out")), **options)
 
 
 def _output_names(source: Source, samples: int) -> list[str]:

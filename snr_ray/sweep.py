@@ -101,9 +101,11 @@ def _open_study(out: Path, config: Config) -> optuna.Study:
         storage=JournalStorage(JournalFileBackend(str(out / "study.journal"))),
         direction="maximize",
         load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=config.seed, constant_liar=True),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=checkpoints // 3),
     )
+    # A resumed study must not draw the numbers of its first part again.
+    seed = config.seed + len(study.get_trials(deepcopy=False))
+    study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
     if not known:
         study.enqueue_trial(_given(config), user_attrs={"folder": "0000"})
     return study

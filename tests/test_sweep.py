@@ -72,6 +72,16 @@ def test_suggestions_stay_in_their_ranges(tiny: Config, tmp_path: Path) -> None:
         assert 0.5 <= chosen.loss.triplet <= 2.0
 
 
+def test_resumed_study_does_not_repeat_its_draws(tiny: Config, tmp_path: Path) -> None:
+    drawn = []
+    for _ in range(3):
+        study = module._open_study(tmp_path, tiny)
+        suggest(trial := study.ask(), tiny)
+        drawn.append(tuple(trial.params.values()))
+        study.tell(trial, 1.0)
+    assert len(set(drawn)) == 3
+
+
 def test_seed_objective_keeps_its_content_pull_off(tmp_path: Path) -> None:
     config = configs.load(["smoke", "seed"])
     study = module._open_study(tmp_path, config)
