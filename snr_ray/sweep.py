@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from snr_ray import config as configs
 from snr_ray.cluster import connected, cpus
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config, InputError, SweepConfig
 from snr_ray.dataset import Origin, count_rows, settle
 from snr_ray.outputs import claim, write_atomic
 from snr_ray.simulate import Outcome, simulate
@@ -239,17 +239,18 @@ def _finish(study: optuna.Study, config: Config, out: Path) -> None:
         params = [trial.params.get(name, "") for name in names]
         writer.writerow([trial.number, trial.state.name.lower(), value, folder, *params])
     write_atomic(out / "trials.csv", table.getvalue())
-    _plot(shown, out)
+    _plot(shown, config.sweep, out)
 
 
 def _last(trial: FrozenTrial) -> float:
     return list(trial.intermediate_values.values())[-1] if trial.intermediate_values else math.nan
 
 
-def _plot(trials: list[FrozenTrial], out: Path) -> None:
+def _plot(trials: list[FrozenTrial], ranges: SweepConfig, out: Path) -> None:
     """history.png: value of each trial and the best so far; split.png: value over each width."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     complete = [t for t in trials if t.state == TrialState.COMPLETE]
     pruned = [t for t in trials if t.state == TrialState.PRUNED]
@@ -271,8 +272,13 @@ def _plot(trials: list[FrozenTrial], out: Path) -> None:
     for axis, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
         axis.plot([t.params[name] for t in complete], values, "o")
         axis.set_xlabel(name.replace("_", " "))
+        limits = getattr(ranges, name.rstrip("0123456789").rstrip("_"))
         if name in ("triplet", "content_kl"):
             axis.set_xscale("log")
+            axis.set_xlim(*limits)
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axis.set_xlim(limits[0] - 0.5, limits[1] + 0.5)
     for axis in figure.axes[len(names) :]:
         axis.set_axis_off()
     figure.supylabel("swap PSNR on validation images, dB")
