@@ -54,7 +54,7 @@ PURPOSE = {
 def main(argv: list[str] | None = None) -> int:
     """Run one stage. Returns 0 done, 2 wrong usage or input, 3 some images failed, 1 else."""
     args = _parser().parse_args(argv)
-    _prepare_environment()
+    prepare_environment()
     try:
         presets = ["demo", *args.config] if args.stage == "demo" else args.config
         config = configs.load(presets, args.set)
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
     """Settings that Ray and torch read when they are imported; what the user has set stays."""
     # torch starts a thread per core in every process otherwise; workers are told their share.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -85,7 +85,7 @@ def evaluate(
     keep = {f"images.{k}": getattr(config.images, k) for k in ("fit", "white", "limit")}
     config = configs.replace(trained.config, keep)
     origin = Origin(images=images)
-    counts = {split: count_rows(config, origin, split) for split in SPLITS}
+    counts = {split: count_rows(config, origin, split) for split in reversed(SPLITS)}
     n_test = min(counts["test"], limit or counts["test"])
     resumed = claim(
         out,

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["RAY_AUTH_MODE"] = "disabled"
-
 from snr_ray import config as configs
+from snr_ray.cli import prepare_environment
 from snr_ray.config import Config
+
+os.environ.pop("RAY_ADDRESS", None)  # tests never touch a cluster that is running
+prepare_environment()
 
 
 @pytest.fixture(scope="session")
