@@ -2,23 +2,25 @@
 VENV ?= .venv
 PYTHON ?= python3
 
-.PHONY: install demo test check
+.PHONY: demo test check
 
-install: $(VENV)/installed
-
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --upgrade pip
-	$(VENV)/bin/pip install --quiet -e '.[dev]'
-	touch $@
-
-demo: install
+demo: $(VENV)/installed
 	$(VENV)/bin/snr demo --out demo
 
-test: install check
+test: check
 	$(VENV)/bin/pytest
 
-check: install
+check: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -e .
+	touch $@
+
+# The tools of `test` on top, so that the demo does not wait for them.
+$(VENV)/installed-dev: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet -e '.[dev]'
+	touch $@

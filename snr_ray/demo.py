@@ -33,7 +33,7 @@ def demo(config: Config, *, out: Path, overwrite: bool = False) -> int:
         noisy = f"{out / 'data' / 'test'}#noisy_{few}"
         denoise(config, model=model, images=noisy, out=cleaned, overwrite=overwrite)
         report = out / "evaluation"
-        evaluate(config, model=model, images="glyphs", out=report, limit=300, overwrite=overwrite)
+        evaluate(config, model=model, images="glyphs", out=report, limit=200, overwrite=overwrite)
     print((report / "metrics.md").read_text())
     print(f"Pictures  {report / 'grid.png'}\n          {cleaned / 'report.html'}")
     print(f"Model     {out / 'run' / 'model'}")
