@@ -41,7 +41,7 @@ EXAMPLES = {
 }
 
 PURPOSE = {
-    "demo": "simulate, train, denoise and evaluate on rendered letters; about 8 minutes on 2 cores",
+    "demo": "simulate, train, denoise and evaluate on rendered letters; about 5 minutes on 2 cores",
     "simulate": "make clean and noisy versions of images: a data folder of Parquet shards",
     "train": "train a model; the same command again continues a killed run",
     "sweep": "search the noise/content split and the loss weights with Optuna",
