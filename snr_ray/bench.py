@@ -24,6 +24,7 @@ from snr_ray.config import Config
 from snr_ray.dataset import Origin, collect_pairs, open_rows
 from snr_ray.denoise import denoise
 from snr_ray.fit import Learner, donor_codes, fit
+from snr_ray.hvae import HVAE
 from snr_ray.images import decode
 from snr_ray.outputs import write_atomic
 from snr_ray.radon import NoiseSpec, RadonNoise
@@ -170,6 +171,7 @@ def _denoise(config: Config) -> Rows:
         pairs = _pairs(config)
         learner = Learner(config)
         model, images = Path(folder) / "model", Path(folder) / "images"
+        assert isinstance(learner.average, HVAE)
         codes = donor_codes(learner.average, pairs)
         save_model(model, config, learner.average, codes, {}, "snr bench denoise (untrained)")
         source = open_source("glyphs")

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from snr_ray.config import ModelConfig
+from snr_ray.physics import LinearInverse
+
 LOGVAR_RANGE = (-10.0, 4.0)
+PIXEL_OFFSET = 0.4
+"""Subtracted from pixels before the network and added after it: images are centred, not clipped."""
 
 Normal = Callable[[tuple[int, ...]], Tensor]
 """Draws standard normal values of a shape; who calls decides seed, device and share of a batch."""
@@ -67,6 +72,27 @@ class ResidualBlock(nn.Module):
 def residual_blocks(channels: int, n_blocks: int) -> nn.Sequential:
     """A chain of residual blocks."""
     return nn.Sequential(*(ResidualBlock(channels) for _ in range(n_blocks)))
+
+
+class Stem(nn.Module):
+    """Image -> features at full resolution; what the encoder of every network begins with."""
+
+    def __init__(self, config: ModelConfig, channels: int, inverse: LinearInverse | None) -> None:
+        super().__init__()
+        self.inverse = inverse
+        seen = channels * (1 if inverse is None else 2)
+        kernel = config.stem_kernel
+        self.conv = nn.Conv2d(seen, config.stem_channels, kernel, padding=kernel // 2)
+        n_blocks = config.blocks if config.finest_stride == 2 else 0
+        self.blocks = residual_blocks(config.stem_channels, n_blocks)
+
+    def forward(self, x: Tensor, noise_ids: Tensor | None) -> Tensor:
+        """Features of images [B, C, H, W]; noise_ids [B] say which linear estimate goes along."""
+        seen = x
+        if self.inverse is not None:
+            seen = torch.cat([x, self.inverse(x, noise_ids)], dim=1)
+        h: Tensor = self.blocks(self.conv(seen - PIXEL_OFFSET))
+        return h
 
 
 class NoiseHead(nn.Module):

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from snr_ray.config import Config, InputError
 from snr_ray.fit import Learner, Metrics, build_model
 from snr_ray.hvae import HVAE
 from snr_ray.swap import NoiseCodes
+from snr_ray.unet import UNet
 
+WEIGHTS_FILE = "model.safetensors"
 WEIGHTS = "model."
 DONORS = "donors."
 
@@ -40,7 +43,7 @@ class TrainedModel:
         if n_views not in self.config.noise.n_views:
             known = ", ".join(map(str, self.config.noise.n_views))
             raise InputError(
-                f"--inject takes a view count that the model was trained on ({known}), "
+                f"The view count must be one that the model was trained on ({known}), "
                 f"but got {n_views}."
             )
         return self.config.noise.n_views.index(n_views) + 1
@@ -59,7 +62,12 @@ def load_checkpoint(folder: Path, learner: Learner) -> None:
 
 
 def save_model(
-    folder: Path, config: Config, model: HVAE, codes: NoiseCodes, metrics: Metrics, origin: str
+    folder: Path,
+    config: Config,
+    model: HVAE | UNet,
+    codes: NoiseCodes | None,
+    metrics: Metrics,
+    origin: str,
 ) -> None:
     """Write a model folder; it appears complete or not at all, replacing an older one.
 
@@ -67,7 +75,7 @@ def save_model(
         folder: where; its parent must exist.
         config: of the run.
         model: the weights to keep.
-        codes: donors' noise codes.
+        codes: donors' noise codes; None for a U-Net.
         metrics: validation metrics of the last checkpoint.
         origin: the command or function that trained it, for the model card.
     """
@@ -75,9 +83,10 @@ def save_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     tensors: dict[str, Tensor] = {WEIGHTS + k: v for k, v in model.state_dict().items()}
-    tensors |= {f"{DONORS}{level}": code for level, code in enumerate(codes.donors)}
+    donors = codes.donors if codes else []
+    tensors |= {f"{DONORS}{level}": code for level, code in enumerate(donors)}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(tensors, partial / "model.safetensors", {"snr_ray": __version__})
+    save_file(tensors, partial / WEIGHTS_FILE, {"snr_ray": __version__})
     configs.save(config, partial / "config.yaml")
     (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (partial / "README.md").write_text(_card(config, model, metrics, origin))
@@ -85,21 +94,94 @@ def save_model(
     os.replace(partial, folder)
 
 
+def ship(folder: Path, report: Path, target: Path) -> None:
+    """Copy a model folder with weights of 16 bits and its test scores in the card.
+
+    Args:
+        folder: model folder.
+        report: folder of `snr evaluate` for this model.
+        target: new folder, such as snr_ray/models/NAME; `model_path` finds it by its name there.
+    """
+    load_model(folder)
+    target.mkdir(parents=True)
+    tensors = {name: tensor.half() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    save_file(tensors, target / WEIGHTS_FILE, {"snr_ray": __version__})
+    shutil.copy(folder / "config.yaml", target)
+    shutil.copy(report / "metrics.json", target)
+    scores = (report / "metrics.md").read_text().replace("# ", "## ")
+    (target / "README.md").write_text((folder / "README.md").read_text() + "\n" + scores)
+
+
 def load_model(folder: str | Path, device: torch.device | None = None) -> TrainedModel:
-    """Read a model folder.
+    """Read a model folder, or a model that comes with snr_ray by its name.
 
     Raises:
-        InputError: if the folder is missing, is not a model folder, or its weights do not fit its
-            config.
+        InputError: if the folder is missing, is not a model folder, its weights do not fit its
+            config, or it holds a U-Net.
     """
-    path = Path(folder)
-    missing = [n for n in ("model.safetensors", "config.yaml") if not (path / n).is_file()]
+    path = model_path(folder)
+    config, model, tensors = _read(path)
+    if not isinstance(model, HVAE):
+        raise InputError(
+            f"A model with noise and content codes (model.kind=hvae) is needed, but {path} holds a "
+            "supervised U-Net, the baseline; `snr evaluate --beside` scores it."
+        )
+    n_levels, n_ids = len(config.model.channels), len(config.noise.n_views) + 1
+    donors = [tensors.get(f"{DONORS}{level}") for level in range(n_levels)]
+    kept = [
+        level.float()
+        for level, width in zip(donors, config.model.noise_channels, strict=True)
+        if level is not None
+        and level.ndim == 5
+        and (level.shape[0], level.shape[2]) == (n_ids, width)
+        and level.shape[1] > 0
+    ]
+    if len(kept) < n_levels:
+        raise InputError(
+            f"A model folder holds noise codes of {n_ids} noise ids at {n_levels} levels, but "
+            f"{path} does not; train it again."
+        )
+    place = device or torch.device("cpu")
+    model = model.to(place).to(memory_format=torch.channels_last)
+    return TrainedModel(config, model, NoiseCodes([level.to(place) for level in kept]))
+
+
+def load_unet(folder: str | Path) -> tuple[Config, UNet] | None:
+    """Config and network of a model folder that holds a U-Net; None if it holds a HVAE.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    config, model, _ = _read(model_path(folder))
+    return (config, model) if isinstance(model, UNet) else None
+
+
+def model_path(folder: str | Path) -> Path:
+    """The model folder that the user named; a name of `shipped_models` where there is no folder."""
+    if str(folder) in shipped_models() and not Path(folder).exists():
+        return Path(str(_shipped() / str(folder)))
+    return Path(folder)
+
+
+def shipped_models() -> list[str]:
+    """Names of the models that come with snr_ray."""
+    root = _shipped()
+    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+
+
+def _shipped() -> Any:
+    return resources.files("snr_ray") / "models"
+
+
+def _read(path: Path) -> tuple[Config, HVAE | UNet, dict[str, Tensor]]:
+    """Config, network in eval mode and all tensors of a model folder, checked."""
+    missing = [n for n in (WEIGHTS_FILE, "config.yaml") if not (path / n).is_file()]
     if missing:
         inner = path / "model"
         hint = (
             f"did you mean {inner}?"
-            if (inner / "model.safetensors").is_file()
-            else "`snr train` writes one as RUN/model."
+            if (inner / WEIGHTS_FILE).is_file()
+            else f"`snr train` writes one as RUN/model; {_shipped_hint()}."
         )
         raise InputError(f"A model folder holds {missing[0]}, but {path} does not; {hint}")
     try:
@@ -107,7 +189,7 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Traine
     except InputError as error:
         raise InputError(f"{path / 'config.yaml'}: {error}") from None
     try:
-        tensors = load_file(path / "model.safetensors")
+        tensors = load_file(path / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}/model.safetensors cannot be read ({error}).") from None
     model = build_model(config)
@@ -125,27 +207,15 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Traine
     if broken:
         raise InputError(f"Weights must be finite, but {path} has NaN or infinity in {broken[0]}.")
     model.load_state_dict({k: v.float() for k, v in weights.items()})
-    n_levels, n_ids = len(config.model.channels), len(config.noise.n_views) + 1
-    donors = [tensors.get(f"{DONORS}{level}") for level in range(n_levels)]
-    kept = [
-        level.float()
-        for level, width in zip(donors, config.model.noise_channels, strict=True)
-        if level is not None
-        and level.ndim == 5
-        and (level.shape[0], level.shape[2]) == (n_ids, width)
-        and level.shape[1] > 0
-    ]
-    if len(kept) < n_levels:
-        raise InputError(
-            f"A model folder holds noise codes of {n_ids} noise ids at {n_levels} levels, but "
-            f"{path} does not; train it again."
-        )
-    place = device or torch.device("cpu")
-    model = model.to(place).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return TrainedModel(config, model, NoiseCodes([level.to(place) for level in kept]))
+    return config, model.eval().requires_grad_(False), tensors
 
 
-def _card(config: Config, model: HVAE, metrics: Metrics, origin: str) -> str:
+def _shipped_hint() -> str:
+    names = shipped_models()
+    return f"the models that come with snr_ray are {', '.join(names)}" if names else "train one"
+
+
+def _card(config: Config, model: HVAE | UNet, metrics: Metrics, origin: str) -> str:
     n_weights = sum(p.numel() for p in model.parameters())
     size, colour = config.images.size, "grey" if config.images.channels == 1 else "RGB"
     rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in metrics.items())

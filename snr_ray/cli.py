@@ -106,6 +106,7 @@ def _run(args: argparse.Namespace, config: Config) -> int:
             donor=args.donor,
             samples=args.samples,
             inject=args.inject,
+            n_views=args.views,
             **options,
         )
         what = f"{outcome.images:,} images in {outcome.out}; look at {outcome.out / 'report.html'}"
@@ -120,6 +121,7 @@ def _run(args: argparse.Namespace, config: Config) -> int:
             images=args.images,
             out=args.out,
             baselines=names,
+            beside=tuple(args.beside),
             limit=args.limit,
             **options,
         )
@@ -167,7 +169,10 @@ def _parser() -> argparse.ArgumentParser:
         group.add_argument("--data", metavar="DIR", type=Path, help="folder made by `snr simulate`")
     for name in ("denoise", "evaluate"):
         parsers[name].add_argument(
-            "--model", metavar="M", required=True, help="model folder (RUN/model)"
+            "--model",
+            metavar="M",
+            required=True,
+            help="model folder (RUN/model), or the name of a model that comes with snr_ray",
         )
     for name, parser_ in parsers.items():
         if name == "bench":
@@ -191,8 +196,17 @@ def _parser() -> argparse.ArgumentParser:
         help="average N posterior samples and write their standard deviation; 0 (default) decodes "
              "the posterior mean")  # fmt: skip
     add("--inject", metavar="N_VIEWS", type=int, help="inject the noise of so many views instead")
+    add(
+        "--views",
+        metavar="N_VIEWS",
+        type=int,
+        help="view count of the images, for a model with model.physics; detected by default",
+    )
     add = parsers["evaluate"].add_argument
-    add("--baselines", metavar="tv,lmmse", help="comma-separated; all by default, '' for none")
+    add("--baselines", metavar="tv,sart,lmmse", help="comma-separated; default all, '' for none")
+    add("--beside", metavar="M", action="append", default=[],
+        help="another model folder for the same table, such as a U-Net's; may be given several "
+             "times, and models that differ only by their seed share a row")  # fmt: skip
     add("--limit", metavar="N", type=int, help="score at most N test images")
     return parser
 

@@ -76,8 +76,16 @@ class NoiseConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
+    kind: Literal["hvae", "unet"] = "hvae"
+    """`hvae`: the model of this project. `unet`: the supervised baseline it is compared with."""
+    physics: bool = False
+    """Known geometry: the encoder also sees the linear estimate for the image's noise id."""
     stem_channels: int = 16
     """Feature channels at full resolution."""
+    finest_stride: Literal[1, 2] = 2
+    """1: the finest level of codes has the resolution of the image; 2: half of it."""
+    stem_kernel: int = 3
+    """Height and width of the first convolution's kernel, odd."""
     channels: tuple[int, ...] = (32, 48, 64)
     """Feature channels of each level, finest (half resolution) first; one entry per level."""
     content_channels: tuple[int, ...] = (8, 8, 8)
@@ -102,7 +110,11 @@ class ModelConfig:
         for name in ("channels", "content_channels", "noise_channels"):
             for width in getattr(self, name):
                 _check(width >= 1, f"model.{name} must be at least 1, but got {width}.")
-        for name in ("stem_channels", "blocks"):
+        _check(
+            self.stem_kernel % 2 == 1,
+            f"model.stem_kernel must be odd, but got {self.stem_kernel}.",
+        )
+        for name in ("stem_channels", "stem_kernel", "blocks"):
             _check(
                 getattr(self, name) >= 1,
                 f"model.{name} must be at least 1, but got {getattr(self, name)}.",
@@ -111,7 +123,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
-    beta: float = 0.2
+    beta: float = 0.03
     """Weight of the KL divergence against the reconstruction term."""
     free_bits: float = 0.0
     """Nats per image and code (content and noise of each level) that the KL gives for free."""
@@ -120,8 +132,9 @@ class LossConfig:
     sigma: float = 0.05
     """Standard deviation of the Gaussian likelihood (the start value where it is learned)."""
     sigma_learned: bool = True
-    """Learn one sigma per noise id, so that few-view images do not dominate the loss."""
-    sigma_ratio: float = 3.0
+    """Learn one sigma per pair of noise ids (seen, wanted), so that the images of few views do not
+    decide how exact the others get."""
+    sigma_ratio: float = 2.5
     """Largest learned sigma allowed, as a multiple of the smallest."""
     triplet: float = 1.0
     """Weight of the triplet loss on the noise code."""
@@ -130,9 +143,9 @@ class LossConfig:
     pulls together and pushes the others away."""
     margin: float = 1.0
     """Distance beyond which the triplet loss stops pushing."""
-    content_kl: float = 0.1
+    content_kl: float = 0.05
     """Weight of the symmetric KL between the content codes of an image and its noisy version."""
-    swap_probability: float = 0.5
+    swap_probability: float = 0.8
     """Share of pairs trained on the swap itself: noise codes and targets exchanged."""
 
     def __post_init__(self) -> None:
@@ -151,9 +164,9 @@ class LossConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    steps: int = 3000
+    steps: int = 9000
     """Optimizer steps of the whole run."""
-    batch_size: int = 36
+    batch_size: int = 12
     """Clean images per step over all workers; each comes with one noisy version. Must be a
     multiple of 2 x view counts x workers, so that every image finds a partner on its worker."""
     lr: float = 2e-3
@@ -162,11 +175,11 @@ class TrainConfig:
     """Steps of the learning-rate warm-up."""
     grad_clip: float = 5.0
     """Largest gradient norm."""
-    ema: float = 0.995
+    ema: float = 0.998
     """Decay of the moving average of the weights; the average is the model that is kept."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the network; losses stay in fp32. bf16 pays on GPUs and AMX processors."""
-    checkpoint_every_steps: int = 250
+    checkpoint_every_steps: int = 500
     """Validation, checkpoint and curve point every so many steps."""
     val_images: int = 120
     """Validation images scored at each checkpoint."""
@@ -199,7 +212,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepConfig:
-    steps: int = 600
+    steps: int = 1800
     """Training steps of each trial; overrides train.steps."""
     noise_channels: tuple[int, int] = (1, 8)
     """Search range of model.noise_channels, drawn for each level."""
@@ -239,6 +252,11 @@ class Config:
             f"train.batch_size must be a multiple of 2 x view counts x workers = {unit}, "
             f"but got {self.train.batch_size}; the nearest is "
             f"{max(unit, round(self.train.batch_size / unit) * unit)}.",
+        )
+        _check(
+            not self.model.physics or self.images.size <= 64,
+            f"model.physics needs images of at most 64 pixels, but images.size is "
+            f"{self.images.size}; its linear estimate grows with the fourth power of the size.",
         )
         finest = self.images.size / 2 ** len(self.model.channels)
         _check(

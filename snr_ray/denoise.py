@@ -29,7 +29,7 @@ import ray
 import torch
 
 from snr_ray import images as image_files
-from snr_ray.checkpoint import TrainedModel, load_model
+from snr_ray.checkpoint import TrainedModel, load_model, model_path
 from snr_ray.cluster import connected, gpus, shared
 from snr_ray.config import Config, InputError
 from snr_ray.fileswap import MANIFEST_SCHEMA, FileSwapper, ImageFile
@@ -58,6 +58,7 @@ def denoise(
     donor: str = "mean",
     samples: int = 0,
     inject: int | None = None,
+    n_views: int | None = None,
     overwrite: bool = False,
 ) -> Outcome:
     """Exchange the noise code of every image of a source.
@@ -72,6 +73,7 @@ def denoise(
         samples: 0 decodes posterior means; N > 0 averages N posterior samples and writes their
             standard deviation.
         inject: None removes noise (clean donors); a view count injects its noise.
+        n_views: view count of the images, for a model with model.physics; None detects it.
         overwrite: replace files of the same names.
 
     Raises:
@@ -80,6 +82,13 @@ def denoise(
     if samples < 0:
         raise InputError(f"--samples must not be negative, but got {samples}.")
     trained = load_model(model)
+    if n_views is not None:
+        if inject is not None or not trained.config.model.physics:
+            raise InputError(
+                "--views tells a model with model.physics how many views its noisy input has, but "
+                + ("--inject takes clean input." if inject is not None else "this one is blind.")
+            )
+        trained.noise_id(n_views)
     noise_id = 0 if inject is None else trained.noise_id(inject)
     source = open_source(images)
     out = out.absolute()
@@ -89,11 +98,12 @@ def denoise(
         out,
         {
             "stage": "denoise",
-            "model": fingerprint((Path(model) / "model.safetensors").read_bytes()),
+            "model": fingerprint((model_path(model) / "model.safetensors").read_bytes()),
             "source": source.name,
             "donor": donor,
             "samples": samples,
             "inject": inject,
+            "n_views": n_views,
             "seed": config.seed,
             "white": config.images.white,
         },
@@ -108,7 +118,9 @@ def denoise(
     if todo:
         with connected():
             work = {
-                "model": str(Path(model).absolute()),
+                "model": str(model_path(model).absolute()),
+                "inject": inject is not None,
+                "n_views": n_views,
                 "pool": pool,
                 "out": str(out),
                 "samples": samples,

@@ -21,9 +21,10 @@ from snr_ray.config import InputError
 from snr_ray.hashing import hash64
 from snr_ray.images import Decoded, decode, encode
 from snr_ray.outputs import write_atomic
-from snr_ray.swap import swap
+from snr_ray.swap import detect, swap
 
 Array = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
 Row = dict[str, Any]
 
 PASS_PIXELS = 2**20
@@ -37,6 +38,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("channels", pa.int32()),
         ("depth", pa.string()),
         ("donor", pa.int32()),
+        ("n_views", pa.int32()),
         ("std", pa.float32()),
         ("seconds", pa.float32()),
     ]
@@ -71,6 +73,8 @@ class FileSwapper:
         samples: int = 0,
         seed: int = 0,
         white: float | None = None,
+        inject: bool = False,
+        n_views: int | None = None,
     ) -> None:
         """
         Args:
@@ -82,7 +86,10 @@ class FileSwapper:
                 their standard deviation.
             seed: of the choice of donors and of the samples.
             white: the stored value that means 1.0 in 16-bit and float images.
+            inject: the images are clean, and the pool is of noisy donors.
+            n_views: view count of the images, for a model with model.physics; None detects it.
         """
+        self.inject, self.n_views = inject, n_views
         self.trained, self.out, self.samples = trained, out, samples
         self.seed, self.white = seed, white
         device = trained.model.top.device
@@ -114,11 +121,14 @@ class FileSwapper:
         donors = [hash64(f"{self.seed}/{file.id}") % len(self.pool[0]) for file, _ in members]
         images = np.stack([decoded.pixels for _, decoded in members])
         try:
+            ids = self._noise_ids(images)
             if self.samples:
-                results, deviations = self._sample(images, donors, members)
+                results, deviations = self._sample(images, donors, ids, members)
             else:
                 noise = [level[donors] for level in self.pool]
-                results, deviations = _through(self.trained, images, noise, None), None
+                results, deviations = _through(self.trained, images, noise, ids, None), None
+        except InputError as error:
+            return [_failed(file, "swap", str(error)) for file, _ in members]
         except (RuntimeError, MemoryError) as error:
             if len(members) > 1:
                 return [row for member in members for row in self._pass([member])]
@@ -147,23 +157,50 @@ class FileSwapper:
                     "channels": channels,
                     "depth": str(decoded.depth),
                     "donor": donors[k],
+                    "n_views": None if ids is None else self._views(ids[k]),
                     "std": None if deviation is None else float(deviation.mean()),
                     "seconds": seconds,
                 }
             )
         return rows
 
+    def _noise_ids(self, images: Array) -> Ids | None:
+        """Noise ids of noisy images, given or detected; None where the model does not ask."""
+        if self.inject or not self.trained.config.model.physics:
+            return None
+        if self.n_views is not None:
+            return np.full(len(images), self.trained.noise_id(self.n_views))
+        fitting = _as_channels(images, self.trained.config.images.channels)
+        return detect(self.trained.model, self.trained.codes, fitting)
+
+    def _views(self, noise_id: int) -> int:
+        """View count of a noise id; 0 of a clean image."""
+        return (0, *self.trained.config.noise.n_views)[noise_id]
+
     def _sample(
-        self, images: Array, donors: list[int], members: list[tuple[ImageFile, Decoded]]
+        self,
+        images: Array,
+        donors: list[int],
+        ids: Ids | None,
+        members: list[tuple[ImageFile, Decoded]],
     ) -> tuple[Array, Array]:
         """Mean and standard deviation over posterior samples: each [B, C, H, W]."""
         means, deviations = [], []
-        for image, donor, (file, _) in zip(images, donors, members, strict=True):
+        for k, (image, donor, (file, _)) in enumerate(zip(images, donors, members, strict=True)):
             noise = [level[donor : donor + 1] for level in self.pool]
             # A generator per image: its samples do not depend on its neighbours in the batch.
             normal = _seeded(hash64(f"{self.seed}/samples/{file.id}"), self.pool[0].device)
             drawn = np.concatenate(
-                [_through(self.trained, image[None], noise, normal) for _ in range(self.samples)]
+                [
+                    _through(
+                        self.trained,
+                        image[None],
+                        noise,
+                        None if ids is None else ids[k : k + 1],
+                        normal,
+                    )
+                    for _ in range(self.samples)
+                ]
             )
             means.append(drawn.mean(0))
             deviations.append(drawn.std(0))
@@ -183,21 +220,35 @@ class FileSwapper:
 
 
 def _through(
-    trained: TrainedModel, images: Array, noise: list[Tensor], normal: Normal | None
+    trained: TrainedModel,
+    images: Array,
+    noise: list[Tensor],
+    noise_ids: Ids | None,
+    normal: Normal | None,
 ) -> Array:
     """Swap images [B, C, H, W] of any C: a grey model takes RGB channel by channel, an RGB model
     takes grey repeated and answers with the mean of its channels."""
     batch, have = images.shape[:2]
     channels = trained.config.images.channels
     if have == channels:
-        return swap(trained.model, images, noise, normal=normal)
+        return swap(trained.model, images, noise, noise_ids=noise_ids, normal=normal)
     if channels == 1:
         apart = images.reshape(batch * have, 1, *images.shape[2:])
         # A single code serves all; otherwise each image lends its donor to its channels.
         each = [level.repeat_interleave(have, 0) if len(level) > 1 else level for level in noise]
-        return swap(trained.model, apart, each, normal=normal).reshape(images.shape)
-    repeated = np.repeat(images, channels, axis=1)
-    return swap(trained.model, repeated, noise, normal=normal).mean(1, keepdims=True)
+        ids = None if noise_ids is None else noise_ids.repeat(have)
+        whole = swap(trained.model, apart, each, noise_ids=ids, normal=normal)
+        return whole.reshape(images.shape)
+    repeated = _as_channels(images, channels)
+    whole = swap(trained.model, repeated, noise, noise_ids=noise_ids, normal=normal)
+    return whole.mean(1, keepdims=True)
+
+
+def _as_channels(images: Array, channels: int) -> Array:
+    """Images [B, C, H, W] with another C: grey is the mean of channels, RGB is grey repeated."""
+    if images.shape[1] == channels:
+        return images
+    return np.repeat(images.mean(1, keepdims=True), channels, axis=1)
 
 
 def _seeded(seed: int, device: torch.device) -> Normal:

@@ -14,12 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from snr_ray import radon
 from snr_ray.batches import Batch, Pairs, Share, StepNormal
 from snr_ray.config import Config
 from snr_ray.hvae import HVAE
-from snr_ray.losses import Objective
+from snr_ray.losses import Objective, Regression
 from snr_ray.metrics import psnr
+from snr_ray.physics import LinearInverse
 from snr_ray.swap import N_DONORS, NoiseCodes, collect, swap
+from snr_ray.unet import UNet, regress
 
 LOG_EVERY_STEPS = 25
 SCORE_BATCH = 256
@@ -27,11 +30,23 @@ SCORE_BATCH = 256
 Metrics = dict[str, float]
 
 
-def build_model(config: Config) -> HVAE:
+def build_model(config: Config) -> HVAE | UNet:
     """An untrained model; the same weights for the same seed."""
+    network = UNet if config.model.kind == "unet" else HVAE
+    inverse = None
+    if config.model.physics:
+        inverse = LinearInverse(len(config.noise.n_views), config.images.size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return HVAE(config.model, config.images.channels)
+        return network(config.model, config.images.channels, inverse)
+
+
+def build_objective(config: Config) -> Objective | Regression:
+    """An untrained model in its training objective."""
+    model, n_ids = build_model(config), len(config.noise.n_views)
+    if isinstance(model, UNet):
+        return Regression(model, config.loss, n_ids)
+    return Objective(model, config.loss, n_ids)
 
 
 class Learner:
@@ -49,18 +64,27 @@ class Learner:
         self.config = config
         self.device = device or torch.device("cpu")
         self.share = share or Share()
-        n_ids = len(config.noise.n_views)
-        self.objective = Objective(build_model(config), config.loss, n_ids).to(self.device)
+        self.objective = build_objective(config).to(self.device)
         self.objective.to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.objective.model).eval().requires_grad_(False)
         self.parallel = wrap(self.objective)
         groups: list[dict[str, Any]] = [{"params": list(self.objective.model.parameters())}]
         if config.loss.sigma_learned:
             # Few steps and one scalar each: sigma must move faster than the weights.
-            groups.append({"params": [self.objective.log_sigma], "scale": 5.0})
+            groups.append({"params": [self.objective.likelihood.log_sigma], "scale": 5.0})
         self.optimizer = torch.optim.Adam(groups, lr=config.train.lr, betas=(0.9, 0.99))
         self.step = 0
         self.skipped = 0
+
+    def fit_physics(self, pairs: Pairs) -> None:
+        """Fit the linear estimates of a model with model.physics to clean training images."""
+        size = self.config.images.size
+        noise = [radon.operator(spec, size, size) for spec in radon.specs(self.config.noise)]
+        inverse, average = self.objective.model.stem.inverse, self.average.stem.inverse
+        assert inverse is not None
+        assert average is not None
+        inverse.fit(pairs.take(np.arange(len(pairs)), 0), noise)
+        average.load_state_dict(inverse.state_dict())
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step; returns the loss and its parts.
@@ -92,6 +116,12 @@ class Learner:
             self.skipped += 1
         self.step += 1
         return parts
+
+    def validate(self, donors: Pairs, val: Pairs) -> tuple[NoiseCodes | None, Metrics]:
+        """Noise codes of the moving average (None of a U-Net) and its validation PSNR."""
+        n_views, model = self.config.noise.n_views, self.average
+        codes = None if isinstance(model, UNet) else donor_codes(model, donors)
+        return codes, validate(model, codes, val, n_views)
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain values."""
@@ -164,26 +194,36 @@ def donor_codes(model: HVAE, pairs: Pairs) -> NoiseCodes:
     return collect(model, [pairs.take(rows, k) for k in range(len(pairs.noisy) + 1)])
 
 
-def validate(model: HVAE, codes: NoiseCodes, pairs: Pairs, n_views: tuple[int, ...]) -> Metrics:
-    """PSNR in dB of the swap for each noise id, their mean, and of reconstructed clean images.
+def validate(
+    model: HVAE | UNet, codes: NoiseCodes | None, pairs: Pairs, n_views: tuple[int, ...]
+) -> Metrics:
+    """PSNR in dB of cleaned images for each noise id and their mean, under `swap_psnr`.
 
     Args:
-        model: in eval mode.
-        codes: noise codes of training images; the mean clean code does the swap.
+        model: in eval mode; of a HVAE also reconstructed clean images are scored.
+        codes: noise codes of training images; the mean clean code does the swap. None for a U-Net,
+            whose scores are named `unet_psnr`.
         pairs: validation images.
         n_views: view count of each noise id, for the names of the metrics.
     """
     rows = np.arange(len(pairs))
-    clean_code = codes.mean(0)
+    name = "unet_psnr" if codes is None else "swap_psnr"
     sums: Metrics = {}
     for start in range(0, len(rows), SCORE_BATCH):
         part = rows[start : start + SCORE_BATCH]
         clean = pairs.take(part, 0)
-        scored = {"recon_clean_psnr": psnr(swap(model, clean, None), clean)}
+        scored = {}
+        if isinstance(model, HVAE):
+            scored["recon_clean_psnr"] = psnr(swap(model, clean, None), clean)
         for noise_id, views in enumerate(n_views, start=1):
-            noisy = pairs.take(part, noise_id)
-            scored[f"swap_psnr_{views}"] = psnr(swap(model, noisy, clean_code), clean)
-        for name, values in scored.items():
-            sums[name] = sums.get(name, 0.0) + float(values.sum()) / len(rows)
-    sums["swap_psnr"] = float(np.mean([sums[f"swap_psnr_{views}"] for views in n_views]))
+            noisy, ids = pairs.take(part, noise_id), np.full(len(part), noise_id)
+            if isinstance(model, HVAE):
+                assert codes is not None
+                image = swap(model, noisy, codes.mean(0), noise_ids=ids)
+            else:
+                image = regress(model, noisy, ids)
+            scored[f"{name}_{views}"] = psnr(image, clean)
+        for metric, values in scored.items():
+            sums[metric] = sums.get(metric, 0.0) + float(values.sum()) / len(rows)
+    sums[name] = float(np.mean([sums[f"{name}_{views}"] for views in n_views]))
     return sums

@@ -16,11 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snr_ray.blocks import Gaussian, NoiseHead, Normal, TopDownLevel, residual_blocks, upsample
+from snr_ray.blocks import (
+    PIXEL_OFFSET,
+    Gaussian,
+    NoiseHead,
+    Normal,
+    Stem,
+    TopDownLevel,
+    residual_blocks,
+    upsample,
+)
 from snr_ray.config import ModelConfig
-
-PIXEL_OFFSET = 0.4
-"""Subtracted from pixels before the network and added after it: images are centred, not clipped."""
+from snr_ray.physics import LinearInverse
 
 
 @dataclass
@@ -51,18 +58,19 @@ class Inference:
 class HVAE(nn.Module):
     """The model. `channels` is 1 (grey) or 3 (RGB); images of any size from 1 pixel on."""
 
-    def __init__(self, config: ModelConfig, channels: int) -> None:
+    def __init__(
+        self, config: ModelConfig, channels: int, inverse: LinearInverse | None = None
+    ) -> None:
+        """`inverse` gives the second input of a model with model.physics."""
         super().__init__()
         widths = (config.stem_channels, *config.channels)
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 3, padding=1), residual_blocks(widths[0], config.blocks)
-        )
+        self.stem = Stem(config, channels, inverse)
         self.down = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(narrow, wide, 3, stride=2, padding=1),
+                nn.Conv2d(narrow, wide, 3, stride=config.finest_stride if k == 0 else 2, padding=1),
                 residual_blocks(wide, config.blocks),
             )
-            for narrow, wide in itertools.pairwise(widths)
+            for k, (narrow, wide) in enumerate(itertools.pairwise(widths))
         )
         spatial = config.noise_code == "map"
         self.noise_heads = nn.ModuleList(
@@ -80,14 +88,14 @@ class HVAE(nn.Module):
         )
         self.top = nn.Parameter(torch.zeros(1, widths[-1], 1, 1))
         self.head = nn.Sequential(
-            residual_blocks(widths[0], config.blocks),
+            residual_blocks(widths[0], config.blocks if config.finest_stride == 2 else 0),
             nn.SiLU(),
             nn.Conv2d(widths[0], channels, 3, padding=1),
         )
 
-    def bottom_up(self, x: Tensor) -> list[Tensor]:
+    def bottom_up(self, x: Tensor, noise_ids: Tensor | None = None) -> list[Tensor]:
         """Features of images [B, C, H, W] per level, finest first: [B, C_l, H/2^l, W/2^l]."""
-        h = self.stem(x - PIXEL_OFFSET)
+        h = self.stem(x, noise_ids)
         features = []
         for down in self.down:
             h = down(h)
@@ -104,6 +112,8 @@ class HVAE(nn.Module):
         noise: list[Tensor] | None = None,
         donors: Tensor | None = None,
         normal: Normal | None = None,
+        noise_ids: Tensor | None = None,
+        prior_levels: int = 0,
     ) -> Inference:
         """Encode images and decode them again, with their own noise codes or others.
 
@@ -112,8 +122,12 @@ class HVAE(nn.Module):
             noise: noise codes per level to use in place of the images' own; [B or 1, ...].
             donors: [B] indices into the batch: image b takes the noise code of image donors[b].
             normal: source of the sampling noise; None uses posterior means.
+            noise_ids: [B] known noise ids, for a model with model.physics; None, and 0 where only
+                some are known, leaves the encoder with the image alone.
+            prior_levels: so many of the finest levels take their content from the prior, not from
+                the image.
         """
-        features = self.bottom_up(x)
+        features = self.bottom_up(x, noise_ids)
         posteriors = self.noise_posteriors(features)
         if noise is None:
             noise = [q.sample(normal) for q in posteriors]
@@ -127,10 +141,10 @@ class HVAE(nn.Module):
             layer = self._level(level)
             q, p = layer.infer(state, features[level]), layer.expect(state)
             content.insert(0, (q, p))
-            z.insert(0, q.sample(normal))
+            z.insert(0, (p if level < prior_levels else q).sample(normal))
             state = layer.advance(state, z[0], noise[level])
             finer = features[level - 1].shape if level else x.shape
-            state = upsample(self.up[level](state), finer[-2:])
+            state = self._upsample(level, state, finer[-2:])
         codes = Codes(z, noise, (x.shape[-2], x.shape[-1]))
         return Inference(self._image(state), codes, content, posteriors)
 
@@ -146,8 +160,12 @@ class HVAE(nn.Module):
             layer = self._level(level)
             state = layer.advance(state, codes.content[level], codes.noise[level])
             finer = codes.content[level - 1].shape[-2:] if level else torch.Size(codes.size)
-            state = upsample(self.up[level](state), finer)
+            state = self._upsample(level, state, finer)
         return self._image(state)
+
+    def _upsample(self, level: int, state: Tensor, size: torch.Size) -> Tensor:
+        state = self.up[level](state)
+        return state if state.shape[-2:] == size else upsample(state, size)
 
     def _level(self, level: int) -> TopDownLevel:
         layer = self.levels[level]

@@ -13,8 +13,12 @@ from snr_ray.batches import Batch, StepNormal
 from snr_ray.blocks import Gaussian, kl, standard
 from snr_ray.config import LossConfig
 from snr_ray.hvae import HVAE
+from snr_ray.unet import UNet
 
 SIGMA_FLOOR = 0.01
+ROOT_EPSILON = 1e-6
+WITHHELD = 0.125
+"""Share of pairs that a model with model.physics sees without their noise id."""
 
 
 def triplet_loss(mu: Tensor, n_ids: int, form: str, margin: float) -> Tensor:
@@ -40,12 +44,61 @@ def triplet_loss(mu: Tensor, n_ids: int, form: str, margin: float) -> Tensor:
     if form == "drawn":
         return F.relu(pull - push + margin).mean()
     clean_pull = distance(clean, clean[partner])
-    loss = 0.5 * (pull + clean_pull) + F.relu(margin - push)
+
+    def short_of_margin(d: Tensor) -> Tensor:
+        # The root keeps its slope where codes are still equal, so that they part at once; a
+        # squared distance has none there and leaves the codes together for hundreds of steps.
+        return F.relu(margin - (d + ROOT_EPSILON).sqrt())
+
+    loss = 0.5 * (pull + clean_pull) + short_of_margin(push)
     if n_ids > 1:  # the next id is one pair further, cyclically within a group
         grouped = noisy.unflatten(0, (-1, n_ids, 2))
         other = grouped.roll(1, dims=1).flatten(0, 2)
-        loss = loss + F.relu(margin - distance(noisy, other))
+        loss = loss + short_of_margin(distance(noisy, other))
     return loss.mean()
+
+
+class Likelihood(nn.Module):
+    """Gaussian likelihood of images, one standard deviation per (noise id seen, noise id wanted).
+
+    Cleaning an image of few views leaves errors many times those of reconstructing a clean one;
+    with one sigma for both, the hard images alone would decide how exact the easy ones get.
+    """
+
+    def __init__(self, config: LossConfig, n_ids: int) -> None:
+        super().__init__()
+        self.ratio = config.sigma_ratio
+        log_sigma = torch.full((n_ids + 1, n_ids + 1), config.sigma).log()
+        self.log_sigma = nn.Parameter(log_sigma, requires_grad=config.sigma_learned)
+
+    def sigma(self) -> Tensor:
+        """Standard deviations [n_ids + 1, n_ids + 1] by id seen and id wanted, clamped to a range.
+
+        Of two different noisy ids there is none: no pair of images has them.
+        """
+        sigma = self.log_sigma.exp().clamp(min=SIGMA_FLOOR)
+        smallest = torch.cat([sigma.diagonal(), sigma[0], sigma[:, 0]]).min().detach()
+        return torch.minimum(sigma, self.ratio * smallest)
+
+    def forward(self, image: Tensor, target: Tensor, seen: Tensor, wanted: Tensor) -> Tensor:
+        """Negative log-likelihood per pixel, without its constant; mean over images, a scalar."""
+        sigma = self.sigma()[seen, wanted]  # [B]
+        error = (image - target).square().flatten(1).mean(1)
+        return (error / (2 * sigma.square()) + sigma.log()).mean()
+
+
+class Regression(nn.Module):
+    """Objective of the supervised baseline: noisy to clean, each noise id with its own sigma."""
+
+    def __init__(self, model: UNet, config: LossConfig, n_ids: int) -> None:
+        super().__init__()
+        self.model, self.likelihood = model, Likelihood(config, n_ids)
+
+    def forward(self, batch: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
+        """Loss of one worker's pairs, a scalar; the sampling noise and the warm-up are unused."""
+        estimate = self.model(batch.noisy, batch.noise_ids)
+        wanted = torch.zeros_like(batch.noise_ids)
+        return {"loss": self.likelihood(estimate, batch.clean, batch.noise_ids, wanted)}
 
 
 class Objective(nn.Module):
@@ -54,13 +107,7 @@ class Objective(nn.Module):
     def __init__(self, model: HVAE, config: LossConfig, n_ids: int) -> None:
         super().__init__()
         self.model, self.config, self.n_ids = model, config, n_ids
-        log_sigma = torch.full((n_ids + 1,), config.sigma).log()
-        self.log_sigma = nn.Parameter(log_sigma, requires_grad=config.sigma_learned)
-
-    def sigma(self) -> Tensor:
-        """Likelihood standard deviation per noise id: [n_ids + 1], clamped to a range."""
-        sigma = self.log_sigma.exp().clamp(min=SIGMA_FLOOR)
-        return torch.minimum(sigma, self.config.sigma_ratio * sigma.min().detach())
+        self.likelihood = Likelihood(config, n_ids)
 
     def forward(self, batch: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
         """Loss of one worker's pairs and its parts; means over images, so workers may average.
@@ -85,11 +132,16 @@ class Objective(nn.Module):
         swapped = normal.uniform(len(batch.clean)) < config.swap_probability
         swapped = swapped.repeat_interleave(2)
         target = torch.where(swapped, other_side, row)
-        result = self.model(x, donors=torch.where(swapped, donor, row), normal=normal)
+        known = ids
+        if self.model.stem.inverse is not None:
+            # Sometimes the id is withheld: that is how ids are detected and unknown ones cleaned.
+            withheld = normal.uniform(len(batch.clean)) < WITHHELD
+            known = ids.masked_fill(withheld.repeat_interleave(2), 0)
+        result = self.model(
+            x, donors=torch.where(swapped, donor, row), normal=normal, noise_ids=known
+        )
 
-        sigma = self.sigma()[ids[target]]  # [2 B]
-        error = (result.image - x[target]).square().flatten(1).sum(1)
-        recon = (error / (2 * sigma.square()) + n_pixels * sigma.log()).mean() / n_pixels
+        recon = self.likelihood(result.image, x[target], ids, ids[target])
         kl_content = [kl(q, p) for q, p in result.content]
         kl_noise = [kl(q, standard(q)) for q in result.noise]
         paid = sum(F.relu(nats - config.free_bits).mean() for nats in kl_content + kl_noise)

@@ -28,15 +28,33 @@ GRID_COLUMNS = (
 PAGE_IMAGES = 24
 METHOD_TEXT = {
     "noisy": "noisy input",
-    "recon": "reconstruction of the noisy image (against the noisy image)",
-    "recon_clean": "reconstruction of the clean image: the ceiling of the swap",
+    "tv": "total variation, weight chosen on validation images",
+    "sart": "SART from the sinogram (every eighth image or so)",
+    "lmmse": "linear MMSE, knows the operator and its view count",
     "swap": "**noise removed**, mean clean noise code",
     "swap_random": "**noise removed**, random clean donor",
+    "swap_flips": "noise removed, mean over the image and its mirror images",
+    "swap_detected": "noise removed, view count detected",
+    "hdn": "finest content from the prior, no swap (HDN mode)",
+    "recon_clean": "reconstruction of the clean image: the ceiling of the swap",
+    "recon": "reconstruction of the noisy image (against the noisy image)",
+    "authority": "all codes of another noisy image, against that image",
     "inject": "**noise injected**, against the true noisy image, unclipped",
     "no_inject": "clean image as it is, against the true noisy image, unclipped",
-    "tv": "total variation, weight chosen on validation images",
-    "lmmse": "linear MMSE, knows the operator and its view count",
 }
+SUFFIXES = {
+    "_grainy": ", Gaussian noise of sigma 0.01 added to the input",
+    "_unseen": ", view count that no model was trained on",
+    "_inject": ": noise injected, unclipped",
+}
+
+
+def method_text(method: str) -> str:
+    """What a row of the table shows."""
+    ending = next((s for s in SUFFIXES if method.endswith(s)), "")
+    name = method.removesuffix(ending)
+    text = METHOD_TEXT.get(name) or f"model `{name.removeprefix('beside:')}`"
+    return text + SUFFIXES.get(ending, "")
 
 
 def grid(rows: list[list[Array]], labels: list[str], path: Path) -> None:
@@ -65,38 +83,122 @@ def grid(rows: list[list[Array]], labels: list[str], path: Path) -> None:
 
 def evaluation_table(metrics: dict[str, Any]) -> str:
     """metrics.json as a Markdown page."""
-    views = sorted({r["n_views"] for r in metrics["results"] if r["n_views"]}, reverse=True)
-    methods = list(dict.fromkeys(r["method"] for r in metrics["results"]))
-    cells = {(r["method"], r["n_views"]): r for r in metrics["results"]}
-    head = " | ".join(f"{n} views" for n in views)
+    results = metrics["results"]
+    trained_on = metrics["n_views"]
+    seen = [r for r in results if not r["method"].endswith("_unseen")]
+    unseen = [r for r in results if r["method"].endswith("_unseen")]
+    blind = (
+        "The model sees the linear estimate for the given view count beside the image."
+        if metrics["physics"]
+        else "The model is blind to the view count."
+    )
+    probes = metrics["probes"]
+    classes = "class_from_noise_code" in probes
+    chance = f"(chance {probes['chance_of_noise_id']:.0%}"
+    chance += f"; class {probes['chance_of_class']:.0%})" if classes else ")"
+    per_view = "".join(f" {n} views |" for n in trained_on)
+    rule = "|---|" + "---|" * len(trained_on)
+
+    def cells(values: dict[str, Any], form: str) -> str:
+        return "".join(f" {values[str(n)]:{form}} |" for n in trained_on)
+
+    def uncertain(key: str, form: str) -> str:
+        return cells({n: u[key] for n, u in metrics["uncertainty"].items()}, form)
+
     lines = [
         f"# {metrics['model']} on {metrics['source']}",
         "",
         f"{metrics['images']} images of the test split. PSNR in dB / SSIM, mean over images, "
-        "data range 1; images are clipped to [0, 1] where not said otherwise.",
+        "data range 1; images are clipped to [0, 1] where not said otherwise; ± is the standard "
+        "deviation over seeds. Milliseconds per image are those of one core. " + blind,
         "",
-        f"| method | {head} |",
-        "|---|" + "---|" * len(views),
+        *_score_table(seen, trained_on),
+        "",
+        "View counts that no model was trained on:" if unseen else "",
+        "",
+        *(_score_table(unseen, sorted({r["n_views"] for r in unseen}, reverse=True))),
+        "",
+        "## What the codes know",
+        "",
+        f"| accuracy on test images {chance} | noise code | content code |",
+        "|---|---|---|",
+        f"| noise id, linear probe | {probes['noise_id_from_noise_code']:.1%} "
+        f"| {probes['noise_id_from_content_code']:.1%} |",
+        f"| noise id, discriminant on the donors (what `denoise` detects) "
+        f"| {probes['noise_id']:.1%} | |",
     ]
-    for method in methods:
-        row = []
-        for n_views in views:
-            cell = cells.get((method, n_views)) or cells.get((method, 0))
-            row.append(f"{cell['psnr']:.2f} / {cell['ssim']:.3f}" if cell else "")
-        lines.append(f"| {METHOD_TEXT.get(method, method)} | {' | '.join(row)} |")
-    spread = ", ".join(f"{v:.3f} dB at {k} views" for k, v in metrics["donor_std_db"].items())
-    probes = metrics["probes"]
+    if classes:
+        lines.append(
+            f"| class of the image, linear probe | {probes['class_from_noise_code']:.1%} "
+            f"| {probes['class_from_content_code']:.1%} |"
+        )
     lines += [
         "",
-        f"Spread over {metrics['donors']} random donors (standard deviation of an image's PSNR): "
-        f"{spread}.",
+        "## Donors, injection, uncertainty",
         "",
-        f"A linear probe tells the noise id from the noise code in "
-        f"{probes['noise_id_from_noise_code']:.1%} and from the content code in "
-        f"{probes['noise_id_from_content_code']:.1%} of cases (chance {probes['chance']:.1%}).",
+        f"| |{per_view}",
+        rule,
+        f"| spread over {metrics['donors']} random donors: standard deviation of an image's PSNR, "
+        f"dB |{cells(metrics['donor_std_db'], '.3f')}",
+        "| accuracy of a small classifier that tells injected from truly noisy images; 0.5 is "
+        f"perfect injection |{cells(metrics['injected_or_true'], '.3f')}",
+        "| uncertainty: factor on the standard deviation of posterior samples, from validation "
+        f"images |{uncertain('scale', '.2f')}",
+        "| uncertainty: correlation of scaled deviation and true error, per pixel "
+        f"|{uncertain('correlation', '.2f')}",
+        "| uncertainty: mean relative distance from the true error, over tenths of the pixels "
+        f"|{uncertain('calibration_error', '.1%')}",
+        "",
+        "`calibration.png` draws the last line, `grid.png` shows images.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _score_table(results: list[dict[str, Any]], views: list[int]) -> list[str]:
+    """Lines of a Markdown table, a row for each method."""
+    if not results:
+        return []
+    cells = {(r["method"], r["n_views"]): r for r in results}
+    lines = [
+        "| method | " + " | ".join(f"{n} views" for n in views) + " | ms |",
+        "|---|" + "---|" * (len(views) + 1),
+    ]
+    for method in dict.fromkeys(r["method"] for r in results):
+        row = [cells.get((method, n)) or cells.get((method, 0)) for n in views]
+        seconds = [cell["seconds"] for cell in row if cell]
+        text = " | ".join(_cell(cell) for cell in row)
+        seeds = next((cell["seeds"] for cell in row if cell and "seeds" in cell), 0)
+        name = method_text(method) + (f" ({seeds} seeds)" if seeds else "")
+        idle = method.startswith(("noisy", "no_inject"))
+        spent = "" if idle or not seconds else f"{1000 * sum(seconds) / len(seconds):.1f}"
+        lines.append(f"| {name} | {text} | {spent} |")
+    return lines
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    if not cell:
+        return ""
+    spread = f" ± {cell['psnr_std']:.2f}" if "psnr_std" in cell else ""
+    return f"{cell['psnr']:.2f}{spread} / {cell['ssim']:.3f}"
+
+
+def calibration(uncertainty: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw predicted against true error of denoised pixels, a line for each view count."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    top = max(value for u in uncertainty.values() for point in u["curve"] for value in point)
+    axis.plot([0, top], [0, top], color="0.6", linewidth=1, label="perfect")
+    for n_views, u in uncertainty.items():
+        deviation, error = zip(*u["curve"], strict=True)
+        axis.plot(deviation, error, "o-", markersize=4, label=f"{n_views} views (x {u['scale']})")
+    axis.set_xlabel("standard deviation of posterior samples, scaled")
+    axis.set_ylabel("true error (root mean square)")
+    axis.legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(path)
 
 
 def denoise_report(

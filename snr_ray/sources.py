@@ -49,6 +49,7 @@ class Source:
     fetch: Callable[[int], Raw]
     group: Callable[[str], str] = field(default=str)
     tensors: bool = False
+    labels: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
     """The local folder that the images lie in, if they do; results must not land there."""
 
@@ -205,6 +206,7 @@ def _parquet(
     """Parquet rows with encoded images (bytes, or a struct with bytes and path) or tensors."""
     ids: list[str] = []
     rows: list[tuple[str, int, int]] = []  # table, row group, row in it
+    labels: dict[str, str] = {}
     column, is_tensor = wanted, False
     for path in tables:
         try:
@@ -221,10 +223,14 @@ def _parquet(
             if id_column:
                 keys = file.read_row_group(group, [id_column]).column(0).to_pylist()
                 keys = [key["path"] if isinstance(key, dict) else key for key in keys]
-            ids += [f"{stem}{key or f'{group}-{i:06d}'}" for i, key in enumerate(keys)]
+            names = [f"{stem}{key or f'{group}-{i:06d}'}" for i, key in enumerate(keys)]
+            if "label" in file.schema_arrow.names:
+                classes = file.read_row_group(group, ["label"]).column(0).to_pylist()
+                labels |= {n: str(c) for n, c in zip(names, classes, strict=True) if c is not None}
+            ids += names
             rows += [(path, group, i) for i in range(n_rows)]
     fetch = functools.partial(_read_row, fs, column, rows)
-    return Source(name, ids, fetch, tensors=is_tensor, folder=folder)
+    return Source(name, ids, fetch, tensors=is_tensor, labels=labels, folder=folder)
 
 
 def _columns(schema: pa.Schema, path: str, wanted: str) -> tuple[str, str]:
@@ -283,7 +289,8 @@ def _row_group(fs: _Hashable, path: str, group: int, column: str) -> pa.ChunkedA
 def _glyphs(path: str) -> Source:
     _no_path("glyphs", path)
     ids = samples.glyph_ids()
-    return Source("glyphs", ids, functools.partial(_make, samples.draw_glyph, ids), samples.group)
+    make = functools.partial(_make, samples.draw_glyph, ids)
+    return Source("glyphs", ids, make, samples.group, labels=_first_folder(ids))
 
 
 def _photos(path: str) -> Source:
@@ -294,6 +301,10 @@ def _photos(path: str) -> Source:
 
 def _make(make: Callable[[str], Raw], ids: Sequence[str], index: int) -> Raw:
     return make(ids[index])
+
+
+def _first_folder(ids: Sequence[str]) -> dict[str, str]:
+    return {name: name.partition("/")[0] for name in ids}
 
 
 def _no_path(name: str, path: str) -> None:
@@ -327,7 +338,8 @@ def _notmnist(path: str) -> Source:
         raise InputError(f"{path} is not a readable tar archive ({reason}).") from None
     # One array, so that the workers of a machine share it through the object store.
     buffer = np.frombuffer(b"".join(chunks), np.uint8)
-    return Source(f"notmnist:{path}", ids, functools.partial(_read_slice, buffer, offsets))
+    fetch = functools.partial(_read_slice, buffer, offsets)
+    return Source(f"notmnist:{path}", ids, fetch, labels=_first_folder(ids))
 
 
 def _read_slice(buffer: npt.NDArray[np.uint8], offsets: Sequence[int], index: int) -> bytes:

@@ -18,6 +18,9 @@ Array = npt.NDArray[np.float32]
 N_DONORS = 64
 """Noise codes of single images kept per noise id, for random donors without their images."""
 
+DETECT_RIDGE = 0.01
+"""Ridge on the covariance of noise codes, as a share of their mean variance."""
+
 
 @dataclass(frozen=True)
 class NoiseCodes:
@@ -36,6 +39,22 @@ class NoiseCodes:
     def mean(self, noise_id: int) -> list[Tensor]:
         """Mean noise code of one id per level: [1, C_noise, h, w]."""
         return [level[noise_id].mean(0, keepdim=True) for level in self.donors]
+
+    def detect(self, codes: list[Tensor]) -> npt.NDArray[np.int64]:
+        """Noise id of images by their noise codes [B, C_noise, h, w] per level: [B].
+
+        Linear discriminant analysis on the donors: Gaussian classes of equal covariance and weight.
+        Source: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning (2009), 4.3.
+        """
+        known = np.concatenate([level.flatten(2).cpu().numpy() for level in self.donors], axis=2)
+        given = np.concatenate([level.flatten(1).cpu().numpy() for level in codes], axis=1)
+        means = known.mean(1)  # [n_ids + 1, dims]
+        spread = (known - means[:, None]).reshape(-1, known.shape[2]).astype(np.float64)
+        covariance = np.atleast_2d(np.cov(spread, rowvar=False))
+        ridge = DETECT_RIDGE * np.trace(covariance) / len(covariance) + 1e-12
+        weights = np.linalg.solve(covariance + ridge * np.eye(len(covariance)), means.T)
+        scores = given @ weights - 0.5 * (means * weights.T).sum(1)
+        return scores.argmax(1)
 
     def pick(self, noise_id: int, donor: npt.NDArray[np.int64]) -> list[Tensor]:
         """Noise codes of chosen donors per level: [len(donor), C_noise, h, w]."""
@@ -61,8 +80,21 @@ def collect(model: HVAE, by_noise_id: list[Array]) -> NoiseCodes:
 
 
 @torch.inference_mode()
+def detect(model: HVAE, codes: NoiseCodes, images: Array) -> npt.NDArray[np.int64]:
+    """Noise ids of images [B, C, H, W] by their noise codes, 0 for clean ones: [B]."""
+    posteriors = model.noise_posteriors(model.bottom_up(_tensor(model, images)))
+    return codes.detect([q.mu for q in posteriors])
+
+
+@torch.inference_mode()
 def swap(
-    model: HVAE, images: Array, noise: list[Tensor] | None, *, normal: Normal | None = None
+    model: HVAE,
+    images: Array,
+    noise: list[Tensor] | None,
+    *,
+    normal: Normal | None = None,
+    noise_ids: npt.NDArray[np.int64] | None = None,
+    prior_levels: int = 0,
 ) -> Array:
     """Images [B, C, H, W] with other noise codes, or their own where `noise` is None.
 
@@ -71,11 +103,16 @@ def swap(
         images: float32, not clipped: the network sees the range that the noise has.
         noise: codes per level, [1 or B, C_noise, h, w].
         normal: source of sampling noise; None decodes posterior means.
+        noise_ids: [B] known or detected ids of the images, for a model with model.physics.
+        prior_levels: so many of the finest levels take their content from the prior.
 
     Returns:
         [B, C, H, W] float32, not clipped.
     """
-    return model(_tensor(model, images), noise=noise, normal=normal).image.cpu().numpy()
+    x = _tensor(model, images)
+    ids = None if noise_ids is None else torch.from_numpy(noise_ids).to(x.device)
+    result = model(x, noise=noise, normal=normal, noise_ids=ids, prior_levels=prior_levels)
+    return result.image.cpu().numpy()
 
 
 def _tensor(model: HVAE, images: Array) -> Tensor:

@@ -24,6 +24,7 @@ import ray.train.torch
 import torch
 
 from snr_ray import config as configs
+from snr_ray.baselines import FIT_IMAGES
 from snr_ray.batches import PairFeed, Share
 from snr_ray.checkpoint import load_checkpoint, save_checkpoint, save_model
 from snr_ray.cluster import connected, cpus, gpus
@@ -37,7 +38,7 @@ from snr_ray.dataset import (
     settle,
     stream_batches,
 )
-from snr_ray.fit import Learner, Metrics, donor_codes, fit, validate
+from snr_ray.fit import Learner, Metrics, fit
 from snr_ray.hashing import fingerprint
 from snr_ray.outputs import Progress, claim
 from snr_ray.simulate import Outcome, write_failures
@@ -83,6 +84,8 @@ def train(
         }
         if in_memory:
             datasets["train"] = datasets["train"].materialize()
+        if config.model.physics:
+            datasets["physics"] = open_rows(config, origin, "train", FIT_IMAGES).materialize()
         watch = _Watch(out, config) if progress else None
         try:
             _fit_on_ray(config, origin, out, datasets, in_memory)
@@ -146,6 +149,9 @@ def _worker(job: dict[str, Any]) -> None:
         share=share,
         wrap=ray.train.torch.prepare_model,
     )
+    if config.model.physics:
+        known, _ = gather(_tables("physics"), config)
+        learner.fit_physics(known)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as folder:
@@ -165,10 +171,10 @@ def _worker(job: dict[str, Any]) -> None:
         # Every rank reports equally often, or the others wait for ever.
         stop = _from_rank_zero(share, (out / "stop").exists())
         with tempfile.TemporaryDirectory() as folder:
-            state, metrics = None, {}
+            state: ray.train.Checkpoint | None = None
+            metrics: Metrics = {}
             if run_log:
-                codes = donor_codes(learner.average, donors)
-                metrics = validate(learner.average, codes, val, config.noise.n_views)
+                codes, metrics = learner.validate(donors, val)
                 run_log.write({"step": learner.step, **metrics})
                 save_checkpoint(Path(folder), learner)
                 state = ray.train.Checkpoint.from_directory(folder)
@@ -254,8 +260,9 @@ class _Watch:
             self.seen = 0
         new, self.seen = rows[self.seen :], len(rows)
         for row in new:
-            if "swap_psnr" in row:
-                self.val = f"swap {row['swap_psnr']:.1f} dB"
+            for name in ("swap_psnr", "unet_psnr"):
+                if name in row:
+                    self.val = f"{name.partition('_')[0]} {row[name]:.1f} dB"
         losses = [row["loss"] for row in new if "loss" in row]
         if losses:
             note = f"loss {losses[-1]:.3f}" + (f", {self.val}" if self.val else "")

@@ -58,10 +58,28 @@ def image_folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def model_folder(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder of random weights, with noise codes of real glyphs; made without Ray."""
+    return _model_folder(tiny, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="session")
+def unet_folder(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a U-Net."""
+    config = configs.replace(tiny, {"model.kind": "unet"})
+    return _model_folder(config, tmp_path_factory.mktemp("unets") / "unet")
+
+
+@pytest.fixture(scope="session")
+def physics_folder(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a model that knows the geometry."""
+    config = configs.replace(tiny, {"model.physics": True})
+    return _model_folder(config, tmp_path_factory.mktemp("physics"))
+
+
+def _model_folder(tiny: Config, run: Path) -> Path:
     from snr_ray import radon
     from snr_ray.batches import Pairs
     from snr_ray.checkpoint import save_model
-    from snr_ray.fit import Learner, donor_codes
+    from snr_ray.fit import Learner
     from snr_ray.sources import open_source
 
     source = open_source("glyphs")
@@ -69,7 +87,10 @@ def model_folder(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path
     clean = np.stack([source.load(row, tiny.images) for row in rows])
     noisy = [[radon.operator(spec, 16, 16)(clean)] for spec in radon.specs(tiny.noise)]
     pairs = Pairs([source.ids[row] for row in rows], [clean], noisy)
-    model = Learner(tiny).average
-    folder = tmp_path_factory.mktemp("run") / "model"
-    save_model(folder, tiny, model, donor_codes(model, pairs), {"swap_psnr": 1.0}, "tests")
-    return folder
+    learner = Learner(tiny)
+    if tiny.model.physics:
+        learner.fit_physics(pairs)
+    codes, metrics = learner.validate(pairs, pairs)
+    run.mkdir(exist_ok=True)
+    save_model(run / "model", tiny, learner.average, codes, metrics, "tests")
+    return run / "model"

@@ -1,6 +1,7 @@
 """The evaluate stage: the metrics contract, numbers that can be checked, tables and pictures."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +19,59 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 
 
 @pytest.fixture(scope="module")
+def beside(
+    model_folder: Path, unet_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, ...]:
+    """A U-Net, and the model itself twice under other seeds: these two share a row."""
+    root = tmp_path_factory.mktemp("beside")
+    folders = [str(unet_folder)]
+    for seed in (1, 2):
+        other = shutil.copytree(model_folder, root / f"seed{seed}" / "model")
+        text = (other / "config.yaml").read_text().replace("seed: 0", f"seed: {seed}")
+        (other / "config.yaml").write_text(text)
+        folders.append(str(other))
+    return tuple(folders)
+
+
+@pytest.fixture(scope="module")
 def report(
-    tiny: Config, model_folder: Path, ray_2_cpus: None, tmp_path_factory: pytest.TempPathFactory
+    tiny: Config,
+    model_folder: Path,
+    beside: tuple[str, ...],
+    ray_2_cpus: None,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     out = tmp_path_factory.mktemp("evaluate") / "out"
-    return evaluate(tiny, model=str(model_folder), images="glyphs", out=out).out
+    return evaluate(tiny, model=str(model_folder), images="glyphs", out=out, beside=beside).out
+
+
+REMOVED = ("noisy", "tv", "sart", "lmmse", "swap", "swap_random", "swap_flips", "hdn")
+MADE = ("recon", "authority", "inject", "no_inject", "beside:seed1_inject")
+GRAINY = ("noisy_grainy", "swap_grainy", "tv_grainy", "lmmse_grainy", "beside:unet_grainy")
+UNSEEN = ("noisy_unseen", "swap_unseen", "beside:unet_unseen", "beside:seed1_unseen")
 
 
 def test_metrics_follow_the_contract(report: Path) -> None:
     metrics = json.loads((report / "metrics.json").read_text())
     assert {"model", "images", "data_range", "results", "donor_std_db", "probes"} <= set(metrics)
     assert set(metrics["probes"]) == {
-        "noise_id_from_noise_code", "noise_id_from_content_code", "chance"}  # fmt: skip
-    cells = {(r["method"], r["n_views"]) for r in metrics["results"]}
-    for method in ("noisy", "recon", "swap", "swap_random", "inject", "no_inject", "tv", "lmmse"):
-        assert {(method, 12), (method, 6)} <= cells
+        "noise_id", "noise_id_from_noise_code", "noise_id_from_content_code",
+        "class_from_noise_code", "class_from_content_code", "chance_of_noise_id",
+        "chance_of_class"}  # fmt: skip
+    cells = {(r["method"], r["n_views"]): r for r in metrics["results"]}
+    for method in (*REMOVED, *MADE, *GRAINY, "beside:unet", "beside:seed1"):
+        assert {(method, 12), (method, 6)} <= set(cells)
+    for method in UNSEEN:
+        assert {(method, 30), (method, 15)} <= set(cells)
     assert ("recon_clean", 0) in cells
+    assert ("beside:seed2", 12) not in cells
+    assert cells["beside:seed1", 12]["seeds"] == 2
+    assert cells["beside:seed1", 12]["psnr_std"] == 0
+    assert cells["beside:seed1", 12]["psnr"] == cells["swap", 12]["psnr"]
+    assert cells["authority", 12]["psnr"] == pytest.approx(cells["recon", 12]["psnr"], abs=1e-3)
+    assert {v for u in metrics["uncertainty"].values() for v in u} == {
+        "scale", "correlation", "calibration_error", "curve"}  # fmt: skip
+    assert all(0.3 <= share <= 1 for share in metrics["injected_or_true"].values())
     assert set(metrics["donor_std_db"]) == {"12", "6"}
     assert all(np.isfinite([r["psnr"], r["ssim"]]).all() for r in metrics["results"])
 
@@ -55,8 +93,9 @@ def test_scores_hold_every_image_method_and_view_count_once(report: Path) -> Non
     table = pq.read_table(report / "scores.parquet").to_pylist()
     keys = [(row["id"], row["method"], row["n_views"]) for row in table]
     assert len(keys) == len(set(keys))
-    images = len({row["id"] for row in table})
-    assert len(keys) == images * (1 + 2 * 8)
+    images = {row["id"] for row in table}
+    for method, n_views in {key[1:] for key in keys} - {("sart", 12), ("sart", 6)}:
+        assert {key[0] for key in keys if key[1:] == (method, n_views)} == images
 
 
 def test_grid_has_seven_pictures_a_row_and_the_table_a_row_a_method(report: Path) -> None:
@@ -65,24 +104,53 @@ def test_grid_has_seven_pictures_a_row_and_the_table_a_row_a_method(report: Path
         assert image.height > 900
     text = (report / "metrics.md").read_text()
     assert "| noisy input |" in text
-    assert "linear MMSE" in text
+    assert "| linear MMSE, knows the operator and its view count |" in text
+    assert "| model `seed1` (2 seeds) |" in text
+    assert "± 0.00" in text
+    assert " nan" not in text
+    with Image.open(report / "calibration.png") as image:
+        assert image.width > 300
 
 
-def test_finished_evaluation_is_left_alone(tiny: Config, model_folder: Path, report: Path) -> None:
+def test_finished_evaluation_is_left_alone(
+    tiny: Config, model_folder: Path, beside: tuple[str, ...], report: Path
+) -> None:
     stamp = (report / "metrics.json").stat().st_mtime_ns
-    evaluate(tiny, model=str(model_folder), images="glyphs", out=report)
+    evaluate(tiny, model=str(model_folder), images="glyphs", out=report, beside=beside)
     assert (report / "metrics.json").stat().st_mtime_ns == stamp
 
 
-def test_bad_requests_are_refused(tiny: Config, model_folder: Path, tmp_path: Path) -> None:
+def test_physics_model_has_a_row_for_detected_view_counts(
+    tiny: Config, physics_folder: Path, tmp_path: Path
+) -> None:
+    out = evaluate(tiny, model=str(physics_folder), images="glyphs", out=tmp_path / "o",
+                   baselines=(), limit=12).out  # fmt: skip
+    metrics = json.loads((out / "metrics.json").read_text())
+    cells = {(r["method"], r["n_views"]) for r in metrics["results"]}
+    assert {("swap_detected", 12), ("swap_detected", 6), ("swap_unseen", 30)} <= cells
+    assert "The model sees the linear estimate" in (out / "metrics.md").read_text()
+
+
+def test_bad_requests_are_refused(
+    tiny: Config, model_folder: Path, unet_folder: Path, tmp_path: Path
+) -> None:
     def run(**changes: object) -> None:
         options = {"model": str(model_folder), "images": "glyphs", "out": tmp_path / "o"} | changes
         evaluate(tiny, **options)  # type: ignore[arg-type]
 
-    with pytest.raises(InputError, match="--baselines takes tv, lmmse, but got 'bm3d'"):
+    with pytest.raises(InputError, match="--baselines takes tv, sart, lmmse, but got 'bm3d'"):
         run(baselines=("bm3d",))
     with pytest.raises(InputError, match="--limit must be at least 1, but got 0"):
         run(limit=0)
+    with pytest.raises(InputError, match="holds a supervised U-Net, the baseline"):
+        run(model=str(unet_folder))
+    with pytest.raises(InputError, match="two are called 'unet'"):
+        run(beside=(str(unet_folder), str(unet_folder)))
+    other = shutil.copytree(model_folder, tmp_path / "other" / "model")
+    text = (other / "config.yaml").read_text().replace("filter: ramp", "filter: hann")
+    (other / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"has noise\.filter=hann where the model has ramp"):
+        run(beside=(str(other),))
     images = tmp_path / "few"
     images.mkdir()
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(images / "one.png")

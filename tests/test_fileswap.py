@@ -62,3 +62,17 @@ def test_file_that_cannot_be_written_fails_alone(model_folder: Path, tmp_path: P
              ImageFile("b", "b.png", "b.png", png(1, 9, 9))]  # fmt: skip
     rows = swapper(model_folder, tmp_path).run(files)
     assert {row["id"]: row.get("stage") for row in rows} == {"a": "write", "b": None}
+
+
+def test_physics_model_takes_the_given_or_the_detected_view_count(
+    physics_folder: Path, tmp_path: Path
+) -> None:
+    files = [ImageFile(f"{k}.png", f"{k}.png", f"{k}.png", png(k, 16, 16)) for k in range(3)]
+    files.append(ImageFile("big.png", "big.png", "big.png", png(9, 20, 20)))
+    rows = swapper(physics_folder, tmp_path / "told", n_views=6).run(files)
+    assert [row.get("n_views") for row in rows] == [6, 6, 6, None]
+    assert "16x16), but got 20x20" in rows[3]["error"]
+    rows = swapper(physics_folder, tmp_path / "detected").run(files[:3])
+    assert all(row["n_views"] in (0, 12, 6) for row in rows)
+    rows = swapper(physics_folder, tmp_path / "injected", inject=True).run(files[:3])
+    assert [row["n_views"] for row in rows] == [None] * 3

@@ -11,10 +11,18 @@ from safetensors.torch import load_file, save_file
 from snr_ray import config as configs
 from snr_ray import radon
 from snr_ray.batches import PairFeed, Pairs, Share
-from snr_ray.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
+from snr_ray.checkpoint import (
+    load_checkpoint,
+    load_model,
+    load_unet,
+    save_checkpoint,
+    save_model,
+    ship,
+)
 from snr_ray.config import Config, InputError
 from snr_ray.fit import Learner, Metrics, donor_codes, fit, validate
 from snr_ray.sources import open_source
+from snr_ray.swap import swap
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +45,7 @@ def _step(config: Config, pairs: Pairs, share: Share) -> list[torch.Tensor]:
     return _gradients(learner)
 
 
-@pytest.mark.parametrize("preset", ["paired", "seed"])
+@pytest.mark.parametrize("preset", ["paired", "seed", "unet"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_gradients_of_workers_average_to_those_of_one(
     pairs: Pairs, preset: str, world_size: int
@@ -135,6 +143,42 @@ def test_model_folder_round_trip(tiny: Config, pairs: Pairs, tmp_path: Path) -> 
 def test_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds model\.safetensors, but .* does not; `snr train`"):
         load_model(tmp_path)
+
+
+def test_unet_is_no_model_with_codes(unet_folder: Path, model_folder: Path) -> None:
+    with pytest.raises(InputError, match=r"holds a supervised U-Net, the baseline; `snr evaluate"):
+        load_model(unet_folder)
+    assert load_unet(unet_folder) is not None
+    assert load_unet(model_folder) is None
+
+
+def test_unet_learns_letters(tiny: Config, pairs: Pairs) -> None:
+    config = configs.replace(tiny, {"model.kind": "unet", "train.steps": 150, "train.ema": 0.9})
+    learner = Learner(config)
+    codes, before = learner.validate(pairs, pairs)
+    _run(config, pairs, learner)
+    _, after = learner.validate(pairs, pairs)
+    assert codes is None
+    assert set(after) == {"unet_psnr", "unet_psnr_12", "unet_psnr_6"}
+    assert after["unet_psnr"] > before["unet_psnr"] + 2
+
+
+def test_shipped_copy_gives_the_same_images(model_folder: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "metrics.md").write_text("# scores\n")
+    (report / "metrics.json").write_text("{}")
+    ship(model_folder, report, tmp_path / "models" / "mine")
+    whole, half = load_model(model_folder), load_model(tmp_path / "models" / "mine")
+    x = np.random.default_rng(0).random((3, 1, 16, 16), dtype=np.float32)
+    answers = [swap(t.model, x, t.codes.mean(0)) for t in (whole, half)]
+    np.testing.assert_allclose(*answers, atol=5e-3)
+    sizes = [
+        (f / "model.safetensors").stat().st_size
+        for f in (model_folder, tmp_path / "models" / "mine")
+    ]
+    assert sizes[1] < 0.6 * sizes[0]
+    assert "## scores" in (tmp_path / "models" / "mine" / "README.md").read_text()
 
 
 def test_run_folder_hints_at_its_model(model_folder: Path) -> None:

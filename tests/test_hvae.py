@@ -5,13 +5,16 @@ import pytest
 import torch
 
 from snr_ray import config as configs
+from snr_ray import radon
+from snr_ray.baselines import Lmmse
 from snr_ray.batches import Batch, Share, StepNormal
 from snr_ray.blocks import Gaussian, kl, standard
-from snr_ray.config import Config
+from snr_ray.config import Config, InputError
 from snr_ray.fit import build_model
 from snr_ray.hvae import HVAE, Codes
-from snr_ray.losses import Objective, triplet_loss
-from snr_ray.swap import collect, noise_code, swap
+from snr_ray.losses import Objective, Regression, triplet_loss
+from snr_ray.swap import NoiseCodes, collect, noise_code, swap
+from snr_ray.unet import UNet, regress
 
 
 def model_of(config: Config, *, seed: int = 0) -> HVAE:
@@ -131,12 +134,21 @@ def test_symmetric_triplet_pulls_clean_codes_together_and_the_drawn_one_does_not
 def test_collapsed_codes_pay_the_margins() -> None:
     equal = _codes(1.0, [1.0, 1.0])
     assert triplet_loss(equal, 2, "drawn", 0.7) == pytest.approx(0.7)
-    assert triplet_loss(equal, 2, "symmetric", 0.7) == pytest.approx(1.4)
+    assert triplet_loss(equal, 2, "symmetric", 0.7) == pytest.approx(1.4, abs=0.01)
+
+
+def test_equal_codes_are_pushed_apart_at_once() -> None:
+    # A squared distance has no slope where codes are equal; the symmetric form must have one.
+    for form, moves in (("drawn", False), ("symmetric", True)):
+        codes = _codes(0.0, [1e-4, 2e-4]).requires_grad_()
+        (gradient,) = torch.autograd.grad(triplet_loss(codes, 2, form, 1.0), codes)
+        assert (gradient.abs().max() > 1e-2) == moves, form
 
 
 def _objective_and_batch(config: Config) -> tuple[Objective, Batch]:
     n_ids = len(config.noise.n_views)
-    objective = Objective(model_of(config).train(), config.loss, n_ids)
+    model = model_of(config).train()
+    objective = (Regression if isinstance(model, UNet) else Objective)(model, config.loss, n_ids)
     clean = torch.from_numpy(images(8))
     ids = torch.tensor([1, 1, 2, 2] * 2)
     noisy = clean * (1 + ids[:, None, None, None])
@@ -147,7 +159,7 @@ def _normal() -> StepNormal:
     return StepNormal(0, 1, Share(), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("preset", ["seed", "paired"])
+@pytest.mark.parametrize("preset", ["seed", "contrastive", "paired", "physics", "unet"])
 def test_objective_reaches_every_weight(tiny: Config, preset: str) -> None:
     # A weight without gradient would stop data-parallel training.
     config = configs.load(["smoke", preset])
@@ -193,10 +205,101 @@ def test_free_bits_only_charge_what_exceeds_them(tiny: Config) -> None:
     assert losses[0][0] > losses[0][1]
 
 
-def test_sigma_stays_within_its_ratio(tiny: Config) -> None:
+def test_sigma_stays_within_its_ratio_of_the_pairs_that_occur(tiny: Config) -> None:
     objective, _ = _objective_and_batch(tiny)
+    likelihood = objective.likelihood
     with torch.no_grad():
-        objective.log_sigma.copy_(torch.tensor([-20.0, -2.0, 3.0]))
-    sigma = objective.sigma().detach()
-    assert sigma.min() == pytest.approx(0.01)
+        likelihood.log_sigma.fill_(-2.0)
+        likelihood.log_sigma[0, 0], likelihood.log_sigma[2, 0] = -20.0, 3.0
+        likelihood.log_sigma[1, 2] = -30.0  # no image is seen under id 1 and wanted under id 2
+    sigma = likelihood.sigma().detach()
+    assert sigma[0, 0] == pytest.approx(0.01)
     assert sigma.max() == pytest.approx(0.01 * tiny.loss.sigma_ratio)
+    with torch.no_grad():
+        likelihood.log_sigma[0, 0] = -3.0
+    assert likelihood.sigma()[2, 0].item() == pytest.approx(np.exp(-3.0) * tiny.loss.sigma_ratio)
+
+
+def test_finest_content_from_the_prior_does_not_see_the_image(tiny: Config) -> None:
+    model, x = model_of(tiny), images(4)
+    assert not np.allclose(swap(model, x, None), swap(model, x, None, prior_levels=1))
+    every = len(tiny.model.channels)
+    code = noise_code(model, x)
+    alike = swap(model, x, code, prior_levels=every)
+    np.testing.assert_allclose(alike, np.repeat(alike[:1], 4, 0), atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_finest_level_has_the_resolution_that_was_asked_for(tiny: Config, stride: int) -> None:
+    model = model_of(configs.replace(tiny, {"model.finest_stride": stride}))
+    with torch.inference_mode():
+        codes = model.encode(torch.from_numpy(images(2, 16, 24)))
+    assert codes.content[0].shape[-2:] == (16 // stride, 24 // stride)
+
+
+def _with_inverse(config: Config) -> tuple[HVAE, np.ndarray]:
+    config = configs.replace(config, {"model.physics": True})
+    model, clean = model_of(config), images(300)
+    noise = [radon.operator(spec, 16, 16) for spec in radon.specs(config.noise)]
+    assert model.stem.inverse is not None
+    model.stem.inverse.fit(clean, noise)
+    return model, clean
+
+
+def test_linear_inverse_is_the_baseline_for_every_id(tiny: Config) -> None:
+    model, clean = _with_inverse(tiny)
+    inverse, ids = model.stem.inverse, np.array([0, 1, 2])
+    assert inverse is not None
+    noise = [radon.operator(spec, 16, 16) for spec in radon.specs(tiny.noise)]
+    x = np.stack([clean[0], *(operator(clean[0]) for operator in noise)])
+    estimate = inverse(torch.from_numpy(x), torch.from_numpy(ids)).numpy()
+    np.testing.assert_array_equal(estimate[0], clean[0])
+    for k, operator in enumerate(noise, start=1):
+        np.testing.assert_allclose(estimate[k], Lmmse(clean, operator)(x[k]), atol=1e-3)
+
+
+def test_physics_model_uses_the_id_and_only_codes_reach_the_decoder(tiny: Config) -> None:
+    model, clean = _with_inverse(tiny)
+    ids = np.array([1, 1, 2, 2])
+    x = torch.from_numpy(clean[:4])
+    with torch.inference_mode():
+        known = model(x, noise_ids=torch.from_numpy(ids))
+        assert not torch.allclose(known.image, model(x).image)
+        codes = Codes([c.flip(0) for c in known.codes.content],
+                      [c.flip(0) for c in known.codes.noise], known.codes.size)  # fmt: skip
+        torch.testing.assert_close(model.decode(codes), known.image.flip(0))
+
+
+def test_physics_model_refuses_other_sizes(tiny: Config) -> None:
+    model, _ = _with_inverse(tiny)
+    with pytest.raises(InputError, match=r"size it was trained on \(16x16\), but got 20x16"):
+        swap(model, images(1, 20, 16), None)
+
+
+def test_detect_finds_the_class_of_codes() -> None:
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(3, 1, 5)) * 3
+    donors = torch.from_numpy(means + rng.normal(size=(3, 64, 5))).float()
+    codes = NoiseCodes([donors[..., :2, None, None], donors[..., 2:, None, None]])
+    ids = rng.integers(0, 3, 200)
+    fresh = torch.from_numpy(means[ids, 0] + rng.normal(size=(200, 5))).float()[..., None, None]
+    assert (codes.detect([fresh[:, :2], fresh[:, 2:]]) == ids).mean() > 0.95
+
+
+def test_unet_keeps_the_size_and_corrects_its_input(tiny: Config) -> None:
+    unet = build_model(configs.replace(tiny, {"model.kind": "unet"})).eval()
+    assert isinstance(unet, UNet)
+    x = images(2, 17, 23)
+    assert regress(unet, x, np.array([1, 2])).shape == x.shape
+    with torch.no_grad():
+        unet.head.weight.zero_()
+        unet.head.bias.zero_()  # type: ignore[union-attr]
+    np.testing.assert_array_equal(regress(unet, x, np.array([1, 2])), x)
+
+
+@pytest.mark.parametrize("preset", ["notmnist", "cifar10", "places64"])
+def test_unet_has_as_many_weights_as_the_hvae(preset: str) -> None:
+    def count(*names: str) -> int:
+        return sum(p.numel() for p in build_model(configs.load([*names])).parameters())
+
+    assert count(preset, "unet") == pytest.approx(count(preset), rel=0.12)

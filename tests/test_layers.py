@@ -9,7 +9,8 @@ PACKAGE = Path(snr_ray.__file__).parent
 LAYERS = [
     {"config", "hashing", "outputs"},
     {"radon", "images", "samples", "sources", "metrics", "baselines"},
-    {"blocks", "hvae", "batches", "losses", "fit", "checkpoint", "swap", "fileswap"},
+    {"physics", "blocks", "hvae", "unet", "batches", "losses", "fit", "checkpoint", "swap",
+     "fileswap", "probes"},
     {"cluster", "simulate", "dataset", "train", "sweep", "denoise", "evaluate", "report", "bench",
      "demo", "cli"},
 ]  # fmt: skip
