@@ -246,7 +246,7 @@ def _pool(trained: TrainedModel, donor: str, noise_id: int, config: Config) -> l
         return [level.numpy() for level in trained.codes.mean(noise_id)]
     if donor == "random":
         return [level[noise_id].numpy() for level in trained.codes.donors]
-    channels, white = trained.config.images.channels, config.images.white
+    white = config.images.white
     try:
         lenders = open_source(donor)
     except InputError as error:
@@ -255,7 +255,7 @@ def _pool(trained: TrainedModel, donor: str, noise_id: int, config: Config) -> l
         ) from None
     codes = []
     for index in range(len(lenders.ids)):
-        pixels = image_files.with_channels(lenders.read(index, white).pixels, channels)
+        pixels = lenders.read(index, white).pixels
         codes.append([level.numpy() for level in noise_code(trained.model, pixels[None])])
     shapes = {tuple(level.shape for level in code) for code in codes}
     if len(shapes) > 1:

@@ -33,6 +33,7 @@ from snr_ray.cluster import connected, shared
 from snr_ray.config import Config, InputError
 from snr_ray.dataset import Origin, collect_pairs, count_rows, gather, open_rows
 from snr_ray.hashing import fingerprint, hash64
+from snr_ray.images import with_channels
 from snr_ray.metrics import psnr, ssim
 from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.report import calibration, evaluation_table, grid
@@ -87,7 +88,8 @@ def evaluate(
 
     Args:
         config: only how images are read (images.fit, images.white, images.limit) is used; size,
-            channels and noise are the model's.
+            channels and noise are the model's. With images.channels=3 a grey model is applied to
+            each channel of RGB images, else they are made grey for it.
         model: model folder, or the name of a shipped model.
         images: SRC of clean images; train and val splits serve the baselines and probes.
         out: output folder.
@@ -108,6 +110,12 @@ def evaluate(
     trained = load_model(model)
     others = _open_beside(trained.config, beside)
     keep = {f"images.{k}": getattr(config.images, k) for k in ("fit", "white", "limit")}
+    per_channel = config.images.channels == 3 and trained.config.images.channels == 1
+    if per_channel:
+        print(
+            "evaluate: the images are RGB and the model is grey: it takes each channel by itself."
+        )
+        keep["images.channels"] = 3
     config = configs.replace(trained.config, keep)
     origin = Origin(images=images)
     counts = {split: count_rows(config, origin, split) for split in reversed(SPLITS)}
@@ -135,6 +143,7 @@ def evaluate(
         work = ray.put(
             {
                 "model": str(model_path(model).absolute()),
+                "images": config.images,
                 "fitted": _fit_baselines(config, origin, baselines),
                 "beside": [(other.label, str(other.folder)) for other in others],
             }
@@ -177,6 +186,7 @@ def evaluate(
         "data_range": 1.0,
         "n_views": list(trained.config.noise.n_views),
         "physics": trained.config.model.physics,
+        "per_channel": per_channel,
         "results": _means(scores, others),
         "donors": probes.SPREAD_DONORS,
         "donor_std_db": probes.donor_spread(trained, test),
@@ -254,7 +264,7 @@ def _score_block(table: pa.Table, *, work: "ray.ObjectRef") -> pa.Table:
     job = shared(work)
     trained = _model(job["model"])
     assert isinstance(trained, TrainedModel)
-    pairs, _ = gather(iter([table]), trained.config)
+    pairs, _ = gather(iter([table]), dataclasses.replace(trained.config, images=job["images"]))
     rows: list[dict[str, Any]] = []
     if len(pairs):
         ids = np.array(sorted(pairs.ids))
@@ -334,7 +344,8 @@ class _Scorer:
                 )
         for method, restore in made.items():
             self.score(method, views, restore, noisy, clip=False)
-        self.score("authority", views, lambda: self.exchanged(noisy, ids), noisy[::-1], clip=False)
+        others = with_channels(noisy, model.channels)[::-1]
+        self.score("authority", views, lambda: self.exchanged(noisy, ids), others, clip=False)
         some = np.array([hash64(name) % SART_EVERY == 0 for name in self.ids])
         if "sart" in self.fitted and some.any():
             operator, measured = radon.operator(spec, *noisy.shape[2:]), self.clean[some]
@@ -378,7 +389,8 @@ class _Scorer:
     def exchanged(self, noisy: Array, ids: npt.NDArray[np.int64]) -> Array:
         """All codes of image n - 1 - i decoded in the place of image i."""
         model = self.trained.model
-        codes = model(torch.from_numpy(noisy), noise_ids=torch.from_numpy(ids)).codes
+        x = torch.from_numpy(with_channels(noisy, model.channels))
+        codes = model(x, noise_ids=torch.from_numpy(ids)).codes
         codes.content = [level.flip(0) for level in codes.content]
         codes.noise = [level.flip(0) for level in codes.noise]
         return model.decode(codes).numpy()

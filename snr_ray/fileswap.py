@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from snr_ray.blocks import Normal
 from snr_ray.checkpoint import TrainedModel
@@ -126,7 +125,7 @@ class FileSwapper:
                 results, deviations = self._sample(images, donors, ids, members)
             else:
                 noise = [level[donors] for level in self.pool]
-                results, deviations = _through(self.trained, images, noise, ids, None), None
+                results, deviations = swap(self.trained.model, images, noise, noise_ids=ids), None
         except InputError as error:
             return [_failed(file, "swap", str(error)) for file, _ in members]
         except (RuntimeError, MemoryError) as error:
@@ -170,8 +169,7 @@ class FileSwapper:
             return None
         if self.n_views is not None:
             return np.full(len(images), self.trained.noise_id(self.n_views))
-        fitting = _as_channels(images, self.trained.config.images.channels)
-        return detect(self.trained.model, self.trained.codes, fitting)
+        return detect(self.trained.model, self.trained.codes, images)
 
     def _views(self, noise_id: int) -> int:
         """View count of a noise id; 0 of a clean image."""
@@ -188,17 +186,12 @@ class FileSwapper:
         means, deviations = [], []
         for k, (image, donor, (file, _)) in enumerate(zip(images, donors, members, strict=True)):
             noise = [level[donor : donor + 1] for level in self.pool]
+            own = None if ids is None else ids[k : k + 1]
             # A generator per image: its samples do not depend on its neighbours in the batch.
             normal = _seeded(hash64(f"{self.seed}/samples/{file.id}"), self.pool[0].device)
             drawn = np.concatenate(
                 [
-                    _through(
-                        self.trained,
-                        image[None],
-                        noise,
-                        None if ids is None else ids[k : k + 1],
-                        normal,
-                    )
+                    swap(self.trained.model, image[None], noise, noise_ids=own, normal=normal)
                     for _ in range(self.samples)
                 ]
             )
@@ -217,38 +210,6 @@ class FileSwapper:
 
     def _white(self, file: ImageFile) -> float | None:
         return 1.0 if file.tensor else self.white
-
-
-def _through(
-    trained: TrainedModel,
-    images: Array,
-    noise: list[Tensor],
-    noise_ids: Ids | None,
-    normal: Normal | None,
-) -> Array:
-    """Swap images [B, C, H, W] of any C: a grey model takes RGB channel by channel, an RGB model
-    takes grey repeated and answers with the mean of its channels."""
-    batch, have = images.shape[:2]
-    channels = trained.config.images.channels
-    if have == channels:
-        return swap(trained.model, images, noise, noise_ids=noise_ids, normal=normal)
-    if channels == 1:
-        apart = images.reshape(batch * have, 1, *images.shape[2:])
-        # A single code serves all; otherwise each image lends its donor to its channels.
-        each = [level.repeat_interleave(have, 0) if len(level) > 1 else level for level in noise]
-        ids = None if noise_ids is None else noise_ids.repeat(have)
-        whole = swap(trained.model, apart, each, noise_ids=ids, normal=normal)
-        return whole.reshape(images.shape)
-    repeated = _as_channels(images, channels)
-    whole = swap(trained.model, repeated, noise, noise_ids=noise_ids, normal=normal)
-    return whole.mean(1, keepdims=True)
-
-
-def _as_channels(images: Array, channels: int) -> Array:
-    """Images [B, C, H, W] with another C: grey is the mean of channels, RGB is grey repeated."""
-    if images.shape[1] == channels:
-        return images
-    return np.repeat(images.mean(1, keepdims=True), channels, axis=1)
 
 
 def _seeded(seed: int, device: torch.device) -> Normal:

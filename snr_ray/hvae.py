@@ -63,6 +63,7 @@ class HVAE(nn.Module):
     ) -> None:
         """`inverse` gives the second input of a model with model.physics."""
         super().__init__()
+        self.channels = channels
         widths = (config.stem_channels, *config.channels)
         self.stem = Stem(config, channels, inverse)
         self.down = nn.ModuleList(

@@ -116,12 +116,12 @@ def encode(pixels: Array, name: str, *, depth: np.dtype, white: float | None = N
 
 
 def with_channels(pixels: Array, channels: int) -> Array:
-    """[C, H, W] as grey (BT.601 luma) or as RGB (grey repeated)."""
-    if channels == pixels.shape[0]:
+    """[..., C, H, W] as grey (BT.601 luma) or as RGB (grey repeated)."""
+    if channels == pixels.shape[-3]:
         return pixels
     if channels == 1:
-        return np.tensordot(LUMA, pixels, axes=1)[None]
-    return np.repeat(pixels, channels, axis=0)
+        return np.einsum("c,...chw->...hw", LUMA, pixels)[..., None, :, :]
+    return np.repeat(pixels, channels, axis=-3)
 
 
 def prepare(pixels: Array, config: ImagesConfig, name: str) -> Array:

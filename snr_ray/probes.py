@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from snr_ray.batches import Pairs
 from snr_ray.checkpoint import TrainedModel
+from snr_ray.images import with_channels
 from snr_ray.metrics import psnr
 from snr_ray.swap import detect, swap
 
@@ -97,7 +98,8 @@ def _codes(
     classes = np.array([names.index(labels[i]) if labels.get(i) in names else 0 for i in ids])
     noise, content, noise_ids = [], [], []
     for noise_id in range(len(trained.config.noise.n_views) + 1):
-        codes = trained.model.encode(torch.from_numpy(pairs.take(rows, noise_id)))
+        images = with_channels(pairs.take(rows, noise_id), trained.model.channels)
+        codes = trained.model.encode(torch.from_numpy(images))
         noise.append(torch.cat([level.flatten(1) for level in codes.noise], 1).numpy())
         content.append(torch.cat([level.flatten(1) for level in codes.content], 1).numpy())
         noise_ids.append(np.full(len(rows), noise_id))

@@ -110,7 +110,9 @@ def evaluation_table(metrics: dict[str, Any]) -> str:
         "",
         f"{metrics['images']} images of the test split. PSNR in dB / SSIM, mean over images, "
         "data range 1; images are clipped to [0, 1] where not said otherwise; ± is the standard "
-        "deviation over seeds. Milliseconds per image are those of one core. " + blind,
+        "deviation over seeds. Milliseconds per image are those of one core. "
+        + blind
+        + (" It is grey and takes each channel of RGB by itself." * metrics["per_channel"]),
         "",
         *_score_table(seen, trained_on),
         "",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from snr_ray.blocks import Normal
 from snr_ray.hvae import HVAE
+from snr_ray.images import with_channels
 
 Array = npt.NDArray[np.float32]
 
@@ -65,25 +66,20 @@ class NoiseCodes:
 @torch.inference_mode()
 def noise_code(model: HVAE, images: Array) -> list[Tensor]:
     """Mean noise code of donor images [B, C, H, W] per level: [1, C_noise, h, w]."""
-    features = model.bottom_up(_tensor(model, images))
-    return [q.mu.mean(0, keepdim=True) for q in model.noise_posteriors(features)]
+    return [mu.mean(0, keepdim=True) for mu in _noise_codes(model, images)]
 
 
 @torch.inference_mode()
 def collect(model: HVAE, by_noise_id: list[Array]) -> NoiseCodes:
     """Noise codes of donor images; entry k of the list holds [n_donors, C, H, W] of noise id k."""
-    per_id = []
-    for images in by_noise_id:
-        features = model.bottom_up(_tensor(model, images))
-        per_id.append([q.mu for q in model.noise_posteriors(features)])
+    per_id = [_noise_codes(model, images) for images in by_noise_id]
     return NoiseCodes([torch.stack(level) for level in zip(*per_id, strict=True)])
 
 
 @torch.inference_mode()
 def detect(model: HVAE, codes: NoiseCodes, images: Array) -> npt.NDArray[np.int64]:
     """Noise ids of images [B, C, H, W] by their noise codes, 0 for clean ones: [B]."""
-    posteriors = model.noise_posteriors(model.bottom_up(_tensor(model, images)))
-    return codes.detect([q.mu for q in posteriors])
+    return codes.detect(_noise_codes(model, images))
 
 
 @torch.inference_mode()
@@ -98,6 +94,9 @@ def swap(
 ) -> Array:
     """Images [B, C, H, W] with other noise codes, or their own where `noise` is None.
 
+    A grey model takes RGB channel by channel; an RGB model takes grey repeated and answers with
+    the mean of its channels.
+
     Args:
         model: in eval mode, on any device.
         images: float32, not clipped: the network sees the range that the noise has.
@@ -109,10 +108,25 @@ def swap(
     Returns:
         [B, C, H, W] float32, not clipped.
     """
-    x = _tensor(model, images)
-    ids = None if noise_ids is None else torch.from_numpy(noise_ids).to(x.device)
+    batch, have = images.shape[:2]
+    apart = have if model.channels == 1 else 1  # rows of the network for each image
+    if apart > 1:
+        x = _tensor(model, images.reshape(batch * have, 1, *images.shape[2:]))
+    else:
+        x = _tensor(model, with_channels(images, model.channels))
+    if noise is not None:  # a single code serves all; otherwise each image lends to its channels
+        noise = [code.repeat_interleave(apart, 0) if len(code) > 1 else code for code in noise]
+    ids = None if noise_ids is None else torch.from_numpy(noise_ids.repeat(apart)).to(x.device)
     result = model(x, noise=noise, normal=normal, noise_ids=ids, prior_levels=prior_levels)
-    return result.image.cpu().numpy()
+    image = result.image.cpu().numpy()
+    if apart > 1:
+        return image.reshape(images.shape)
+    return image if have == model.channels else image.mean(1, keepdims=True)
+
+
+def _noise_codes(model: HVAE, images: Array) -> list[Tensor]:
+    features = model.bottom_up(_tensor(model, with_channels(images, model.channels)))
+    return [q.mu for q in model.noise_posteriors(features)]
 
 
 def _tensor(model: HVAE, images: Array) -> Tensor:

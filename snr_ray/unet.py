@@ -34,6 +34,7 @@ class UNet(nn.Module):
         self, config: ModelConfig, channels: int, inverse: LinearInverse | None = None
     ) -> None:
         super().__init__()
+        self.channels = channels
         levels = (round(WIDTH * width) for width in config.channels)
         widths = (config.stem_channels, *levels)
         self.stem = Stem(config, channels, inverse)
@@ -77,7 +78,13 @@ class UNet(nn.Module):
 
 @torch.inference_mode()
 def regress(model: UNet, noisy: Array, noise_ids: npt.NDArray[np.int64]) -> Array:
-    """Cleaned images of noisy ones, both [B, C, H, W] float32; noise_ids [B] for model.physics."""
+    """Cleaned images of noisy ones, both [B, C, H, W] float32; noise_ids [B] for model.physics.
+
+    A grey network takes RGB channel by channel.
+    """
     device = next(model.parameters()).device
-    x = torch.from_numpy(np.ascontiguousarray(noisy, np.float32)).to(device)
-    return model(x, torch.from_numpy(noise_ids).to(device)).cpu().numpy()
+    apart = noisy.shape[1] // model.channels
+    rows = noisy.reshape(-1, model.channels, *noisy.shape[2:])
+    x = torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(device)
+    image = model(x, torch.from_numpy(noise_ids.repeat(apart)).to(device))
+    return image.cpu().numpy().reshape(noisy.shape)

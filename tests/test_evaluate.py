@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from snr_ray import config as configs
 from snr_ray import radon
 from snr_ray.config import Config, InputError
 from snr_ray.evaluate import evaluate
@@ -129,6 +130,16 @@ def test_physics_model_has_a_row_for_detected_view_counts(
     cells = {(r["method"], r["n_views"]) for r in metrics["results"]}
     assert {("swap_detected", 12), ("swap_detected", 6), ("swap_unseen", 30)} <= cells
     assert "The model sees the linear estimate" in (out / "metrics.md").read_text()
+
+
+def test_grey_model_takes_each_channel_of_rgb(
+    tiny: Config, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configs.replace(tiny, {"images.channels": 3})
+    out = evaluate(config, model=str(model_folder), images="photos", out=tmp_path / "o",
+                   baselines=(), limit=10).out  # fmt: skip
+    assert "the images are RGB and the model is grey" in capsys.readouterr().out
+    assert "takes each channel of RGB by itself" in (out / "metrics.md").read_text()
 
 
 def test_bad_requests_are_refused(
