@@ -219,16 +219,22 @@ def _card(config: Config, model: HVAE | UNet, metrics: Metrics, origin: str) -> 
     n_weights = sum(p.numel() for p in model.parameters())
     size, colour = config.images.size, "grey" if config.images.channels == 1 else "RGB"
     rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in metrics.items())
+    what = (
+        "A supervised residual U-Net from noisy images to clean ones: the baseline, without codes."
+        if isinstance(model, UNet)
+        else "A hierarchical VAE whose latent splits in a content code and a noise code. Exchanging\n"
+        "the noise code for a clean one removes the streaks of a sparse-view reconstruction; the\n"
+        "reverse adds them."
+    )
     return f"""# snr_ray model
 
-A hierarchical VAE whose latent splits in a content code and a noise code. Exchanging the noise
-code for a clean one removes the streaks of a sparse-view reconstruction; the reverse adds them.
+{what}
 
 - trained on {size}x{size} {colour} images; views: {", ".join(map(str, config.noise.n_views))};
   filter: {config.noise.filter}
 - {n_weights:,} weights; {config.train.steps} steps of {config.train.batch_size} images and their
   noisy versions
-- made by: {origin} (snr_ray {__version__})
+- made by: {origin}, with the config.yaml beside this card (snr_ray {__version__})
 
 Validation images (PSNR in dB, clipped to [0, 1], mean clean noise code):
 

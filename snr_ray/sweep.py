@@ -53,6 +53,11 @@ def sweep(
     """
     if trials < 1:
         raise InputError(f"--trials must be at least 1, but got {trials}.")
+    if config.model.kind != "hvae":
+        raise InputError(
+            "A sweep searches the split of the codes, but model.kind=unet has no codes; "
+            "leave the preset unet out."
+        )
     config = settle(config, origin)
     config = configs.replace(config, {"train.steps": config.sweep.steps})
     out = out.absolute()

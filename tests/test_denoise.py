@@ -161,7 +161,13 @@ def test_outputs_of_a_killed_job_are_kept_and_completed(model_folder: Path, tmp_
     assert not [p for p in out.rglob("*.partial") if p.suffix != ".partial"]
 
 
-def test_bad_requests_are_refused(model_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+def test_bad_requests_are_refused(
+    model_folder: Path,
+    unet_folder: Path,
+    physics_folder: Path,
+    image_folder: Path,
+    tmp_path: Path,
+) -> None:
     def run(**changes: object) -> None:
         options = {"model": str(model_folder), "images": str(image_folder),
                    "out": tmp_path / "out"} | changes  # fmt: skip
@@ -169,6 +175,15 @@ def test_bad_requests_are_refused(model_folder: Path, image_folder: Path, tmp_pa
 
     with pytest.raises(InputError, match=r"trained on \(12, 6\), but got 7"):
         run(inject=7)
+    with pytest.raises(InputError, match=r"--views tells .* but this one is blind"):
+        run(n_views=12)
+    with pytest.raises(InputError, match="holds a supervised U-Net, the baseline"):
+        run(model=str(unet_folder))
+    physics = {"model": str(physics_folder)}
+    with pytest.raises(InputError, match=r"--views tells .* but --inject takes clean input"):
+        run(n_views=12, inject=12, **physics)
+    with pytest.raises(InputError, match=r"trained on \(12, 6\), but got 7"):
+        run(n_views=7, **physics)
     with pytest.raises(InputError, match="--donor must be mean, random or images to borrow"):
         run(donor="nobody")
     with pytest.raises(InputError, match="--samples must not be negative, but got -1"):

@@ -92,3 +92,9 @@ def test_seed_objective_keeps_its_content_pull_off(tmp_path: Path) -> None:
 def test_zero_trials_are_refused(tiny: Config, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--trials must be at least 1, but got 0"):
         sweep(tiny, origin=GLYPHS, out=tmp_path / "s", trials=0)
+
+
+def test_unet_has_no_split_to_search(tiny: Config, tmp_path: Path) -> None:
+    config = configs.replace(tiny, {"model.kind": "unet"})
+    with pytest.raises(InputError, match=r"model\.kind=unet has no codes"):
+        sweep(config, origin=GLYPHS, out=tmp_path / "s", trials=1)
