@@ -222,9 +222,9 @@ def _card(config: Config, model: HVAE | UNet, metrics: Metrics, origin: str) -> 
     what = (
         "A supervised residual U-Net from noisy images to clean ones: the baseline, without codes."
         if isinstance(model, UNet)
-        else "A hierarchical VAE whose latent splits in a content code and a noise code. Exchanging\n"
-        "the noise code for a clean one removes the streaks of a sparse-view reconstruction; the\n"
-        "reverse adds them."
+        else "A hierarchical VAE whose latent splits in a content code and a noise code. The\n"
+        "code of a clean image removes the streaks of a sparse-view reconstruction, that of a\n"
+        "noisy one adds them."
     )
     return f"""# snr_ray model
 

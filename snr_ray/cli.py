@@ -111,7 +111,8 @@ def _run(args: argparse.Namespace, config: Config) -> int:
         )
         what = f"{outcome.images:,} images in {outcome.out}; look at {outcome.out / 'report.html'}"
     elif args.stage == "evaluate":
-        from snr_ray.evaluate import BASELINES, evaluate
+        from snr_ray.evaluate import evaluate
+        from snr_ray.scores import BASELINES
 
         asked = BASELINES if args.baselines is None else args.baselines.split(",")
         names = tuple(dict.fromkeys(name.strip() for name in asked if name.strip()))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from snr_ray.batches import Pairs
 from snr_ray.checkpoint import TrainedModel
+from snr_ray.hashing import hash64
 from snr_ray.images import with_channels
 from snr_ray.metrics import psnr
 from snr_ray.swap import detect, swap
@@ -132,13 +133,15 @@ def injected_or_true(trained: TrainedModel, fit: Pairs, test: Pairs) -> dict[str
 
 
 def _mixed(trained: TrainedModel, pairs: Pairs, noise_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, injected where their row is even, and 1 for each injected one."""
-    rows = np.arange(min(len(pairs), IMAGES))
+    """Images, half of them injected by the hash of their id, and 1 for each injected one."""
+    ids = sorted(pairs.ids)[:IMAGES]
+    rows = np.arange(len(ids))
+    chosen = np.array([hash64(f"injected/{name}") % 2 == 0 for name in ids])
     noisy = pairs.take(rows, noise_id)
     code = trained.codes.mean(noise_id)
-    noisy[0::2] = swap(trained.model, pairs.take(rows[0::2], 0), code)
+    noisy[chosen] = swap(trained.model, pairs.take(rows[chosen], 0), code)
     x = torch.from_numpy(noisy)
-    return x / x.abs().mean(), torch.from_numpy((rows % 2 == 0).astype(np.float32))
+    return x / x.abs().mean(), torch.from_numpy(chosen.astype(np.float32))
 
 
 def _train_classifier(x: torch.Tensor, y: torch.Tensor) -> nn.Module:

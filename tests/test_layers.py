@@ -10,7 +10,7 @@ LAYERS = [
     {"config", "hashing", "outputs"},
     {"radon", "images", "samples", "sources", "metrics", "baselines"},
     {"physics", "blocks", "hvae", "unet", "batches", "losses", "fit", "checkpoint", "swap",
-     "fileswap", "probes"},
+     "fileswap", "scores", "probes"},
     {"cluster", "simulate", "dataset", "train", "sweep", "denoise", "evaluate", "report", "bench",
      "demo", "cli"},
 ]  # fmt: skip

@@ -1,0 +1,168 @@
+"""Every method on one block of clean and noisy images: PSNR and SSIM of each image.
+
+What is compared with what is decided here; `evaluate` runs it on every block of a test split.
+Runs without Ray.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from snr_ray import radon
+from snr_ray.baselines import sart, tv
+from snr_ray.batches import Pairs
+from snr_ray.checkpoint import TrainedModel
+from snr_ray.hashing import hash64
+from snr_ray.images import with_channels
+from snr_ray.metrics import psnr, ssim
+from snr_ray.swap import detect, swap
+from snr_ray.unet import UNet, regress
+
+Array = npt.NDArray[np.float32]
+
+BASELINES = ("tv", "sart", "lmmse")
+SART_EVERY = 8
+"""SART takes hundreds of times as long as the rest; every so many images are enough."""
+UNSEEN_VIEWS = (30, 15)
+"""View counts to try that no model was trained on."""
+EXTRA_SIGMA = 0.01
+"""Standard deviation of Gaussian noise added to the noisy image, for the rows about it."""
+METHODS = ("noisy", "tv", "sart", "lmmse", "swap", "swap_random", "swap_flips", "swap_detected",
+           "hdn", "beside", "recon_clean", "recon", "authority", "inject", "no_inject")  # fmt: skip
+
+
+class Scorer:
+    """Every method on the pairs of one block."""
+
+    def __init__(
+        self,
+        trained: TrainedModel,
+        fitted: dict[str, Any],
+        beside: dict[str, TrainedModel | UNet],
+        pairs: Pairs,
+    ) -> None:
+        self.trained, self.fitted, self.beside = trained, fitted, beside
+        self.ids = sorted(pairs.ids)
+        self.rows = np.arange(len(pairs))
+        self.pairs, self.clean = pairs, pairs.take(self.rows, 0)
+        self.scores: dict[tuple[str, int], Any] = {}
+
+    def run(self) -> dict[tuple[str, int], Any]:
+        """By method and view count: PSNR, SSIM, seconds per image, and which rows they are of."""
+        model, noise = self.trained.model, self.trained.config.noise
+        self.score("recon_clean", 0, lambda: swap(model, self.clean, None), self.clean)
+        for noise_id, spec in enumerate(radon.specs(noise), start=1):
+            self.noise_level(noise_id, spec)
+        for views in UNSEEN_VIEWS:
+            if views not in noise.n_views:
+                spec = radon.specs(dataclasses.replace(noise, n_views=(views,)))[0]
+                noisy = radon.operator(spec, *self.clean.shape[2:])(self.clean)
+                # Nobody says which of the known noise ids comes nearest: the noise code does.
+                ids = detect(model, self.trained.codes, noisy)
+                self.removal(noisy, views, ids, suffix="_unseen")
+        return self.scores
+
+    def noise_level(self, noise_id: int, spec: radon.NoiseSpec) -> None:
+        """Every method on one of the model's noise ids."""
+        model, codes = self.trained.model, self.trained.codes
+        views, noisy = spec.n_views, self.pairs.take(self.rows, noise_id)
+        ids = np.full(len(noisy), noise_id)
+        self.removal(noisy, views, ids)
+        donors = codes.pick(0, np.array([hash64(name) % codes.n_donors for name in self.ids]))
+        cleaned: dict[str, Callable[[], Array]] = {
+            "swap_random": lambda: swap(model, noisy, donors, noise_ids=ids),
+            "swap_flips": lambda: self.flipped(noisy, ids),
+            "hdn": lambda: swap(model, noisy, None, noise_ids=ids, prior_levels=1),
+        }
+        if self.trained.config.model.physics:
+            cleaned["swap_detected"] = lambda: swap(
+                model, noisy, codes.mean(0), noise_ids=detect(model, codes, noisy)
+            )
+        for method, restore in cleaned.items():
+            self.score(method, views, restore, self.clean)
+        made: dict[str, Callable[[], Array]] = {
+            "recon": lambda: swap(model, noisy, None, noise_ids=ids),
+            "inject": lambda: swap(model, self.clean, codes.mean(noise_id)),
+            "no_inject": lambda: self.clean,
+        }
+        for label, other in self.beside.items():
+            if isinstance(other, TrainedModel):
+                made[f"beside:{label}_inject"] = functools.partial(
+                    swap, other.model, self.clean, other.codes.mean(noise_id)
+                )
+        for method, restore in made.items():
+            self.score(method, views, restore, noisy, clip=False)
+        others = with_channels(noisy, model.channels)[::-1]
+        self.score("authority", views, lambda: self.exchanged(noisy, ids), others, clip=False)
+        some = np.array([hash64(name) % SART_EVERY == 0 for name in self.ids])
+        if "sart" in self.fitted and some.any():
+            operator, measured = radon.operator(spec, *noisy.shape[2:]), self.clean[some]
+            self.score("sart", views, lambda: sart(measured, operator), measured, which=some)
+        grain = np.random.default_rng([hash64(name) for name in self.ids])
+        grainy = noisy + EXTRA_SIGMA * grain.standard_normal(noisy.shape, np.float32)
+        self.removal(grainy, views, ids, suffix="_grainy")
+
+    def removal(
+        self, noisy: Array, views: int, ids: npt.NDArray[np.int64], *, suffix: str = ""
+    ) -> None:
+        """The methods that are compared on noise of every kind; `suffix` names the kind."""
+        model, codes = self.trained.model, self.trained.codes
+        methods: dict[str, Callable[[], Array]] = {
+            "noisy": lambda: noisy,
+            "swap": lambda: swap(model, noisy, codes.mean(0), noise_ids=ids),
+        }
+        if "tv" in self.fitted and suffix != "_unseen":
+            methods["tv"] = lambda: tv(noisy, self.fitted["tv"][ids[0] - 1])
+        if "lmmse" in self.fitted and suffix != "_unseen":
+            methods["lmmse"] = lambda: self.fitted["lmmse"][ids[0] - 1](noisy)
+        for label, other in self.beside.items():
+            methods[f"beside:{label}"] = (
+                functools.partial(regress, other, noisy, ids)
+                if isinstance(other, UNet)
+                else functools.partial(swap, other.model, noisy, other.codes.mean(0), noise_ids=ids)
+            )
+        for method, restore in methods.items():
+            self.score(method + suffix, views, restore, self.clean)
+
+    def flipped(self, noisy: Array, ids: npt.NDArray[np.int64]) -> Array:
+        """Mean of the swap over the image and its mirror images, flipped back."""
+        model, codes = self.trained.model, self.trained.codes.mean(0)
+        views = [(), (3,), (2,), (2, 3)]
+        return np.mean(
+            [np.flip(swap(model, np.flip(noisy, v), codes, noise_ids=ids), v) for v in views],
+            axis=0,
+        )
+
+    @torch.inference_mode()
+    def exchanged(self, noisy: Array, ids: npt.NDArray[np.int64]) -> Array:
+        """All codes of image n - 1 - i decoded in the place of image i."""
+        model = self.trained.model
+        x = torch.from_numpy(with_channels(noisy, model.channels))
+        codes = model(x, noise_ids=torch.from_numpy(ids)).codes
+        codes.content = [level.flip(0) for level in codes.content]
+        codes.noise = [level.flip(0) for level in codes.noise]
+        return model.decode(codes).numpy()
+
+    def score(
+        self,
+        method: str,
+        views: int,
+        restore: Callable[[], Array],
+        truth: Array,
+        *,
+        clip: bool = True,
+        which: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        since = time.perf_counter()
+        image = restore()
+        seconds = (time.perf_counter() - since) / len(image)
+        which = np.ones(len(self.ids), bool) if which is None else which
+        self.scores[method, views] = (
+            psnr(image, truth, clip=clip), ssim(image, truth, clip=clip), seconds, which
+        )  # fmt: skip
