@@ -51,6 +51,8 @@ SUFFIXES = {
 
 def method_text(method: str) -> str:
     """What a row of the table shows."""
+    if method in METHOD_TEXT:
+        return METHOD_TEXT[method]
     ending = next((s for s in SUFFIXES if method.endswith(s)), "")
     name = method.removesuffix(ending)
     text = METHOD_TEXT.get(name) or f"model `{name.removeprefix('beside:')}`"

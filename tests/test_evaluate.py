@@ -108,6 +108,8 @@ def test_grid_has_seven_pictures_a_row_and_the_table_a_row_a_method(report: Path
     assert "| linear MMSE, knows the operator and its view count |" in text
     assert "| model `seed1` (2 seeds) |" in text
     assert "± 0.00" in text
+    assert "| clean image as it is, against the true noisy image, unclipped |" in text
+    assert "| model `seed1`: noise injected, unclipped (2 seeds) |" in text
     assert " nan" not in text
     with Image.open(report / "calibration.png") as image:
         assert image.width > 300
