@@ -158,19 +158,9 @@ def load_unet(folder: str | Path) -> tuple[Config, UNet] | None:
 
 def model_path(folder: str | Path) -> Path:
     """The model folder that the user named; a name of `shipped_models` where there is no folder."""
-    if str(folder) in shipped_models() and not Path(folder).exists():
-        return Path(str(_shipped() / str(folder)))
+    if str(folder) in configs.shipped_models() and not Path(folder).exists():
+        return Path(str(resources.files("snr_ray") / "models" / str(folder)))
     return Path(folder)
-
-
-def shipped_models() -> list[str]:
-    """Names of the models that come with snr_ray."""
-    root = _shipped()
-    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-
-
-def _shipped() -> Any:
-    return resources.files("snr_ray") / "models"
 
 
 def _read(path: Path) -> tuple[Config, HVAE | UNet, dict[str, Tensor]]:
@@ -181,7 +171,8 @@ def _read(path: Path) -> tuple[Config, HVAE | UNet, dict[str, Tensor]]:
         hint = (
             f"did you mean {inner}?"
             if (inner / WEIGHTS_FILE).is_file()
-            else f"`snr train` writes one as RUN/model; {_shipped_hint()}."
+            else "`snr train` writes one as RUN/model, and "
+            f"{', '.join(configs.shipped_models())} come with snr_ray."
         )
         raise InputError(f"A model folder holds {missing[0]}, but {path} does not; {hint}")
     try:
@@ -208,11 +199,6 @@ def _read(path: Path) -> tuple[Config, HVAE | UNet, dict[str, Tensor]]:
         raise InputError(f"Weights must be finite, but {path} has NaN or infinity in {broken[0]}.")
     model.load_state_dict({k: v.float() for k, v in weights.items()})
     return config, model.eval().requires_grad_(False), tensors
-
-
-def _shipped_hint() -> str:
-    names = shipped_models()
-    return f"the models that come with snr_ray are {', '.join(names)}" if names else "train one"
 
 
 def _card(config: Config, model: HVAE | UNet, metrics: Metrics, origin: str) -> str:

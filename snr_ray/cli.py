@@ -27,15 +27,18 @@ EXAMPLES = {
   snr simulate --config places64 --images 's3://bucket/photos?region=eu-west-1' --out data""",
     "train": """snr train --images glyphs --out run
   snr train --config notmnist --images notmnist:notMNIST_small.tar.gz --out run
+  snr train --config notmnist --config unet --data data --out unet
   snr train --config notmnist --config seed --data data --out run-seed --set train.num_workers=2""",
     "sweep": """snr sweep --images glyphs --out sweep --trials 20
   snr train --config sweep/best.yaml --images glyphs --out run""",
-    "denoise": """snr denoise --model run/model --images scans/ --out cleaned
+    "denoise": """snr denoise --model places64 --images scans/ --out cleaned
+  snr denoise --model run/model --images scans/ --out cleaned --views 20
   snr denoise --model run/model --images 'data/test#noisy_20' --out cleaned
   snr denoise --model run/model --images photos/ --out noisy --inject 20
   snr denoise --model run/model --images scans/ --out cleaned --donor random --samples 16""",
     "evaluate": """snr evaluate --model run/model --images glyphs --out report
-  snr evaluate --model run/model --images notmnist:notMNIST.tar.gz --out report --limit 200""",
+  snr evaluate --model notmnist --images notmnist:notMNIST.tar.gz --out report --limit 200
+  snr evaluate --model run/model --beside unet/model --images glyphs --out report""",
     "bench": """snr bench radon
   snr bench train --out train.json""",
 }
@@ -216,6 +219,8 @@ def _stage(stages: Any, name: str) -> argparse.ArgumentParser:
     epilog = f"examples:\n  {EXAMPLES[name]}"
     if name not in ("demo", "bench"):
         epilog += f"\n\n{SRC_HELP}"
+    if name in ("denoise", "evaluate"):
+        epilog += f"\n\nmodels for --model: a folder, or {', '.join(configs.shipped_models())}"
     epilog += f"\n\npresets for --config: {', '.join(configs.preset_names())}"
     parser: argparse.ArgumentParser = stages.add_parser(
         name,

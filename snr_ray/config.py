@@ -271,6 +271,12 @@ def preset_names() -> list[str]:
     return sorted(p.name[:-5] for p in _presets().iterdir() if p.name.endswith(".yaml"))
 
 
+def shipped_models() -> list[str]:
+    """Names of the model folders that come with snr_ray, for `--model`."""
+    folder = resources.files("snr_ray") / "models"
+    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+
 def load(sources: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
     """Merge presets and files, in order, and then `key.path=value` overrides, into a Config.
 

@@ -60,6 +60,8 @@ def test_later_sources_win_and_set_wins_over_all(tmp_path: Path) -> None:
         ("images.size=0", r"images\.size must be from 8 to 4096 pixels, but got 0"),
         ("images.size=28.5", r"images\.size must be a whole number, but got 28\.5"),
         ("images.channels=2", r"images\.channels must be one of 1, 3, but got 2"),
+        ("model.stem_kernel=4", r"model\.stem_kernel must be odd, but got 4"),
+        ("model.kind=vae", r"model\.kind must be"),
         ("train.batch_size=35", r"multiple of 2 x view counts x workers = 6, .*nearest is 36"),
         ("model.noise_channels=[4,4]", r"one entry per level of model\.channels \(3\), but got 2"),
         ("sweep.triplet=[2,1]", r"low <= high"),
@@ -69,6 +71,11 @@ def test_later_sources_win_and_set_wins_over_all(tmp_path: Path) -> None:
 def test_mistake_gets_a_sentence(override: str, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         configs.load([], [override])
+
+
+def test_physics_of_large_images_is_refused() -> None:
+    with pytest.raises(InputError, match=r"at most 64 pixels, but images\.size is 96"):
+        configs.load(["physics"], ["images.size=96"])
 
 
 def test_more_levels_than_the_image_halves_is_refused() -> None:
