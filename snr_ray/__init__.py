@@ -2,7 +2,7 @@
 
 The modules form four layers; a module imports only from its own layer or the ones below it.
 
-    0 values   config  hashing  outputs
+    0 values   config  configfile  hashing  outputs
     1 arrays   radon  images  samples  sources  metrics  baselines
     2 torch    physics  blocks  hvae  unet  batches  losses  fit  checkpoint  swap  fileswap  scores
              probes

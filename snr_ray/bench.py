@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from skimage.transform import iradon, radon
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray.batches import PairFeed, Pairs, Share
 from snr_ray.checkpoint import load_model, save_model
 from snr_ray.cluster import connected

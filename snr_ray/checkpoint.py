@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from snr_ray import __version__
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
 from snr_ray.fit import Learner, Metrics, build_model
 from snr_ray.hvae import HVAE
@@ -47,6 +47,14 @@ class TrainedModel:
                 f"but got {n_views}."
             )
         return self.config.noise.n_views.index(n_views) + 1
+
+
+@dataclass(frozen=True)
+class TrainedUNet:
+    """The same of a supervised baseline, which has no codes."""
+
+    config: Config
+    model: UNet
 
 
 def save_checkpoint(folder: Path, learner: Learner) -> None:
@@ -119,13 +127,22 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Traine
         InputError: if the folder is missing, is not a model folder, its weights do not fit its
             config, or it holds a U-Net.
     """
+    trained = load_any(folder, device)
+    if isinstance(trained, TrainedUNet):
+        raise InputError(
+            f"A model with noise and content codes (model.kind=hvae) is needed, but "
+            f"{model_path(folder)} holds a supervised U-Net, the baseline; `snr evaluate --beside` "
+            "scores it."
+        )
+    return trained
+
+
+def load_any(folder: str | Path, device: torch.device | None = None) -> TrainedModel | TrainedUNet:
+    """Read a model folder of either kind; raises as `load_model`."""
     path = model_path(folder)
     config, model, tensors = _read(path)
-    if not isinstance(model, HVAE):
-        raise InputError(
-            f"A model with noise and content codes (model.kind=hvae) is needed, but {path} holds a "
-            "supervised U-Net, the baseline; `snr evaluate --beside` scores it."
-        )
+    if isinstance(model, UNet):
+        return TrainedUNet(config, model)
     n_levels, n_ids = len(config.model.channels), len(config.noise.n_views) + 1
     donors = [tensors.get(f"{DONORS}{level}") for level in range(n_levels)]
     kept = [
@@ -144,16 +161,6 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Traine
     place = device or torch.device("cpu")
     model = model.to(place).to(memory_format=torch.channels_last)
     return TrainedModel(config, model, NoiseCodes([level.to(place) for level in kept]))
-
-
-def load_unet(folder: str | Path) -> tuple[Config, UNet] | None:
-    """Config and network of a model folder that holds a U-Net; None if it holds a HVAE.
-
-    Raises:
-        InputError: as `load_model`.
-    """
-    config, model, _ = _read(model_path(folder))
-    return (config, model) if isinstance(model, UNet) else None
 
 
 def model_path(folder: str | Path) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snr_ray import __version__
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
 
 SRC_HELP = """SRC is one of

@@ -1,20 +1,11 @@
-"""Configuration: defaults <- YAML presets or files <- `--set key.path=value`, into one frozen tree.
+"""The configuration tree: every setting with its default, its meaning and its checks. Frozen.
 
 The tree travels whole to every worker and is saved with every run and every model, so a result
-always lies beside the settings that made it. Unknown keys are errors.
+always lies beside the settings that made it.
 """
 
-import dataclasses
-import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 FILTERS = ("ramp", "shepp-logan", "cosine", "hamming", "hann", "none")
 
@@ -23,7 +14,8 @@ class InputError(ValueError):
     """Something the user can put right; its text says the rule, what came, and the way out."""
 
 
-def _check(rule: bool, sentence: str) -> None:
+def check(rule: bool, sentence: str) -> None:
+    """Raise InputError with the sentence where the rule does not hold."""
     if not rule:
         raise InputError(sentence)
 
@@ -42,16 +34,16 @@ class ImagesConfig:
     """Use at most this many images, chosen by the hash of their ids; none means all."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             8 <= self.size <= 4096,
             f"images.size must be from 8 to 4096 pixels, but got {self.size}; smaller images have "
             "too few rays to mean anything, and larger operators do not fit in memory.",
         )
-        _check(
+        check(
             self.white is None or self.white > 0,
             f"images.white must be above 0, but got {self.white}.",
         )
-        _check(
+        check(
             self.limit is None or self.limit > 0,
             f"images.limit must be at least 1, but got {self.limit}.",
         )
@@ -65,10 +57,10 @@ class NoiseConfig:
     """Filter of the back projection, by its scikit-image name. The original method uses ramp."""
 
     def __post_init__(self) -> None:
-        _check(len(self.n_views) > 0, "noise.n_views needs at least one view count, but is empty.")
+        check(len(self.n_views) > 0, "noise.n_views needs at least one view count, but is empty.")
         for n_views in self.n_views:
-            _check(n_views >= 1, f"noise.n_views must be at least 1, but got {n_views}.")
-        _check(
+            check(n_views >= 1, f"noise.n_views must be at least 1, but got {n_views}.")
+        check(
             len(set(self.n_views)) == len(self.n_views),
             f"noise.n_views must not repeat a view count, but got {list(self.n_views)}.",
         )
@@ -99,23 +91,23 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
-        _check(levels >= 1, "model.channels needs at least one level, but is empty.")
+        check(levels >= 1, "model.channels needs at least one level, but is empty.")
         for name in ("content_channels", "noise_channels"):
             widths = getattr(self, name)
-            _check(
+            check(
                 len(widths) == levels,
                 f"model.{name} must have one entry per level of model.channels ({levels}), "
                 f"but got {len(widths)}.",
             )
         for name in ("channels", "content_channels", "noise_channels"):
             for width in getattr(self, name):
-                _check(width >= 1, f"model.{name} must be at least 1, but got {width}.")
-        _check(
+                check(width >= 1, f"model.{name} must be at least 1, but got {width}.")
+        check(
             self.stem_kernel % 2 == 1,
             f"model.stem_kernel must be odd, but got {self.stem_kernel}.",
         )
         for name in ("stem_channels", "stem_kernel", "blocks"):
-            _check(
+            check(
                 getattr(self, name) >= 1,
                 f"model.{name} must be at least 1, but got {getattr(self, name)}.",
             )
@@ -151,15 +143,15 @@ class LossConfig:
     def __post_init__(self) -> None:
         for name in ("beta", "free_bits", "triplet", "content_kl", "margin"):
             value = getattr(self, name)
-            _check(value >= 0, f"loss.{name} must not be negative, but got {value}.")
-        _check(self.sigma > 0, f"loss.sigma must be above 0, but got {self.sigma}.")
-        _check(
+            check(value >= 0, f"loss.{name} must not be negative, but got {value}.")
+        check(self.sigma > 0, f"loss.sigma must be above 0, but got {self.sigma}.")
+        check(
             self.sigma_ratio >= 1,
             f"loss.sigma_ratio must be at least 1, but got {self.sigma_ratio}.",
         )
         for name in ("warmup", "swap_probability"):
             value = getattr(self, name)
-            _check(0 <= value <= 1, f"loss.{name} must be between 0 and 1, but got {value}.")
+            check(0 <= value <= 1, f"loss.{name} must be between 0 and 1, but got {value}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,14 +192,14 @@ class TrainConfig:
             "cpus_per_worker",
         ):
             value = getattr(self, name)
-            _check(value >= 1, f"train.{name} must be at least 1, but got {value}.")
-        _check(
+            check(value >= 1, f"train.{name} must be at least 1, but got {value}.")
+        check(
             self.warmup_steps >= 0,
             f"train.warmup_steps must not be negative, but got {self.warmup_steps}.",
         )
-        _check(0 < self.lr <= 1, f"train.lr must be above 0 and at most 1, but got {self.lr}.")
-        _check(self.grad_clip > 0, f"train.grad_clip must be above 0, but got {self.grad_clip}.")
-        _check(0 <= self.ema < 1, f"train.ema must be in [0, 1), but got {self.ema}.")
+        check(0 < self.lr <= 1, f"train.lr must be above 0 and at most 1, but got {self.lr}.")
+        check(self.grad_clip > 0, f"train.grad_clip must be above 0, but got {self.grad_clip}.")
+        check(0 <= self.ema < 1, f"train.ema must be in [0, 1), but got {self.ema}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,10 +216,10 @@ class SweepConfig:
     """Search range of loss.content_kl, on a logarithmic scale; unused where the base sets it 0."""
 
     def __post_init__(self) -> None:
-        _check(self.steps >= 1, f"sweep.steps must be at least 1, but got {self.steps}.")
+        check(self.steps >= 1, f"sweep.steps must be at least 1, but got {self.steps}.")
         for name in ("noise_channels", "content_channels", "triplet", "content_kl"):
             low, high = getattr(self, name)
-            _check(
+            check(
                 0 < low <= high,
                 f"sweep.{name} must be a range low <= high above 0, but got [{low}, {high}].",
             )
@@ -245,182 +237,22 @@ class Config:
     sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
-        _check(self.seed >= 0, f"seed must not be negative, but got {self.seed}.")
+        check(self.seed >= 0, f"seed must not be negative, but got {self.seed}.")
         unit = 2 * len(self.noise.n_views) * self.train.num_workers
-        _check(
+        check(
             self.train.batch_size % unit == 0,
             f"train.batch_size must be a multiple of 2 x view counts x workers = {unit}, "
             f"but got {self.train.batch_size}; the nearest is "
             f"{max(unit, round(self.train.batch_size / unit) * unit)}.",
         )
-        _check(
+        check(
             not self.model.physics or self.images.size <= 64,
             f"model.physics needs images of at most 64 pixels, but images.size is "
             f"{self.images.size}; its linear estimate grows with the fourth power of the size.",
         )
         finest = self.images.size / 2 ** len(self.model.channels)
-        _check(
+        check(
             finest >= 1,
             f"model.channels has {len(self.model.channels)} levels, each halving the image, but "
             f"images.size is only {self.images.size}; use fewer levels or larger images.",
         )
-
-
-def preset_names() -> list[str]:
-    """Names that `--config` takes besides a file."""
-    return sorted(p.name[:-5] for p in _presets().iterdir() if p.name.endswith(".yaml"))
-
-
-def shipped_models() -> list[str]:
-    """Names of the model folders that come with snr_ray, for `--model`."""
-    folder = resources.files("snr_ray") / "models"
-    return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-
-
-def load(sources: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
-    """Merge presets and files, in order, and then `key.path=value` overrides, into a Config.
-
-    Raises:
-        InputError: for an unknown preset, file, key or value.
-    """
-    tree: dict[str, Any] = {}
-    for source in sources:
-        _merge(tree, _read(source))
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        _check(
-            bool(equals) and bool(key),
-            f"--set takes key.path=value, but got {override!r}; for example --set train.steps=500.",
-        )
-        leaf: Any = _yaml(text, override) if text else text
-        for part in reversed(key.split(".")):
-            leaf = {part: leaf}
-        _merge(tree, leaf)
-    return from_dict(tree)
-
-
-def from_dict(tree: Mapping[str, Any]) -> Config:
-    """Build a Config from nested plain values, as YAML holds them."""
-    return _build(Config, tree, "")
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values of a Config, ready for YAML and JSON."""
-    return _plain(dataclasses.asdict(config))
-
-
-def save(config: Config, path: Path) -> None:
-    """Write a Config as YAML that `load` reads back equal."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-
-
-def replace(config: Config, changes: Mapping[str, Any]) -> Config:
-    """Copy of a Config with dotted keys set, as `--set` would."""
-    tree = to_dict(config)
-    for key, value in changes.items():
-        leaf: Any = value
-        for part in reversed(key.split(".")):
-            leaf = {part: leaf}
-        _merge(tree, leaf)
-    return from_dict(tree)
-
-
-def _presets() -> Any:
-    return resources.files("snr_ray") / "presets"
-
-
-def _read(source: str | Path) -> dict[str, Any]:
-    path = Path(source)
-    if path.is_file():
-        try:
-            text = path.read_text()
-        except UnicodeDecodeError:
-            raise InputError(f"{source} must be a YAML text file, but is binary.") from None
-    elif str(source) in preset_names():
-        text = (_presets() / f"{source}.yaml").read_text()
-    else:
-        raise InputError(
-            f"--config takes a YAML file or one of {', '.join(preset_names())}, "
-            f"but got {str(source)!r}, which is neither."
-        )
-    tree = _yaml(text, source) or {}
-    _check(
-        isinstance(tree, dict),
-        f"{source} must hold a mapping of sections, but is a {type(tree).__name__}.",
-    )
-    return tree
-
-
-def _yaml(text: str, origin: str | Path) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}.") from None
-
-
-def _merge(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
-            tree[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _build(cls: Any, tree: Mapping[str, Any], prefix: str) -> Any:
-    if not isinstance(tree, Mapping):
-        raise InputError(f"{prefix[:-1]} must be a section with keys, but got {tree!r}.")
-    hints = typing.get_type_hints(cls)
-    unknown = [key for key in tree if key not in hints]
-    _check(
-        not unknown,
-        f"Unknown configuration key {prefix}{unknown[0] if unknown else ''}; "
-        f"valid here: {', '.join(prefix + name for name in hints)}.",
-    )
-    values = {
-        key: _build(hints[key], value, f"{prefix}{key}.")
-        if dataclasses.is_dataclass(hints[key])
-        else _coerce(value, hints[key], f"{prefix}{key}")
-        for key, value in tree.items()
-    }
-    return cls(**values)
-
-
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
-def _coerce(value: Any, kind: Any, key: str) -> Any:
-    """A YAML value as the annotated type; PyYAML reads `3e-4` as a string, so floats are cast."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if value is None else _coerce(value, args[0], key)
-    if origin is Literal:
-        _check(
-            value in args and not isinstance(value, bool),
-            f"{key} must be one of {', '.join(map(str, args))}, but got {value!r}.",
-        )
-        return value
-    if origin is tuple:
-        items = [value] if isinstance(value, (int, float)) else value
-        fixed = args[-1] is not Ellipsis
-        _check(
-            isinstance(items, (list, tuple)) and not (fixed and len(items) != len(args)),
-            f"{key} must be a list{f' of {len(args)} numbers' if fixed else ''}, "
-            f"such as [{', '.join(['4'] * (len(args) if fixed else 3))}], but got {value!r}.",
-        )
-        return tuple(_coerce(item, args[0], key) for item in items)
-    if kind is float and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    raise InputError(f"{key} must be {_KINDS[kind]}, but got {value!r}.")

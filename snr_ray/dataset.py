@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray.batches import Batch, Pairs, Share, noise_id_pattern
 from snr_ray.config import Config, InputError
 from snr_ray.simulate import Failure, noisy_column, row_bytes, stream, tensors

@@ -23,11 +23,11 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray import probes, radon
 from snr_ray.baselines import FIT_IMAGES, Lmmse, best_tv_weight
 from snr_ray.batches import Pairs
-from snr_ray.checkpoint import TrainedModel, load_model, load_unet, model_path
+from snr_ray.checkpoint import TrainedModel, TrainedUNet, load_any, load_model, model_path
 from snr_ray.cluster import connected, shared
 from snr_ray.config import Config, InputError
 from snr_ray.dataset import Origin, collect_pairs, count_rows, gather, open_rows
@@ -38,7 +38,6 @@ from snr_ray.scores import BASELINES, METHODS, Scorer
 from snr_ray.simulate import Outcome, parquet_bytes, write_failures
 from snr_ray.sources import SPLITS
 from snr_ray.swap import swap
-from snr_ray.unet import UNet
 
 Array = npt.NDArray[np.float32]
 
@@ -199,8 +198,7 @@ def _open_beside(config: Config, folders: Iterable[str]) -> list[Beside]:
     others: list[Beside] = []
     for folder in folders:
         path = model_path(folder)
-        unet = load_unet(path)
-        its = unet[0] if unet else load_model(path).config
+        its = load_any(path).config
         for section, key in (("images", "size"), ("images", "channels"), ("noise", "n_views"),
                              ("noise", "filter")):  # fmt: skip
             mine, theirs = (getattr(getattr(c, section), key) for c in (config, its))
@@ -241,10 +239,9 @@ def _fit_baselines(config: Config, origin: Origin, baselines: tuple[str, ...]) -
 
 
 @functools.lru_cache(maxsize=16)
-def _model(folder: str) -> TrainedModel | UNet:
+def _model(folder: str) -> TrainedModel | TrainedUNet:
     torch.set_num_threads(1)
-    unet = load_unet(folder)
-    return unet[1] if unet else load_model(folder)
+    return load_any(folder)
 
 
 def _score_block(table: pa.Table, *, work: "ray.ObjectRef") -> pa.Table:

@@ -17,12 +17,12 @@ import torch
 from snr_ray import radon
 from snr_ray.baselines import sart, tv
 from snr_ray.batches import Pairs
-from snr_ray.checkpoint import TrainedModel
+from snr_ray.checkpoint import TrainedModel, TrainedUNet
 from snr_ray.hashing import hash64
 from snr_ray.images import with_channels
 from snr_ray.metrics import psnr, ssim
 from snr_ray.swap import detect, swap
-from snr_ray.unet import UNet, regress
+from snr_ray.unet import regress
 
 Array = npt.NDArray[np.float32]
 
@@ -44,7 +44,7 @@ class Scorer:
         self,
         trained: TrainedModel,
         fitted: dict[str, Any],
-        beside: dict[str, TrainedModel | UNet],
+        beside: dict[str, TrainedModel | TrainedUNet],
         pairs: Pairs,
     ) -> None:
         self.trained, self.fitted, self.beside = trained, fitted, beside
@@ -123,8 +123,8 @@ class Scorer:
             methods["lmmse"] = lambda: self.fitted["lmmse"][ids[0] - 1](noisy)
         for label, other in self.beside.items():
             methods[f"beside:{label}"] = (
-                functools.partial(regress, other, noisy, ids)
-                if isinstance(other, UNet)
+                functools.partial(regress, other.model, noisy, ids)
+                if isinstance(other, TrainedUNet)
                 else functools.partial(swap, other.model, noisy, other.codes.mean(0), noise_ids=ids)
             )
         for method, restore in methods.items():

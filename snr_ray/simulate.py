@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import ray
 
 from snr_ray import __version__, radon
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray.cluster import connected, cpus, shared
 from snr_ray.config import Config, ImagesConfig, InputError
 from snr_ray.hashing import fingerprint

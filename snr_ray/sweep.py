@@ -29,7 +29,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray.cluster import connected, cpus
 from snr_ray.config import Config, InputError, SweepConfig
 from snr_ray.dataset import Origin, count_rows, settle

@@ -23,7 +23,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray.baselines import FIT_IMAGES
 from snr_ray.batches import PairFeed, Share
 from snr_ray.checkpoint import load_checkpoint, save_checkpoint, save_model

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray.cli import prepare_environment
 from snr_ray.config import Config
 

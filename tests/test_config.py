@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
 
 

@@ -14,7 +14,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray.checkpoint import load_model
 from snr_ray.config import Config, InputError
 from snr_ray.denoise import denoise

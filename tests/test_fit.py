@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray import radon
 from snr_ray.batches import PairFeed, Pairs, Share
 from snr_ray.checkpoint import (
+    TrainedUNet,
+    load_any,
     load_checkpoint,
     load_model,
-    load_unet,
     save_checkpoint,
     save_model,
     ship,
@@ -148,8 +149,8 @@ def test_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
 def test_unet_is_no_model_with_codes(unet_folder: Path, model_folder: Path) -> None:
     with pytest.raises(InputError, match=r"holds a supervised U-Net, the baseline; `snr evaluate"):
         load_model(unet_folder)
-    assert load_unet(unet_folder) is not None
-    assert load_unet(model_folder) is None
+    assert isinstance(load_any(unet_folder), TrainedUNet)
+    assert not isinstance(load_any(model_folder), TrainedUNet)
 
 
 def test_unet_learns_letters(tiny: Config, pairs: Pairs) -> None:

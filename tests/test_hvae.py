@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray import radon
 from snr_ray.baselines import Lmmse
 from snr_ray.batches import Batch, Share, StepNormal

@@ -7,7 +7,7 @@ import snr_ray
 
 PACKAGE = Path(snr_ray.__file__).parent
 LAYERS = [
-    {"config", "hashing", "outputs"},
+    {"config", "configfile", "hashing", "outputs"},
     {"radon", "images", "samples", "sources", "metrics", "baselines"},
     {"physics", "blocks", "hvae", "unet", "batches", "losses", "fit", "checkpoint", "swap",
      "fileswap", "scores", "probes"},

@@ -8,7 +8,7 @@ import pytest
 
 from snr_ray import radon
 from snr_ray.checkpoint import load_model, model_path
-from snr_ray.config import shipped_models
+from snr_ray.configfile import shipped_models
 from snr_ray.metrics import psnr
 from snr_ray.sources import open_source
 from snr_ray.swap import swap

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
 from snr_ray.radon import NoiseSpec, operator
 from snr_ray.simulate import simulate, tensors

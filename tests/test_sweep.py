@@ -9,7 +9,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from PIL import Image
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray import sweep as module
 from snr_ray.config import Config, InputError
 from snr_ray.dataset import Origin

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from snr_ray import config as configs
+from snr_ray import configfile as configs
 from snr_ray import dataset
 from snr_ray.config import Config, InputError
 from snr_ray.dataset import Origin
