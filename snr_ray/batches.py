@@ -1,9 +1,10 @@
-"""Clean and noisy arrays -> balanced training batches, the same whatever the number of workers.
+"""Clean and noisy arrays -> training batches, the same whatever the number of workers.
 
-A batch is made of groups of 2 x n_ids images: two images of each noise id, side by side, so that
-image i finds a partner of its own noise id at i ^ 1. Workers take whole groups of one global
-batch; every random choice is a hash of (seed, epoch or step). So the gradient, and with it a whole
-run, does not depend on how many workers share the batch.
+A batch is clean images, each with its noisy version of every noise id, so that all ids are seen
+equally often. Image i finds a partner at i ^ 1: another image, for codes to be compared and
+exchanged with. Workers take whole pairs of one global batch; every random choice is a hash of
+(seed, epoch or step). So the gradient, and with it a whole run, does not depend on how many workers
+share the batch.
 """
 
 from collections.abc import Iterator
@@ -34,18 +35,16 @@ class Share:
 
 @dataclass
 class Batch:
-    """One worker's pairs of one step."""
+    """One worker's images of one step."""
 
     clean: Tensor
     """[B, C, H, W] float32."""
     noisy: Tensor
-    """[B, C, H, W] float32, not clipped: noisy[b] is clean[b] under noise id noise_ids[b]."""
-    noise_ids: Tensor
-    """[B] int64 in 1..n_ids; equal at i and i ^ 1, cycling through the ids pair by pair."""
+    """[B, n_ids, C, H, W] float32, not clipped: noisy[b, k] is clean[b] under noise id k + 1."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same pairs on a device."""
-        return Batch(self.clean.to(device), self.noisy.to(device), self.noise_ids.to(device))
+        """The same images on a device."""
+        return Batch(self.clean.to(device), self.noisy.to(device))
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,6 @@ class Pairs:
         return out
 
 
-def noise_id_pattern(batch_size: int, n_ids: int) -> npt.NDArray[np.int64]:
-    """Noise ids of a batch by position: 1 1 2 2 ... n n 1 1 ..."""
-    return np.tile(np.repeat(np.arange(1, n_ids + 1), 2), batch_size // (2 * n_ids))
-
-
 class PairFeed:
     """Batches from pairs in memory; batch(step) is a pure function, so resuming needs no state."""
 
@@ -118,12 +112,9 @@ class PairFeed:
             self._epoch = epoch
         mine = self.share.slice(self.batch_size)
         rows = self._order[position * self.batch_size : (position + 1) * self.batch_size][mine]
-        ids = noise_id_pattern(self.batch_size, len(self.pairs.noisy))[mine]
-        clean = self.pairs.take(rows, 0)
-        noisy = np.empty_like(clean)
-        for noise_id in np.unique(ids):
-            noisy[ids == noise_id] = self.pairs.take(rows[ids == noise_id], int(noise_id))
-        return Batch(torch.from_numpy(clean), torch.from_numpy(noisy), torch.from_numpy(ids))
+        ids = range(1, len(self.pairs.noisy) + 1)
+        noisy = np.stack([self.pairs.take(rows, noise_id) for noise_id in ids], axis=1)
+        return Batch(torch.from_numpy(self.pairs.take(rows, 0)), torch.from_numpy(noisy))
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Batches from step `start` on, without end."""

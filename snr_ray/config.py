@@ -115,7 +115,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
-    beta: float = 0.03
+    beta: float = 0.02
     """Weight of the KL divergence against the reconstruction term."""
     free_bits: float = 0.0
     """Nats per image and code (content and noise of each level) that the KL gives for free."""
@@ -135,10 +135,11 @@ class LossConfig:
     pulls together and pushes the others away."""
     margin: float = 1.0
     """Distance beyond which the triplet loss stops pushing."""
-    content_kl: float = 0.05
+    content_kl: float = 0.02
     """Weight of the symmetric KL between the content codes of an image and its noisy version."""
-    swap_probability: float = 0.8
-    """Share of pairs trained on the swap itself: noise codes and targets exchanged."""
+    swap_probability: float = 0.95
+    """Share of images trained on the swap itself, noise code and target exchanged: clean for noisy
+    ones, noisy (of a random noise id) for clean ones."""
 
     def __post_init__(self) -> None:
         for name in ("beta", "free_bits", "triplet", "content_kl", "margin"):
@@ -158,11 +159,13 @@ class LossConfig:
 class TrainConfig:
     steps: int = 9000
     """Optimizer steps of the whole run."""
-    batch_size: int = 12
-    """Clean images per step over all workers; each comes with one noisy version. Must be a
-    multiple of 2 x view counts x workers, so that every image finds a partner on its worker."""
-    lr: float = 2e-3
-    """Peak learning rate of Adam; linear warm-up, then cosine to 2 %."""
+    batch_size: int = 8
+    """Clean images per step over all workers; each comes with all of its noisy versions. Must be a
+    multiple of 2 x workers, so that every image finds a partner on its worker."""
+    optimizer: Literal["muon", "adam"] = "muon"
+    """`muon`: orthogonal steps of the kernels, Adam for the rest. `adam`: Adam for all."""
+    lr: float = 6e-3
+    """Peak learning rate; linear warm-up, then cosine to 2 %."""
     warmup_steps: int = 100
     """Steps of the learning-rate warm-up."""
     grad_clip: float = 5.0
@@ -238,10 +241,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self.seed >= 0, f"seed must not be negative, but got {self.seed}.")
-        unit = 2 * len(self.noise.n_views) * self.train.num_workers
+        unit = 2 * self.train.num_workers
         check(
             self.train.batch_size % unit == 0,
-            f"train.batch_size must be a multiple of 2 x view counts x workers = {unit}, "
+            f"train.batch_size must be a multiple of 2 x workers = {unit}, "
             f"but got {self.train.batch_size}; the nearest is "
             f"{max(unit, round(self.train.batch_size / unit) * unit)}.",
         )

@@ -20,7 +20,7 @@ import ray
 import torch
 
 from snr_ray import configfile as configs
-from snr_ray.batches import Batch, Pairs, Share, noise_id_pattern
+from snr_ray.batches import Batch, Pairs, Share
 from snr_ray.config import Config, InputError
 from snr_ray.simulate import Failure, noisy_column, row_bytes, stream, tensors
 from snr_ray.sources import Source, open_source
@@ -162,23 +162,19 @@ def stream_batches(shard: Any, config: Config, share: Share) -> Iterator[Batch]:
     Every worker's shard has equally many rows and short batches are dropped, so workers stay in
     step. Failed images are left out where their batch is formed.
     """
-    size = share.slice(config.train.batch_size)
-    ids = noise_id_pattern(config.train.batch_size, len(config.noise.n_views))[size]
+    size = config.train.batch_size // share.world_size
     columns = ["clean"] + [noisy_column(n_views) for n_views in config.noise.n_views]
     while True:
-        for batch in shard.iter_batches(
-            batch_size=len(ids), drop_last=True, batch_format="pyarrow"
-        ):
+        for batch in shard.iter_batches(batch_size=size, drop_last=True, batch_format="pyarrow"):
             good = np.arange(len(batch))
             if "error" in batch.column_names:
                 good = np.flatnonzero(batch["error"].to_numpy() == "")
                 if not len(good):
                     continue
             # A failed image is replaced by a good one of its batch: step counts stay equal.
-            rows = np.resize(good, len(ids))
-            arrays = [tensors(batch[name])[rows] for name in columns]
-            noisy = np.stack(arrays)[ids, np.arange(len(ids))]
-            yield Batch(torch.from_numpy(arrays[0]), torch.from_numpy(noisy), torch.from_numpy(ids))
+            rows = np.resize(good, size)
+            clean, *noisy = (torch.from_numpy(tensors(batch[name])[rows]) for name in columns)
+            yield Batch(clean, torch.stack(noisy, dim=1))
 
 
 def _read_shard(item: pa.Table) -> pa.Table:

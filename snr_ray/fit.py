@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from snr_ray import radon
 from snr_ray.batches import Batch, Pairs, Share, StepNormal
@@ -20,6 +21,7 @@ from snr_ray.config import Config
 from snr_ray.hvae import HVAE
 from snr_ray.losses import Objective, Regression
 from snr_ray.metrics import psnr
+from snr_ray.muon import Muon
 from snr_ray.physics import LinearInverse
 from snr_ray.swap import N_DONORS, NoiseCodes, collect, swap
 from snr_ray.unet import UNet, regress
@@ -49,8 +51,25 @@ def build_objective(config: Config) -> Objective | Regression:
     return Objective(model, config.loss, n_ids)
 
 
+def build_optimizers(objective: Objective | Regression, config: Config) -> list[Optimizer]:
+    """Optimizers that share the weights and sigma of an objective among them."""
+    weights = list(objective.model.parameters())
+    optimizers: list[Optimizer] = []
+    if config.train.optimizer == "muon":
+        kernels = [m.weight for m in objective.model.modules() if isinstance(m, nn.Conv2d)]
+        optimizers.append(Muon(kernels, lr=config.train.lr))
+        taken = {id(kernel) for kernel in kernels}
+        weights = [weight for weight in weights if id(weight) not in taken]
+    groups: list[dict[str, Any]] = [{"params": weights}]
+    if config.loss.sigma_learned:
+        # Few steps and one scalar each: sigma must move faster than the weights.
+        groups.append({"params": [objective.likelihood.log_sigma], "scale": 5.0})
+    optimizers.append(torch.optim.Adam(groups, lr=config.train.lr, betas=(0.9, 0.99)))
+    return optimizers
+
+
 class Learner:
-    """Model, objective, optimizer, moving average and step counter of one worker."""
+    """Model, objective, optimizers, moving average and step counter of one worker."""
 
     def __init__(
         self,
@@ -68,11 +87,7 @@ class Learner:
         self.objective.to(memory_format=torch.channels_last)
         self.average = copy.deepcopy(self.objective.model).eval().requires_grad_(False)
         self.parallel = wrap(self.objective)
-        groups: list[dict[str, Any]] = [{"params": list(self.objective.model.parameters())}]
-        if config.loss.sigma_learned:
-            # Few steps and one scalar each: sigma must move faster than the weights.
-            groups.append({"params": [self.objective.likelihood.log_sigma], "scale": 5.0})
-        self.optimizer = torch.optim.Adam(groups, lr=config.train.lr, betas=(0.9, 0.99))
+        self.optimizers = build_optimizers(self.objective, config)
         self.step = 0
         self.skipped = 0
 
@@ -97,16 +112,18 @@ class Learner:
         normal = StepNormal(self.config.seed, self.step, self.share, self.device)
         progress = self.step / max(1, self.config.loss.warmup * config.steps)
         rate = config.lr * self._schedule()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("scale", 1.0)
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("scale", 1.0)
+            optimizer.zero_grad(set_to_none=True)
         bf16 = config.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             parts = self.parallel(batch, normal, min(1.0, progress))
         parts["loss"].backward()
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), config.grad_clip)
         if torch.isfinite(norm):
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             # A young average would otherwise remember the untrained weights.
             decay = min(config.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
@@ -128,7 +145,7 @@ class Learner:
         return {
             "objective": self.objective.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "skipped": self.skipped,
         }
@@ -137,7 +154,8 @@ class Learner:
         """Continue where `state` was taken."""
         self.objective.load_state_dict(state["objective"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.skipped = state["step"], state["skipped"]
 
     def _schedule(self) -> float:

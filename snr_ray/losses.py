@@ -18,44 +18,42 @@ from snr_ray.unet import UNet
 SIGMA_FLOOR = 0.01
 ROOT_EPSILON = 1e-6
 WITHHELD = 0.125
-"""Share of pairs that a model with model.physics sees without their noise id."""
+"""Share of images that a model with model.physics sees without their noise id."""
 
 
 def triplet_loss(mu: Tensor, n_ids: int, form: str, margin: float) -> Tensor:
     """Triplet loss on the noise codes of one level; a scalar.
 
     Args:
-        mu: [2 B, ...] posterior means; row 2 i is clean image i, row 2 i + 1 its noisy version.
-        n_ids: noisy ids; images are laid out as in `Batch`, so that i and i ^ 1 share an id.
+        mu: [B (1 + n_ids), ...] posterior means; of each image first the clean version, then those
+            of noise ids 1, 2 ... Images b and b ^ 1 are partners.
+        n_ids: noisy ids.
         form: "drawn": max(0, d(noisy, partner's noisy) - d(noisy, clean) + margin), as the
             original method draws it. "symmetric": pull every pair of equal id, clean ones too, and
             push clean from noisy and noisy ids from each other up to the margin. Without the clean
             pull, clean images hide content in their noise code.
         margin: in units of d, the mean squared difference.
     """
-    code = mu.flatten(1)
-    clean, noisy = code[0::2], code[1::2]  # each [B, dims]
-    partner = torch.arange(len(noisy), device=mu.device) ^ 1
+    code = mu.flatten(1).unflatten(0, (-1, 1 + n_ids))  # [B, 1 + n_ids, dims]
+    noisy, clean = code[:, 1:], code[:, :1]
+    partner = torch.arange(len(code), device=mu.device) ^ 1
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).square().mean(1)  # [B]
+        return (a - b).square().mean(-1)  # [B, ids]
 
-    pull, push = distance(noisy, noisy[partner]), distance(noisy, clean)
+    pull, push = distance(code, code[partner]), distance(noisy, clean)
     if form == "drawn":
-        return F.relu(pull - push + margin).mean()
-    clean_pull = distance(clean, clean[partner])
+        return F.relu(pull[:, 1:] - push + margin).mean()
 
     def short_of_margin(d: Tensor) -> Tensor:
         # The root keeps its slope where codes are still equal, so that they part at once; a
         # squared distance has none there and leaves the codes together for hundreds of steps.
-        return F.relu(margin - (d + ROOT_EPSILON).sqrt())
+        return F.relu(margin - (d + ROOT_EPSILON).sqrt()).mean()
 
-    loss = 0.5 * (pull + clean_pull) + short_of_margin(push)
-    if n_ids > 1:  # the next id is one pair further, cyclically within a group
-        grouped = noisy.unflatten(0, (-1, n_ids, 2))
-        other = grouped.roll(1, dims=1).flatten(0, 2)
-        loss = loss + short_of_margin(distance(noisy, other))
-    return loss.mean()
+    loss = 0.5 * (pull[:, 1:].mean() + pull[:, 0].mean()) + short_of_margin(push)
+    if n_ids > 1:
+        loss = loss + short_of_margin(distance(noisy, noisy.roll(1, dims=1)))
+    return loss
 
 
 class Likelihood(nn.Module):
@@ -95,10 +93,12 @@ class Regression(nn.Module):
         self.model, self.likelihood = model, Likelihood(config, n_ids)
 
     def forward(self, batch: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
-        """Loss of one worker's pairs, a scalar; the sampling noise and the warm-up are unused."""
-        estimate = self.model(batch.noisy, batch.noise_ids)
-        wanted = torch.zeros_like(batch.noise_ids)
-        return {"loss": self.likelihood(estimate, batch.clean, batch.noise_ids, wanted)}
+        """Loss of one worker's images, a scalar; the sampling noise and the warm-up are unused."""
+        n_ids = batch.noisy.shape[1]
+        ids = torch.arange(1, n_ids + 1, device=batch.noisy.device).repeat(len(batch.noisy))
+        estimate = self.model(batch.noisy.flatten(0, 1), ids)
+        target = batch.clean.repeat_interleave(n_ids, dim=0)
+        return {"loss": self.likelihood(estimate, target, ids, torch.zeros_like(ids))}
 
 
 class Objective(nn.Module):
@@ -110,10 +110,10 @@ class Objective(nn.Module):
         self.likelihood = Likelihood(config, n_ids)
 
     def forward(self, batch: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
-        """Loss of one worker's pairs and its parts; means over images, so workers may average.
+        """Loss of one worker's images and its parts; means over images, so workers may average.
 
         Args:
-            batch: pairs; partners are neighbours.
+            batch: clean images and their noisy versions; partners are neighbours.
             normal: sampling noise of the step.
             warmup: 0 at the start of the run, 1 after the warm-up.
 
@@ -122,26 +122,25 @@ class Objective(nn.Module):
             image), triplet, content_kl (nats per image).
         """
         config = self.config
-        x = torch.stack([batch.clean, batch.noisy], dim=1).flatten(0, 1)  # [2 B, C, H, W]
-        ids = torch.stack([torch.zeros_like(batch.noise_ids), batch.noise_ids], 1).flatten()
+        n_images, n_versions = len(batch.clean), 1 + self.n_ids
+        x = torch.cat([batch.clean[:, None], batch.noisy], dim=1).flatten(0, 1)
         n_pixels = x[0].numel()
-        # A swapped image takes the noise code that its partner has on the other side of the pair,
-        # and its target becomes its own other side.
         row = torch.arange(len(x), device=x.device)
-        other_side, donor = row ^ 1, row ^ 3
-        swapped = normal.uniform(len(batch.clean)) < config.swap_probability
-        swapped = swapped.repeat_interleave(2)
-        target = torch.where(swapped, other_side, row)
+        image, ids = row // n_versions, row % n_versions
+        # A swapped image takes the noise code of its partner's version of another id, clean for
+        # noisy and a random noisy id for clean, and its target is its own version of that id.
+        swapped = normal.uniform(len(x)) < config.swap_probability
+        noisy_id = (1 + normal.uniform(n_images) * self.n_ids).long()[image]
+        wanted = torch.where(swapped, torch.where(ids == 0, noisy_id, 0), ids)
+        donor = torch.where(swapped, image ^ 1, image) * n_versions + wanted
+        target = image * n_versions + wanted
         known = ids
         if self.model.stem.inverse is not None:
             # Sometimes the id is withheld: that is how ids are detected and unknown ones cleaned.
-            withheld = normal.uniform(len(batch.clean)) < WITHHELD
-            known = ids.masked_fill(withheld.repeat_interleave(2), 0)
-        result = self.model(
-            x, donors=torch.where(swapped, donor, row), normal=normal, noise_ids=known
-        )
+            known = ids.masked_fill(normal.uniform(len(x)) < WITHHELD, 0)
+        result = self.model(x, donors=donor, normal=normal, noise_ids=known)
 
-        recon = self.likelihood(result.image, x[target], ids, ids[target])
+        recon = self.likelihood(result.image, x[target], ids, wanted)
         kl_content = [kl(q, p) for q, p in result.content]
         kl_noise = [kl(q, standard(q)) for q in result.noise]
         paid = sum(F.relu(nats - config.free_bits).mean() for nats in kl_content + kl_noise)
@@ -151,22 +150,23 @@ class Objective(nn.Module):
                 for q in result.noise
             ]
         ).mean()
-        content_kl = torch.stack([_symmetric_kl(q) for q, _ in result.content]).sum(0).mean()
+        content_kl = torch.stack([_symmetric_kl(q, self.n_ids) for q, _ in result.content]).sum(0)
         loss = recon + warmup * config.beta * paid / n_pixels + config.triplet * triplet
         if config.content_kl:
-            loss = loss + warmup * config.content_kl * content_kl / n_pixels
+            loss = loss + warmup * config.content_kl * content_kl.mean() / n_pixels
         return {
             "loss": loss,
             "recon": recon.detach(),
             "kl_content": torch.stack(kl_content).sum(0).mean().detach(),
             "kl_noise": torch.stack(kl_noise).sum(0).mean().detach(),
             "triplet": triplet.detach(),
-            "content_kl": content_kl.detach(),
+            "content_kl": content_kl.mean().detach(),
         }
 
 
-def _symmetric_kl(q: Gaussian) -> Tensor:
-    """Mean of both KL directions between the clean and the noisy row of each pair, in nats: [B]."""
-    clean = Gaussian(q.mu[0::2], q.logvar[0::2])
-    noisy = Gaussian(q.mu[1::2], q.logvar[1::2])
+def _symmetric_kl(q: Gaussian, n_ids: int) -> Tensor:
+    """Mean of both KL directions between the clean and each noisy version, in nats: [B n_ids]."""
+    mu, logvar = (t.unflatten(0, (-1, 1 + n_ids)) for t in q)
+    clean = Gaussian(*(t[:, :1].expand_as(t[:, 1:]).flatten(0, 1) for t in (mu, logvar)))
+    noisy = Gaussian(*(t[:, 1:].flatten(0, 1) for t in (mu, logvar)))
     return 0.5 * (kl(clean, noisy) + kl(noisy, clean))

@@ -154,7 +154,7 @@ def test_unet_is_no_model_with_codes(unet_folder: Path, model_folder: Path) -> N
 
 
 def test_unet_learns_letters(tiny: Config, pairs: Pairs) -> None:
-    config = configs.replace(tiny, {"model.kind": "unet", "train.steps": 150, "train.ema": 0.9})
+    config = configs.replace(tiny, {"model.kind": "unet", "train.steps": 300, "train.ema": 0.9})
     learner = Learner(config)
     codes, before = learner.validate(pairs, pairs)
     _run(config, pairs, learner)
