@@ -83,16 +83,18 @@ class Stem(nn.Module):
         seen = channels * (1 if inverse is None else 2)
         kernel = config.stem_kernel
         self.conv = nn.Conv2d(seen, config.stem_channels, kernel, padding=kernel // 2)
-        n_blocks = config.blocks if config.finest_stride == 2 else 0
-        self.blocks = residual_blocks(config.stem_channels, n_blocks)
+        self.blocks = residual_blocks(config.stem_channels, config.blocks)
 
-    def forward(self, x: Tensor, noise_ids: Tensor | None) -> Tensor:
-        """Features of images [B, C, H, W]; noise_ids [B] say which linear estimate goes along."""
-        seen = x
+    def forward(self, x: Tensor, noise_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Features of images [B, C, H, W], and what is closest to clean ones before the network.
+
+        That is the images themselves, or the linear estimates that go along: noise_ids [B].
+        """
+        seen = estimate = x
         if self.inverse is not None:
-            seen = torch.cat([x, self.inverse(x, noise_ids)], dim=1)
-        h: Tensor = self.blocks(self.conv(seen - PIXEL_OFFSET))
-        return h
+            estimate = self.inverse(x, noise_ids)
+            seen = torch.cat([x, estimate], dim=1)
+        return self.blocks(self.conv(seen - PIXEL_OFFSET)), estimate
 
 
 class NoiseHead(nn.Module):

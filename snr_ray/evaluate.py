@@ -25,7 +25,7 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray import probes, radon
-from snr_ray.baselines import FIT_IMAGES, Lmmse, best_tv_weight
+from snr_ray.baselines import FIT_IMAGES, Lmmse, best_tv_weight, tv
 from snr_ray.batches import Pairs
 from snr_ray.checkpoint import TrainedModel, TrainedUNet, load_any, load_model, model_path
 from snr_ray.cluster import connected, shared
@@ -33,8 +33,8 @@ from snr_ray.config import Config, InputError
 from snr_ray.dataset import Origin, collect_pairs, count_rows, gather, open_rows
 from snr_ray.hashing import fingerprint
 from snr_ray.outputs import Progress, claim, write_atomic
-from snr_ray.report import calibration, evaluation_table, grid
-from snr_ray.scores import BASELINES, METHODS, Scorer
+from snr_ray.report import calibration, evaluation_table, grid, row_text
+from snr_ray.scores import BASELINES, METHODS, TASKS, Restore, Row, Scorer
 from snr_ray.simulate import Outcome, parquet_bytes, write_failures
 from snr_ray.sources import SPLITS
 from snr_ray.swap import swap
@@ -131,7 +131,7 @@ def evaluate(
             {
                 "model": str(model_path(model).absolute()),
                 "images": config.images,
-                "fitted": _fit_baselines(config, origin, baselines),
+                "baselines": _fit_baselines(config, origin, baselines),
                 "beside": [(other.label, str(other.folder)) for other in others],
             }
         )
@@ -217,17 +217,18 @@ def _open_beside(config: Config, folders: Iterable[str]) -> list[Beside]:
     return others
 
 
-def _fit_baselines(config: Config, origin: Origin, baselines: tuple[str, ...]) -> dict[str, Any]:
-    """Per baseline, what it needs for each noise id."""
-    fitted: dict[str, Any] = {}
+def _fit_baselines(
+    config: Config, origin: Origin, baselines: tuple[str, ...]
+) -> dict[str, list[Restore]]:
+    """Per baseline, what cleans images of each noise id; nothing for SART, which is not fitted."""
+    fitted: dict[str, list[Restore]] = {name: [] for name in baselines}
     n_ids = len(config.noise.n_views)
     if "tv" in baselines:
         val, _ = collect_pairs(open_rows(config, origin, "val", TUNE_IMAGES), config)
         rows = np.arange(len(val))
         clean = val.take(rows, 0)
-        fitted["tv"] = [best_tv_weight(val.take(rows, k), clean) for k in range(1, n_ids + 1)]
-    if "sart" in baselines:
-        fitted["sart"] = True
+        weights = [best_tv_weight(val.take(rows, k), clean) for k in range(1, n_ids + 1)]
+        fitted["tv"] = [functools.partial(tv, weight=weight) for weight in weights]
     if "lmmse" in baselines:
         train, _ = collect_pairs(open_rows(config, origin, "train", FIT_IMAGES), config)
         clean = train.take(np.arange(len(train)), 0)
@@ -254,68 +255,60 @@ def _score_block(table: pa.Table, *, work: "ray.ObjectRef") -> pa.Table:
     if len(pairs):
         ids = np.array(sorted(pairs.ids))
         beside = {label: _model(folder) for label, folder in job["beside"]}
-        scorer = Scorer(trained, job["fitted"], beside, pairs)
-        for (method, n_views), (p, s, seconds, which) in scorer.run().items():
+        scorer = Scorer(trained, job["baselines"], beside, pairs)
+        for row, (p, s, seconds, which) in scorer.run().items():
             rows += [
-                {"id": name, "method": method, "n_views": n_views, "psnr": p[k], "ssim": s[k],
-                 "seconds": seconds}
+                {"id": name, **row._asdict(), "psnr": p[k], "ssim": s[k], "seconds": seconds}
                 for k, name in enumerate(ids[which])
-            ]  # fmt: skip
+            ]
     schema = pa.schema(
-        [("id", pa.string()), ("method", pa.string()), ("n_views", pa.int32()),
-         ("psnr", pa.float64()), ("ssim", pa.float64()), ("seconds", pa.float64())]
+        [("id", pa.string()), ("task", pa.string()), ("method", pa.string()),
+         ("n_views", pa.int32()), ("model", pa.string()), ("psnr", pa.float64()),
+         ("ssim", pa.float64()), ("seconds", pa.float64())]
     )  # fmt: skip
     return pa.Table.from_pylist(rows, schema)
 
 
 def _means(scores: pa.Table, others: list[Beside]) -> list[dict[str, Any]]:
-    """A dictionary for each method and view count, in the order of METHODS.
+    """A dictionary for each row and view count, in the order of TASKS and METHODS.
 
-    Models of --beside that differ only by their seed are one method: the mean of their means, and
-    the standard deviation of these.
+    Models of --beside that differ only by their seed are one: the mean of their means, and the
+    standard deviation of these.
     """
+    first: dict[Config, str] = {}
+    for other in others:
+        first.setdefault(other.recipe, other.label)
+    label = {"": ""} | {other.label: first[other.recipe] for other in others}
     columns = [("psnr", "mean"), ("ssim", "mean"), ("seconds", "mean")]
-    means = scores.group_by(["method", "n_views"]).aggregate(columns).to_pylist()
-    pooled: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in means:
-        pooled.setdefault((_pooled_name(row["method"], others), row["n_views"]), []).append(row)
+    means = scores.group_by(list(Row._fields)).aggregate(columns).to_pylist()
+    pooled: dict[Row, list[dict[str, Any]]] = {}
+    for cell in sorted(means, key=lambda cell: str(cell["model"])):
+        row = Row(*(cell[name] for name in Row._fields))._replace(model=label[cell["model"]])
+        pooled.setdefault(row, []).append(cell)
 
-    def place(key: tuple[str, int]) -> tuple[Any, ...]:
-        method, n_views = key
-        kind = "beside" if method.startswith("beside:") else method.rpartition("_grainy")[0]
-        kind = kind or method.rpartition("_unseen")[0] or method
-        special = 2 * method.endswith("_unseen") + method.endswith("_grainy")
-        return special, METHODS.index(kind), method, n_views
+    def place(row: Row) -> tuple[Any, ...]:
+        return TASKS.index(row.task), METHODS.index(row.method), row.model, row.n_views
 
     return [
         {
-            "method": method,
-            "n_views": n_views,
-            "psnr": round(float(np.mean([row["psnr_mean"] for row in group])), 4),
-            "ssim": round(float(np.mean([row["ssim_mean"] for row in group])), 5),
-            "seconds": round(float(np.mean([row["seconds_mean"] for row in group])), 6),
+            "method": row.name,
+            "text": row_text(row),
+            "task": row.task,
+            "n_views": row.n_views,
+            "psnr": round(float(np.mean([cell["psnr_mean"] for cell in cells])), 4),
+            "ssim": round(float(np.mean([cell["ssim_mean"] for cell in cells])), 5),
+            "seconds": round(float(np.mean([cell["seconds_mean"] for cell in cells])), 6),
         }
         | (
             {
-                "seeds": len(group),
-                "psnr_std": round(float(np.std([row["psnr_mean"] for row in group], ddof=1)), 4),
+                "seeds": len(cells),
+                "psnr_std": round(float(np.std([cell["psnr_mean"] for cell in cells], ddof=1)), 4),
             }
-            if len(group) > 1
+            if len(cells) > 1
             else {}
         )
-        for (method, n_views), group in sorted(pooled.items(), key=lambda item: place(item[0]))
+        for row, cells in sorted(pooled.items(), key=lambda item: place(item[0]))
     ]
-
-
-def _pooled_name(method: str, others: list[Beside]) -> str:
-    """The method under the label of the first model with the same recipe."""
-    if not method.startswith("beside:"):
-        return method
-    # Labels may begin alike: the longest that fits is meant.
-    mine = max((o for o in others if method.startswith(f"beside:{o.label}")),
-               key=lambda o: len(o.label))  # fmt: skip
-    first = next(other for other in others if other.recipe == mine.recipe)
-    return method.replace(f"beside:{mine.label}", f"beside:{first.label}", 1)
 
 
 def _draw_grid(trained: TrainedModel, pairs: Pairs, path: Path) -> None:

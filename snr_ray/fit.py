@@ -56,10 +56,10 @@ def build_optimizers(objective: Objective | Regression, config: Config) -> list[
     weights = list(objective.model.parameters())
     optimizers: list[Optimizer] = []
     if config.train.optimizer == "muon":
-        kernels = [m.weight for m in objective.model.modules() if isinstance(m, nn.Conv2d)]
-        optimizers.append(Muon(kernels, lr=config.train.lr))
-        taken = {id(kernel) for kernel in kernels}
-        weights = [weight for weight in weights if id(weight) not in taken]
+        layers = [m for m in objective.model.modules() if isinstance(m, nn.Conv2d)]
+        kernels = {id(layer.weight) for layer in layers}
+        optimizers.append(Muon([w for w in weights if id(w) in kernels], lr=config.train.lr))
+        weights = [w for w in weights if id(w) not in kernels]
     groups: list[dict[str, Any]] = [{"params": weights}]
     if config.loss.sigma_learned:
         # Few steps and one scalar each: sigma must move faster than the weights.

@@ -89,14 +89,14 @@ class HVAE(nn.Module):
         )
         self.top = nn.Parameter(torch.zeros(1, widths[-1], 1, 1))
         self.head = nn.Sequential(
-            residual_blocks(widths[0], config.blocks if config.finest_stride == 2 else 0),
+            residual_blocks(widths[0], config.blocks),
             nn.SiLU(),
             nn.Conv2d(widths[0], channels, 3, padding=1),
         )
 
     def bottom_up(self, x: Tensor, noise_ids: Tensor | None = None) -> list[Tensor]:
         """Features of images [B, C, H, W] per level, finest first: [B, C_l, H/2^l, W/2^l]."""
-        h = self.stem(x, noise_ids)
+        h, _ = self.stem(x, noise_ids)
         features = []
         for down in self.down:
             h = down(h)

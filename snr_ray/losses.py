@@ -2,7 +2,7 @@
 
 Per pixel:  reconstruction / D + beta KL / D + triplet + content_kl * symmetric KL / D
 with D = C*H*W. The preset `seed` keeps the first two and the triplet loss as drawn; `paired`, the
-default, adds what pairs of clean and noisy images allow.
+default, adds what knowing both the clean and the noisy image allows.
 """
 
 import torch

@@ -6,7 +6,6 @@ has Muon for two-dimensional parameters only; kernels have four dimensions.
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(kernels, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update from the gradients in place; kernels without one stay."""
         for group in self.param_groups:
             same_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -47,10 +46,10 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].lerp_(kernel.grad, 1 - MOMENTUM)
                 ahead = kernel.grad.lerp(state["momentum"], MOMENTUM).flatten(1)
                 same_shape[ahead.shape].append((kernel, ahead))
-            for shape, pairs in same_shape.items():
-                updates = orthogonal(torch.stack([ahead for _, ahead in pairs]))
+            for shape, kernels in same_shape.items():
+                updates = orthogonal(torch.stack([ahead for _, ahead in kernels]))
                 rate = group["lr"] * RMS * max(shape) ** 0.5
-                for (kernel, _), update in zip(pairs, updates, strict=True):
+                for (kernel, _), update in zip(kernels, updates, strict=True):
                     kernel.sub_(update.view_as(kernel), alpha=rate)
 
 

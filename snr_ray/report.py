@@ -12,6 +12,7 @@ from PIL import Image
 
 from snr_ray.config import InputError
 from snr_ray.images import decode
+from snr_ray.scores import Row
 from snr_ray.sources import Source
 
 Array = npt.NDArray[np.float32]
@@ -31,6 +32,7 @@ METHOD_TEXT = {
     "tv": "total variation, weight chosen on validation images",
     "sart": "SART from the sinogram (every eighth image or so)",
     "lmmse": "linear MMSE, knows the operator and its view count",
+    "unet": "supervised U-Net",
     "swap": "**noise removed**, mean clean noise code",
     "swap_random": "**noise removed**, random clean donor",
     "swap_flips": "noise removed, mean over the image and its mirror images",
@@ -42,21 +44,13 @@ METHOD_TEXT = {
     "inject": "**noise injected**, against the true noisy image, unclipped",
     "no_inject": "clean image as it is, against the true noisy image, unclipped",
 }
-SUFFIXES = {
-    "_grainy": ", Gaussian noise of sigma 0.01 added to the input",
-    "_unseen": ", view count that no model was trained on",
-    "_inject": ": noise injected, unclipped",
-}
+TASK_TEXT = {"remove_grainy": ", Gaussian noise of sigma 0.01 added to the input"}
 
 
-def method_text(method: str) -> str:
-    """What a row of the table shows."""
-    if method in METHOD_TEXT:
-        return METHOD_TEXT[method]
-    ending = next((s for s in SUFFIXES if method.endswith(s)), "")
-    name = method.removesuffix(ending)
-    text = METHOD_TEXT.get(name) or f"model `{name.removeprefix('beside:')}`"
-    return text + SUFFIXES.get(ending, "")
+def row_text(row: Row) -> str:
+    """What a row of the table says."""
+    other = f"model `{row.model}`: " if row.model else ""
+    return other + METHOD_TEXT[row.method] + TASK_TEXT.get(row.task, "")
 
 
 def grid(rows: list[list[Array]], labels: list[str], path: Path) -> None:
@@ -87,8 +81,8 @@ def evaluation_table(metrics: dict[str, Any]) -> str:
     """metrics.json as a Markdown page."""
     results = metrics["results"]
     trained_on = metrics["n_views"]
-    seen = [r for r in results if not r["method"].endswith("_unseen")]
-    unseen = [r for r in results if r["method"].endswith("_unseen")]
+    seen = [r for r in results if r["task"] != "remove_unseen"]
+    unseen = [r for r in results if r["task"] == "remove_unseen"]
     blind = (
         "The model sees the linear estimate for the given view count beside the image."
         if metrics["physics"]
@@ -163,17 +157,19 @@ def _score_table(results: list[dict[str, Any]], views: list[int]) -> list[str]:
     """Lines of a Markdown table, a row for each method."""
     if not results:
         return []
-    cells = {(r["method"], r["n_views"]): r for r in results}
+    by_method: dict[str, dict[int, dict[str, Any]]] = {}
+    for r in results:
+        by_method.setdefault(r["method"], {})[r["n_views"]] = r
     lines = [
         "| method | " + " | ".join(f"{n} views" for n in views) + " | ms |",
         "|---|" + "---|" * (len(views) + 1),
     ]
-    for method in dict.fromkeys(r["method"] for r in results):
-        row = [cells.get((method, n)) or cells.get((method, 0)) for n in views]
+    for method, cells in by_method.items():
+        row = [cells.get(n) or cells.get(0) for n in views]
         seconds = [cell["seconds"] for cell in row if cell]
         text = " | ".join(_cell(cell) for cell in row)
         seeds = next((cell["seeds"] for cell in row if cell and "seeds" in cell), 0)
-        name = method_text(method) + (f" ({seeds} seeds)" if seeds else "")
+        name = next(iter(cells.values()))["text"] + (f" ({seeds} seeds)" if seeds else "")
         idle = method.startswith(("noisy", "no_inject"))
         spent = "" if idle or not seconds else f"{1000 * sum(seconds) / len(seconds):.1f}"
         lines.append(f"| {name} | {text} | {spent} |")

@@ -8,14 +8,14 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from snr_ray import radon
-from snr_ray.baselines import sart, tv
+from snr_ray.baselines import sart
 from snr_ray.batches import Pairs
 from snr_ray.checkpoint import TrainedModel, TrainedUNet
 from snr_ray.hashing import hash64
@@ -25,6 +25,7 @@ from snr_ray.swap import detect, swap
 from snr_ray.unet import regress
 
 Array = npt.NDArray[np.float32]
+Restore = Callable[[Array], Array]
 
 BASELINES = ("tv", "sart", "lmmse")
 SART_EVERY = 8
@@ -33,8 +34,31 @@ UNSEEN_VIEWS = (30, 15)
 """View counts to try that no model was trained on."""
 EXTRA_SIGMA = 0.01
 """Standard deviation of Gaussian noise added to the noisy image, for the rows about it."""
-METHODS = ("noisy", "tv", "sart", "lmmse", "swap", "swap_random", "swap_flips", "swap_detected",
-           "hdn", "beside", "recon_clean", "recon", "authority", "inject", "no_inject")  # fmt: skip
+TASKS = ("remove", "make", "remove_grainy", "remove_unseen")
+"""What is scored against what: cleaned images against clean ones, whose noise is as in training,
+with Gaussian noise on top, or of an unseen view count; made noisy images against noisy ones."""
+METHODS = ("noisy", "tv", "sart", "lmmse", "unet", "swap", "swap_random", "swap_flips",
+           "swap_detected", "hdn", "recon_clean", "recon", "authority", "inject",
+           "no_inject")  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One row of the table."""
+
+    task: str
+    """Out of TASKS."""
+    method: str
+    """Out of METHODS."""
+    n_views: int
+    """Of the noisy image; 0 where there is none."""
+    model: str = ""
+    """Label of another model beside the one that is evaluated, or nothing."""
+
+    @property
+    def name(self) -> str:
+        """What the row is called in metrics.json, such as `swap_grainy:LABEL`."""
+        task = "" if self.task == "make" else self.task.removeprefix("remove")
+        return self.method + task + (f":{self.model}" if self.model else "")
 
 
 class Scorer:
@@ -43,20 +67,24 @@ class Scorer:
     def __init__(
         self,
         trained: TrainedModel,
-        fitted: dict[str, Any],
+        baselines: dict[str, list[Restore]],
         beside: dict[str, TrainedModel | TrainedUNet],
         pairs: Pairs,
     ) -> None:
-        self.trained, self.fitted, self.beside = trained, fitted, beside
+        """`baselines`: by name, what cleans images of each noise id; nothing for SART, which starts
+        from the sinogram. `beside`: other models by label."""
+        self.trained, self.baselines, self.beside = trained, baselines, beside
         self.ids = sorted(pairs.ids)
         self.rows = np.arange(len(pairs))
         self.pairs, self.clean = pairs, pairs.take(self.rows, 0)
-        self.scores: dict[tuple[str, int], Any] = {}
+        self.scores: dict[Row, Any] = {}
 
-    def run(self) -> dict[tuple[str, int], Any]:
-        """By method and view count: PSNR, SSIM, seconds per image, and which rows they are of."""
+    def run(self) -> dict[Row, Any]:
+        """By row of the table: PSNR, SSIM, seconds per image, and which rows they are of."""
         model, noise = self.trained.model, self.trained.config.noise
-        self.score("recon_clean", 0, lambda: swap(model, self.clean, None), self.clean)
+        self.score(
+            Row("remove", "recon_clean", 0), lambda: swap(model, self.clean, None), self.clean
+        )
         for noise_id, spec in enumerate(radon.specs(noise), start=1):
             self.noise_level(noise_id, spec)
         for views in UNSEEN_VIEWS:
@@ -65,7 +93,7 @@ class Scorer:
                 noisy = radon.operator(spec, *self.clean.shape[2:])(self.clean)
                 # Nobody says which of the known noise ids comes nearest: the noise code does.
                 ids = detect(model, self.trained.codes, noisy)
-                self.removal(noisy, views, ids, suffix="_unseen")
+                self.removal("remove_unseen", noisy, views, ids)
         return self.scores
 
     def noise_level(self, noise_id: int, spec: radon.NoiseSpec) -> None:
@@ -73,7 +101,7 @@ class Scorer:
         model, codes = self.trained.model, self.trained.codes
         views, noisy = spec.n_views, self.pairs.take(self.rows, noise_id)
         ids = np.full(len(noisy), noise_id)
-        self.removal(noisy, views, ids)
+        self.removal("remove", noisy, views, ids)
         donors = codes.pick(0, np.array([hash64(name) % codes.n_donors for name in self.ids]))
         cleaned: dict[str, Callable[[], Array]] = {
             "swap_random": lambda: swap(model, noisy, donors, noise_ids=ids),
@@ -85,50 +113,54 @@ class Scorer:
                 model, noisy, codes.mean(0), noise_ids=detect(model, codes, noisy)
             )
         for method, restore in cleaned.items():
-            self.score(method, views, restore, self.clean)
-        made: dict[str, Callable[[], Array]] = {
-            "recon": lambda: swap(model, noisy, None, noise_ids=ids),
-            "inject": lambda: swap(model, self.clean, codes.mean(noise_id)),
-            "no_inject": lambda: self.clean,
+            self.score(Row("remove", method, views), restore, self.clean)
+        made: dict[Row, Callable[[], Array]] = {
+            Row("make", "recon", views): lambda: swap(model, noisy, None, noise_ids=ids),
+            Row("make", "inject", views): lambda: swap(model, self.clean, codes.mean(noise_id)),
+            Row("make", "no_inject", views): lambda: self.clean,
         }
         for label, other in self.beside.items():
             if isinstance(other, TrainedModel):
-                made[f"beside:{label}_inject"] = functools.partial(
+                made[Row("make", "inject", views, label)] = functools.partial(
                     swap, other.model, self.clean, other.codes.mean(noise_id)
                 )
-        for method, restore in made.items():
-            self.score(method, views, restore, noisy, clip=False)
+        for row, make in made.items():
+            self.score(row, make, noisy, clip=False)
         others = with_channels(noisy, model.channels)[::-1]
-        self.score("authority", views, lambda: self.exchanged(noisy, ids), others, clip=False)
+        authority = Row("make", "authority", views)
+        self.score(authority, lambda: self.exchanged(noisy, ids), others, clip=False)
         some = np.array([hash64(name) % SART_EVERY == 0 for name in self.ids])
-        if "sart" in self.fitted and some.any():
+        if "sart" in self.baselines and some.any():
             operator, measured = radon.operator(spec, *noisy.shape[2:]), self.clean[some]
-            self.score("sart", views, lambda: sart(measured, operator), measured, which=some)
+            row = Row("remove", "sart", views)
+            self.score(row, lambda: sart(measured, operator), measured, which=some)
         grain = np.random.default_rng([hash64(name) for name in self.ids])
         grainy = noisy + EXTRA_SIGMA * grain.standard_normal(noisy.shape, np.float32)
-        self.removal(grainy, views, ids, suffix="_grainy")
+        self.removal("remove_grainy", grainy, views, ids)
 
-    def removal(
-        self, noisy: Array, views: int, ids: npt.NDArray[np.int64], *, suffix: str = ""
-    ) -> None:
-        """The methods that are compared on noise of every kind; `suffix` names the kind."""
+    def removal(self, task: str, noisy: Array, views: int, ids: npt.NDArray[np.int64]) -> None:
+        """The methods that are compared on noise of every kind."""
         model, codes = self.trained.model, self.trained.codes
-        methods: dict[str, Callable[[], Array]] = {
-            "noisy": lambda: noisy,
-            "swap": lambda: swap(model, noisy, codes.mean(0), noise_ids=ids),
+        methods: dict[Row, Callable[[], Array]] = {
+            Row(task, "noisy", views): lambda: noisy,
+            Row(task, "swap", views): lambda: swap(model, noisy, codes.mean(0), noise_ids=ids),
         }
-        if "tv" in self.fitted and suffix != "_unseen":
-            methods["tv"] = lambda: tv(noisy, self.fitted["tv"][ids[0] - 1])
-        if "lmmse" in self.fitted and suffix != "_unseen":
-            methods["lmmse"] = lambda: self.fitted["lmmse"][ids[0] - 1](noisy)
+        if task != "remove_unseen":  # these are fitted to a view count
+            for name, restore in self.baselines.items():
+                if restore:
+                    fitted = restore[ids[0] - 1]
+                    methods[Row(task, name, views)] = functools.partial(fitted, noisy)
         for label, other in self.beside.items():
-            methods[f"beside:{label}"] = (
-                functools.partial(regress, other.model, noisy, ids)
-                if isinstance(other, TrainedUNet)
-                else functools.partial(swap, other.model, noisy, other.codes.mean(0), noise_ids=ids)
-            )
-        for method, restore in methods.items():
-            self.score(method + suffix, views, restore, self.clean)
+            if isinstance(other, TrainedUNet):
+                regression = functools.partial(regress, other.model, noisy, ids)
+                methods[Row(task, "unet", views, label)] = regression
+            else:
+                exchange = functools.partial(
+                    swap, other.model, noisy, other.codes.mean(0), noise_ids=ids
+                )
+                methods[Row(task, "swap", views, label)] = exchange
+        for row, clean in methods.items():
+            self.score(row, clean, self.clean)
 
     def flipped(self, noisy: Array, ids: npt.NDArray[np.int64]) -> Array:
         """Mean of the swap over the image and its mirror images, flipped back."""
@@ -151,8 +183,7 @@ class Scorer:
 
     def score(
         self,
-        method: str,
-        views: int,
+        row: Row,
         restore: Callable[[], Array],
         truth: Array,
         *,
@@ -163,6 +194,6 @@ class Scorer:
         image = restore()
         seconds = (time.perf_counter() - since) / len(image)
         which = np.ones(len(self.ids), bool) if which is None else which
-        self.scores[method, views] = (
+        self.scores[row] = (
             psnr(image, truth, clip=clip), ssim(image, truth, clip=clip), seconds, which
         )  # fmt: skip

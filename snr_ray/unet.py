@@ -62,7 +62,7 @@ class UNet(nn.Module):
 
         With model.physics, `noise_ids` [B] pick the linear estimate that is corrected instead of x.
         """
-        h = self.stem(x, noise_ids)
+        h, estimate = self.stem(x, noise_ids)
         skips = [h]
         for down in self.down:
             h = down(h)
@@ -72,8 +72,7 @@ class UNet(nn.Module):
             skip = skips[level]
             h = upsample(self.up[level](h), skip.shape[-2:])
             h = self.merge[level](torch.cat([skip, h], dim=1))
-        base = x if self.stem.inverse is None else self.stem.inverse(x, noise_ids)
-        return base + self.head(F.silu(h)).float()
+        return estimate + self.head(F.silu(h)).float()
 
 
 @torch.inference_mode()

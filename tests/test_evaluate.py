@@ -14,6 +14,7 @@ from snr_ray import radon
 from snr_ray.config import Config, InputError
 from snr_ray.evaluate import evaluate
 from snr_ray.metrics import psnr
+from snr_ray.scores import Row
 from snr_ray.sources import open_source
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
@@ -46,10 +47,30 @@ def report(
     return evaluate(tiny, model=str(model_folder), images="glyphs", out=out, beside=beside).out
 
 
-REMOVED = ("noisy", "tv", "sart", "lmmse", "swap", "swap_random", "swap_flips", "hdn")
-MADE = ("recon", "authority", "inject", "no_inject", "beside:seed1_inject")
-GRAINY = ("noisy_grainy", "swap_grainy", "tv_grainy", "lmmse_grainy", "beside:unet_grainy")
-UNSEEN = ("noisy_unseen", "swap_unseen", "beside:unet_unseen", "beside:seed1_unseen")
+KNOWN_VIEWS = [
+    "noisy",
+    "tv",
+    "sart",
+    "lmmse",
+    "swap",
+    "swap_random",
+    "swap_flips",
+    "hdn",
+    "unet:unet",
+    "swap:seed1",
+    "recon",
+    "authority",
+    "inject",
+    "no_inject",
+    "inject:seed1",
+    "noisy_grainy",
+    "tv_grainy",
+    "lmmse_grainy",
+    "swap_grainy",
+    "unet_grainy:unet",
+    "swap_grainy:seed1",
+]
+UNSEEN_VIEWS = ["noisy_unseen", "swap_unseen", "unet_unseen:unet", "swap_unseen:seed1"]
 
 
 def test_metrics_follow_the_contract(report: Path) -> None:
@@ -60,15 +81,12 @@ def test_metrics_follow_the_contract(report: Path) -> None:
         "class_from_noise_code", "class_from_content_code", "chance_of_noise_id",
         "chance_of_class"}  # fmt: skip
     cells = {(r["method"], r["n_views"]): r for r in metrics["results"]}
-    for method in (*REMOVED, *MADE, *GRAINY, "beside:unet", "beside:seed1"):
-        assert {(method, 12), (method, 6)} <= set(cells)
-    for method in UNSEEN:
-        assert {(method, 30), (method, 15)} <= set(cells)
-    assert ("recon_clean", 0) in cells
-    assert ("beside:seed2", 12) not in cells
-    assert cells["beside:seed1", 12]["seeds"] == 2
-    assert cells["beside:seed1", 12]["psnr_std"] == 0
-    assert cells["beside:seed1", 12]["psnr"] == cells["swap", 12]["psnr"]
+    expected = {(name, views) for name in KNOWN_VIEWS for views in (12, 6)}
+    expected |= {(name, views) for name in UNSEEN_VIEWS for views in (30, 15)}
+    assert set(cells) == expected | {("recon_clean", 0)}
+    assert len(cells) == len(metrics["results"])
+    other, mine = cells["swap:seed1", 12], cells["swap", 12]
+    assert (other["seeds"], other["psnr_std"], other["psnr"]) == (2, 0, mine["psnr"])
     assert cells["authority", 12]["psnr"] == pytest.approx(cells["recon", 12]["psnr"], abs=1e-3)
     assert {v for u in metrics["uncertainty"].values() for v in u} == {
         "scale", "correlation", "calibration_error", "curve"}  # fmt: skip
@@ -92,11 +110,11 @@ def test_noisy_row_is_the_psnr_of_the_simulated_test_images(tiny: Config, report
 
 def test_scores_hold_every_image_method_and_view_count_once(report: Path) -> None:
     table = pq.read_table(report / "scores.parquet").to_pylist()
-    keys = [(row["id"], row["method"], row["n_views"]) for row in table]
+    keys = [tuple(row[name] for name in ("id", *Row._fields)) for row in table]
     assert len(keys) == len(set(keys))
     images = {row["id"] for row in table}
-    for method, n_views in {key[1:] for key in keys} - {("sart", 12), ("sart", 6)}:
-        assert {key[0] for key in keys if key[1:] == (method, n_views)} == images
+    for row in {key[1:] for key in keys if "sart" not in key}:
+        assert {key[0] for key in keys if key[1:] == row} == images
 
 
 def test_grid_has_seven_pictures_a_row_and_the_table_a_row_a_method(report: Path) -> None:
@@ -106,10 +124,10 @@ def test_grid_has_seven_pictures_a_row_and_the_table_a_row_a_method(report: Path
     text = (report / "metrics.md").read_text()
     assert "| noisy input |" in text
     assert "| linear MMSE, knows the operator and its view count |" in text
-    assert "| model `seed1` (2 seeds) |" in text
+    assert "| model `seed1`: **noise removed**, mean clean noise code (2 seeds) |" in text
     assert "± 0.00" in text
     assert "| clean image as it is, against the true noisy image, unclipped |" in text
-    assert "| model `seed1`: noise injected, unclipped (2 seeds) |" in text
+    assert "| model `seed1`: **noise injected**, against the true noisy" in text
     assert " nan" not in text
     with Image.open(report / "calibration.png") as image:
         assert image.width > 300

@@ -9,7 +9,7 @@ PACKAGE = Path(snr_ray.__file__).parent
 LAYERS = [
     {"config", "configfile", "hashing", "outputs"},
     {"radon", "images", "samples", "sources", "metrics", "baselines"},
-    {"physics", "blocks", "hvae", "unet", "batches", "losses", "fit", "checkpoint", "swap",
+    {"physics", "blocks", "hvae", "unet", "batches", "losses", "muon", "fit", "checkpoint", "swap",
      "fileswap", "scores", "probes"},
     {"cluster", "simulate", "dataset", "train", "sweep", "denoise", "evaluate", "report", "bench",
      "demo", "cli"},
