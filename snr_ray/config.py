@@ -164,7 +164,7 @@ class TrainConfig:
     multiple of 2 x workers, so that every image finds a partner on its worker."""
     optimizer: Literal["muon", "adam"] = "muon"
     """`muon`: orthogonal steps of the kernels, Adam for the rest. `adam`: Adam for all."""
-    lr: float = 6e-3
+    lr: float = 5e-3
     """Peak learning rate; linear warm-up, then cosine to 2 %."""
     warmup_steps: int = 100
     """Steps of the learning-rate warm-up."""

@@ -19,6 +19,10 @@ RMS = 0.2
 
 Source: Liu et al., Muon is scalable for LLM training (2025), section 2.2.
 """
+WEIGHT_DECAY = 0.5
+"""Share of a kernel that a rate of 1 would take away. Updates do not shrink with the gradient, so
+without it kernels that have nothing left to learn would grow for ever, and their features with
+them."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -50,6 +54,7 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonal(torch.stack([ahead for _, ahead in kernels]))
                 rate = group["lr"] * RMS * max(shape) ** 0.5
                 for (kernel, _), update in zip(kernels, updates, strict=True):
+                    kernel.mul_(1 - group["lr"] * WEIGHT_DECAY)
                     kernel.sub_(update.view_as(kernel), alpha=rate)
 
 
