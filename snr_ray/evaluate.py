@@ -99,9 +99,7 @@ def evaluate(
     keep = {f"images.{k}": getattr(config.images, k) for k in ("fit", "white", "limit")}
     per_channel = config.images.channels == 3 and trained.config.images.channels == 1
     if per_channel:
-        print(
-            "evaluate: the images are RGB and the model is grey: it takes each channel by itself."
-        )
+        _tell("the images are RGB and the model is grey: it takes each channel by itself")
         keep["images.channels"] = 3
     config = configs.replace(trained.config, keep)
     origin = Origin(images=images)
@@ -126,7 +124,7 @@ def evaluate(
         done = json.loads((out / "metrics.json").read_text())
         return Outcome(out, done["images"], done["failed"])
     with connected():
-        print(f"evaluate: fitting baselines ({', '.join(baselines) or 'none'}).", flush=True)
+        _tell(f"fitting baselines ({', '.join(baselines) or 'none'})")
         work = ray.put(
             {
                 "model": str(model_path(model).absolute()),
@@ -163,7 +161,13 @@ def evaluate(
     scores = pa.concat_tables(tables)
     n_images = n_test - len(failures)
     write_atomic(out / "scores.parquet", parquet_bytes(scores))
-    print("evaluate: probing the codes.", flush=True)
+    _tell("measuring the spread over donors")
+    donor_std_db = probes.donor_spread(trained, test)
+    _tell("probing the codes")
+    accuracies = probes.accuracies(trained, val, test, origin.source.labels)
+    _tell("training classifiers that tell injected from truly noisy images")
+    injected_or_true = probes.injected_or_true(trained, val, test)
+    _tell("measuring the uncertainty")
     uncertainty = probes.uncertainty(trained, val, test)
     metrics = {
         "model": str(model),
@@ -176,9 +180,9 @@ def evaluate(
         "per_channel": per_channel,
         "results": _means(scores, others),
         "donors": probes.SPREAD_DONORS,
-        "donor_std_db": probes.donor_spread(trained, test),
-        "probes": probes.accuracies(trained, val, test, origin.source.labels),
-        "injected_or_true": probes.injected_or_true(trained, val, test),
+        "donor_std_db": donor_std_db,
+        "probes": accuracies,
+        "injected_or_true": injected_or_true,
         "uncertainty": uncertainty,
     }
     write_failures(out / "failures.parquet", failures)
@@ -187,6 +191,10 @@ def evaluate(
     write_atomic(out / "metrics.md", evaluation_table(metrics))
     write_atomic(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return Outcome(out, n_images, len(failures))
+
+
+def _tell(what: str) -> None:
+    print(f"evaluate: {what}.", flush=True)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -109,7 +109,8 @@ class Progress:
     """Units done before this run (resumed work), which the rate leaves out."""
 
     def __post_init__(self) -> None:
-        self._since = self._printed = time.monotonic()
+        self._begun = self._since = self._printed = time.monotonic()
+        self._resumed = self.start
         self._started = False
 
     def update(self, done: int, note: str = "", *, per_unit: float = 1.0) -> None:
@@ -119,6 +120,8 @@ class Progress:
         if now - self._printed < every and done < self.total:
             return
         self._printed = now
+        if done >= self.total:  # the last line tells the rate of the whole run
+            self.start, self._since = self._resumed, self._begun
         rate = (done - self.start) / max(now - self._since, 1e-9)
         if not self._started:  # from here on, the time that starting took is left out
             self._started, self.start, self._since = True, done, now
