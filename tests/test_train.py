@@ -67,7 +67,7 @@ def test_finished_run_is_left_alone(tiny: Config, unbroken: Path) -> None:
 
 def test_folder_of_another_run_is_refused(tiny: Config, unbroken: Path) -> None:
     other = configs.replace(tiny, {"train.lr": 0.5})
-    with pytest.raises(InputError, match=r"another job \(train\.lr: 0\.002 there, 0\.5 now\)"):
+    with pytest.raises(InputError, match=rf"another job \(train\.lr: {tiny.train.lr} there, 0\.5 now\)"):
         train(other, origin=GLYPHS, out=unbroken)
 
 
