@@ -67,7 +67,8 @@ def test_finished_run_is_left_alone(tiny: Config, unbroken: Path) -> None:
 
 def test_folder_of_another_run_is_refused(tiny: Config, unbroken: Path) -> None:
     other = configs.replace(tiny, {"train.lr": 0.5})
-    with pytest.raises(InputError, match=rf"another job \(train\.lr: {tiny.train.lr} there, 0\.5 now\)"):
+    difference = rf"another job \(train\.lr: {tiny.train.lr} there, 0\.5 now\)"
+    with pytest.raises(InputError, match=difference):
         train(other, origin=GLYPHS, out=unbroken)
 
 
