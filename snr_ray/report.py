@@ -38,7 +38,7 @@ METHOD_TEXT = {
     "swap_flips": "noise removed, mean over the image and its mirror images",
     "swap_detected": "noise removed, view count detected",
     "hdn": "finest content from the prior, no swap (HDN mode)",
-    "recon_clean": "reconstruction of the clean image: the ceiling of the swap",
+    "recon_clean": "reconstruction of the clean image",
     "recon": "reconstruction of the noisy image (against the noisy image)",
     "authority": "all codes of another noisy image, against that image",
     "inject": "**noise injected**, against the true noisy image, unclipped",
