@@ -55,6 +55,12 @@ class NoiseConfig:
     """One noise id per entry, numbered from 1 (0 is clean): projections over 180 degrees."""
     filter: Literal["ramp", "shepp-logan", "cosine", "hamming", "hann", "none"] = "ramp"
     """Filter of the back projection, by its scikit-image name. The original method uses ramp."""
+    angle_range: float = 180.0
+    """Degrees over which the views are spread; below 180, a limited-angle scan. The original method
+    uses 180."""
+    photons: int = 0
+    """Photons per detector bin and view that leave the source, for Poisson noise on the sinogram;
+    0 counts none, as the original method does. Low-dose scans have 1,000 to 100,000."""
 
     def __post_init__(self) -> None:
         check(len(self.n_views) > 0, "noise.n_views needs at least one view count, but is empty.")
@@ -64,6 +70,12 @@ class NoiseConfig:
             len(set(self.n_views)) == len(self.n_views),
             f"noise.n_views must not repeat a view count, but got {list(self.n_views)}.",
         )
+        check(
+            0 < self.angle_range <= 180,
+            f"noise.angle_range must be above 0 and at most 180 degrees, but got "
+            f"{self.angle_range:g}.",
+        )
+        check(self.photons >= 0, f"noise.photons must not be negative, but got {self.photons}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
