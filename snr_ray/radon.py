@@ -31,10 +31,13 @@ MIN_SIZE = 4
 """Smaller images have no rays to speak of."""
 VIEWS_PER_PIXEL = 4
 """Views per pixel of the longer side, at most: more add nothing but memory."""
-BLOCK_BYTES = 8 * 2**20
-"""Pixels of the images that go through the products together."""
+BLOCK_BYTES = 128 * 2**20
+"""Memory for the pixels of the images that go through the products together, at most."""
 MIN_BLOCK, MAX_BLOCK = 16, 128
 """Images of a block: fewer leave the loop along the block too short, more gain nothing."""
+PART, TILE = 32, 8
+"""Pixels are stored by squares of squares: a part of the projection reads the pixels of one larger
+square, which stay in cache for all views; pixels of one smaller square share rays."""
 OFFSET = 0.5
 """Subtracted from pixels before sums: the middle of the range."""
 ATTENUATION = 4.0
@@ -95,6 +98,7 @@ class RadonNoise:
     """The noise operator of one spec for images of one shape; calls on batches.
 
     Attributes:
+        order: [H*W] the pixel, counted by rows, at each place of the two matrices' pixel axis.
         projection: [A*N, H*W], rays of a view one after the other.
         filter: [N, N], applied to each view; scaled by pi / (2 A), the weight of a view.
         back: [H*W, A*N].
@@ -115,15 +119,17 @@ class RadonNoise:
         self.spec, self.height, self.width = spec, height, width
         self.n_bins = int(np.ceil(np.sqrt(2) * side))
         angles = np.deg2rad(spec.theta)
-        self.projection = _projection(height, width, self.n_bins, angles)
+        self.order = _tiles(height, width)
+        self.projection = _projection(height, width, self.n_bins, angles, self.order)
         kernel = _filter(self.n_bins, spec.filter) * (np.pi / (2 * spec.n_views))
         self.filter = Rows.dense(kernel)
-        self.back = _back_projection(height, width, self.n_bins, angles)
+        self.back = _back_projection(height, width, self.n_bins, angles, self.order)
         # What the offset becomes, in float64.
         flat = self.projection.scipy().astype(np.float64) @ np.full(height * width, OFFSET)
         filtered = (flat.reshape(spec.n_views, self.n_bins) @ kernel.T).ravel()
         self._flat_sinogram = flat
-        self._flat_image = (self.back.scipy().astype(np.float64) @ filtered).astype(np.float32)
+        self._flat_image = np.empty(height * width, np.float32)
+        self._flat_image[self.order] = self.back.scipy().astype(np.float64) @ filtered
 
     def __call__(
         self, images: npt.NDArray[np.floating], seeds: Sequence[int] | None = None
@@ -155,7 +161,7 @@ class RadonNoise:
                     rng = np.random.default_rng([seed, plane, self.spec.n_views])
                     sinogram[:, column] = self._measured(sinogram[:, column], rng)
                 offset = np.zeros_like(offset)
-            to_rows(self._back_project(sinogram), offset, out[rows])
+            to_rows(self._back_project(sinogram), self.order, offset, out[rows])
         return out.reshape(images.shape)
 
     @property
@@ -171,10 +177,10 @@ class RadonNoise:
 
     def project(self, images: npt.NDArray[np.floating]) -> Array:
         """Sinograms [..., N, A] of images [..., H, W]: N detector bins, A angles. Noise-free."""
-        flat = self._flatten(images)
-        out = np.empty((len(flat), self.spec.n_views * self.n_bins), np.float32)
+        flat, n_rays = self._flatten(images), self.projection.n_rows
+        out, order = np.empty((len(flat), n_rays), np.float32), np.arange(n_rays)
         for rows in self._blocks(len(flat)):
-            to_rows(self._project(flat[rows], OFFSET), self._flat_sinogram, out[rows])
+            to_rows(self._project(flat[rows], OFFSET), order, self._flat_sinogram, out[rows])
         sinogram = out.reshape(-1, self.spec.n_views, self.n_bins).swapaxes(1, 2)
         return sinogram.reshape(*images.shape[:-2], self.n_bins, self.spec.n_views)
 
@@ -184,7 +190,8 @@ class RadonNoise:
         out = np.empty((n_pixels, n_pixels), np.float32)
         identity, nothing = np.eye(n_pixels, dtype=np.float32), np.zeros(n_pixels, np.float32)
         for rows in self._blocks(n_pixels):
-            to_rows(self._back_project(self._project(identity[rows], 0.0)), nothing, out[rows])
+            columns = self._back_project(self._project(identity[rows], 0.0))
+            to_rows(columns, self.order, nothing, out[rows])
         return out.T
 
     def _flatten(self, images: npt.NDArray[np.floating]) -> Array:
@@ -210,7 +217,7 @@ class RadonNoise:
     def _project(self, flat: Array, offset: float) -> Block:
         """Sinograms [A*N, B] of images [B, H*W] less an offset."""
         pixels = np.empty((flat.shape[1], len(flat)), np.float32)
-        to_columns(flat, np.float32(offset), pixels)
+        to_columns(flat, self.order, np.float32(offset), pixels)
         sinogram = np.empty((self.projection.n_rows, len(flat)), np.float32)
         self.projection.times(pixels, sinogram)
         return sinogram
@@ -250,28 +257,48 @@ def check_views(n_views: int, side: int) -> None:
     )
 
 
-def _projection(height: int, width: int, n_bins: int, angles: npt.NDArray[np.float64]) -> Rows:
+def _tiles(height: int, width: int) -> npt.NDArray[np.int64]:
+    """Pixels [H*W], counted by rows, in the order of tiles."""
+    i, j = np.mgrid[:height, :width].reshape(2, -1)
+    return np.lexsort((j, i, j // TILE, i // TILE, j // PART, i // PART))
+
+
+def _projection(
+    height: int,
+    width: int,
+    n_bins: int,
+    angles: npt.NDArray[np.float64],
+    order: npt.NDArray[np.int64],
+) -> Rows:
     """[A*N, H*W]: rotate about the pixel (H//2, W//2) with bilinear sampling, sum columns.
 
     Bilinear weights of the rotated grid are those of `skimage.transform.warp(order=1)`.
     """
-    n_pixels = height * width
-    counts = np.zeros(len(angles) * n_bins + 1, np.int64)
+    n_parts = -(-height // PART) * -(-width // PART)
+    i, j = np.mgrid[:height, :width]
+    part = (i // PART * -(-width // PART) + j // PART).astype(np.int32)
+    places = np.argsort(order).astype(np.int32).reshape(height, width)
+    counts = np.zeros(n_parts * len(angles) * n_bins + 1, np.int64)
     nothing = np.empty(0, np.int32), np.empty(0, np.float32)
-    _trace(height, width, n_bins, angles, counts, *nothing)
+    _trace(places, part, n_bins, angles, counts, *nothing)
     starts = np.cumsum(counts)
     columns, weights = np.empty(starts[-1], np.int32), np.empty(starts[-1], np.float32)
-    _trace(height, width, n_bins, angles, starts, columns, weights)
-    return Rows(starts, columns, weights, n_pixels)
+    _trace(places, part, n_bins, angles, starts[:-1].copy(), columns, weights)
+    return Rows(starts, columns, weights, len(angles) * n_bins, height * width)
 
 
 @compiled
-def _trace(height, width, n_bins, angles, starts, columns, weights):  # type: ignore[no-untyped-def]
-    """Follow every ray through the image. Without room in `columns`, count its pixels in
-    `starts[ray + 1]`; with it, write pixels and weights from `starts[ray]` on."""
+def _trace(places, part, n_bins, angles, rows, columns, weights):  # type: ignore[no-untyped-def]
+    """Follow every ray through the image, whose pixels have `places` and a `part` [H, W].
+
+    Without room in `columns`, count the pixels of each row in `rows[row + 1]`; with it, write them
+    from `rows[row]` on, which moves along.
+    """
+    height, width = places.shape
     center, fill = n_bins // 2, len(columns) > 0
-    place = np.full(height * width, -1, np.int32)  # of a pixel among those of the ray
+    entry = np.full(height * width, -1, np.int32)  # of a pixel among those of the ray
     pixels, sums = np.empty(4 * n_bins, np.int32), np.empty(4 * n_bins, np.float64)
+    part_of = np.empty(4 * n_bins, np.int32)
     for view in range(len(angles)):
         cos, sin = np.cos(angles[view]), np.sin(angles[view])
         for ray in range(n_bins):
@@ -291,19 +318,20 @@ def _trace(height, width, n_bins, angles, starts, columns, weights):  # type: ig
                     weight = (dx if corner % 2 else 1 - dx) * (dy if corner // 2 else 1 - dy)
                     if weight == 0:
                         continue
-                    pixel = i * width + j
-                    if place[pixel] < 0:
-                        place[pixel] = n
-                        pixels[n], sums[n] = pixel, 0.0
+                    pixel = places[i, j]
+                    if entry[pixel] < 0:
+                        entry[pixel] = n
+                        pixels[n], sums[n], part_of[n] = pixel, 0.0, part[i, j]
                         n += 1
-                    sums[place[pixel]] += weight
-            row = view * n_bins + ray
+                    sums[entry[pixel]] += weight
             for k in range(n):
-                place[pixels[k]] = -1
+                entry[pixels[k]] = -1
+                row = (part_of[k] * len(angles) + view) * n_bins + ray
                 if fill:
-                    columns[starts[row] + k], weights[starts[row] + k] = pixels[k], sums[k]
-            if not fill:
-                starts[row + 1] = n
+                    columns[rows[row]], weights[rows[row]] = pixels[k], sums[k]
+                    rows[row] += 1
+                else:
+                    rows[row + 1] += 1
 
 
 def _filter(n_bins: int, name: str) -> npt.NDArray[np.float64]:
@@ -334,14 +362,19 @@ def _filter(n_bins: int, name: str) -> npt.NDArray[np.float64]:
     return impulse[(bins[:, None] - bins) % size]
 
 
-def _back_projection(height: int, width: int, n_bins: int, angles: npt.NDArray[np.float64]) -> Rows:
+def _back_projection(
+    height: int,
+    width: int,
+    n_bins: int,
+    angles: npt.NDArray[np.float64],
+    order: npt.NDArray[np.int64],
+) -> Rows:
     """[H*W, A*N]: each pixel interpolates its ray's bin linearly; rays outside count 0.
 
     Every pixel has two entries per view, in the order of views.
     """
     n_pixels, n_views = height * width, len(angles)
-    y = np.repeat(np.arange(height) - height // 2, width)
-    x = np.tile(np.arange(width) - width // 2, height)
+    y, x = order // width - height // 2, order % width - width // 2
     columns = np.empty((n_pixels, n_views, 2), np.int32)
     weights = np.empty((n_pixels, n_views, 2), np.float32)
     for view, angle in enumerate(angles):
@@ -353,4 +386,4 @@ def _back_projection(height: int, width: int, n_bins: int, angles: npt.NDArray[n
         weights[:, view, 0] = inside * (1 - (t - low))
         weights[:, view, 1] = inside * (t - low)
     starts = np.arange(n_pixels + 1, dtype=np.int64) * (2 * n_views)
-    return Rows(starts, columns.ravel(), weights.ravel(), n_views * n_bins)
+    return Rows(starts, columns.ravel(), weights.ravel(), n_pixels, n_views * n_bins)

@@ -19,12 +19,17 @@ compiled = numba.njit(cache=True, fastmath={"contract", "nsz"}, error_model="num
 
 @dataclass(frozen=True)
 class Rows:
-    """A sparse matrix in compressed rows, float32 weights and 32-bit columns."""
+    """A sparse matrix in compressed rows, float32 weights and 32-bit columns.
+
+    A wide one comes in parts, each with all rows but only some of the columns, so that the entries
+    of a block that one part reads stay in cache.
+    """
 
     starts: npt.NDArray[np.int64]
-    """[n_rows + 1] where each row begins in the two others."""
+    """[parts * n_rows + 1] where each row of each part begins in the two others."""
     columns: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
+    n_rows: int
     n_columns: int
 
     @classmethod
@@ -33,12 +38,7 @@ class Rows:
         kept = np.abs(matrix) > 1e-12 * np.abs(matrix).max()
         starts = np.concatenate([[0], np.cumsum(kept.sum(1))])
         columns = np.nonzero(kept)[1].astype(np.int32)
-        return cls(starts, columns, matrix[kept].astype(np.float32), matrix.shape[1])
-
-    @property
-    def n_rows(self) -> int:
-        """Height of the matrix."""
-        return len(self.starts) - 1
+        return cls(starts, columns, matrix[kept].astype(np.float32), *matrix.shape)
 
     @property
     def nbytes(self) -> int:
@@ -50,9 +50,15 @@ class Rows:
         _product(self.starts, self.columns, self.weights, block, out)
 
     def scipy(self) -> sparse.csr_array:
-        """The same matrix for SciPy; arrays are shared."""
+        """The same matrix for SciPy."""
         parts = (self.weights, self.columns, self.starts)
-        return sparse.csr_array(parts, shape=(self.n_rows, self.n_columns))
+        n_parts = (len(self.starts) - 1) // self.n_rows
+        tall = sparse.csr_array(parts, shape=(n_parts * self.n_rows, self.n_columns))
+        if n_parts == 1:
+            return tall
+        matrix = tall.tocoo()
+        entries = (matrix.data, (matrix.row % self.n_rows, matrix.col))
+        return sparse.coo_array(entries, shape=(self.n_rows, self.n_columns)).tocsr()
 
 
 @compiled
@@ -60,11 +66,10 @@ def _product(starts, columns, weights, x, out):  # type: ignore[no-untyped-def]
     # Eight weights share one pass over a row of `out`: loading and storing it for each would
     # take as long as the sums.
     n = x.shape[1]
+    out[:] = 0
     for row in range(len(starts) - 1):
-        sums = out[row]
+        sums = out[row % len(out)]
         k, end = starts[row], starts[row + 1]
-        for b in range(n):
-            sums[b] = 0
         while k + 8 <= end:
             w0, w1, w2, w3 = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
             w4, w5, w6, w7 = weights[k + 4], weights[k + 5], weights[k + 6], weights[k + 7]
@@ -83,21 +88,26 @@ def _product(starts, columns, weights, x, out):  # type: ignore[no-untyped-def]
             k += 1
 
 
+LANES = 16
+"""Images whose rows are open at once where a block is turned: all of them would share few cache
+lines, since rows are often a power of two apart."""
+
+
 @compiled
-def to_columns(rows, offset, out):  # type: ignore[no-untyped-def]
-    """out [P, B] = rows [B, P] transposed, less `offset`; 16 columns at a time stay in cache."""
+def to_columns(rows, order, offset, out):  # type: ignore[no-untyped-def]
+    """out [P, B]: entry order[p] of each of the rows [B, P] becomes row p, less `offset`."""
     n, width = rows.shape
-    for left in range(0, width, 16):
-        for b in range(n):
-            for p in range(left, min(left + 16, width)):
-                out[p, b] = rows[b, p] - offset
+    for first in range(0, n, LANES):
+        for p in range(width):
+            for b in range(first, min(first + LANES, n)):
+                out[p, b] = rows[b, order[p]] - offset
 
 
 @compiled
-def to_rows(columns, offset, out):  # type: ignore[no-untyped-def]
-    """out [B, P] = columns [P, B] transposed, plus `offset` [P]."""
+def to_rows(columns, order, offset, out):  # type: ignore[no-untyped-def]
+    """out [B, P]: row p of the columns [P, B] becomes entry order[p], plus `offset` [P] there."""
     width, n = columns.shape
-    for left in range(0, width, 16):
-        for b in range(n):
-            for p in range(left, min(left + 16, width)):
-                out[b, p] = columns[p, b] + offset[p]
+    for first in range(0, n, LANES):
+        for p in range(width):
+            for b in range(first, min(first + LANES, n)):
+                out[b, order[p]] = columns[p, b] + offset[order[p]]

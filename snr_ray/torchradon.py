@@ -16,6 +16,9 @@ class TorchNoise(nn.Module):
 
     projection: Tensor
     """Sparse [A*N, H*W]"""
+    order: Tensor
+    """[H*W] pixel at each place of their pixel axis, and the other way round `places`"""
+    places: Tensor
     filter: Tensor
     """Dense [N, N]"""
     back: Tensor
@@ -36,6 +39,9 @@ class TorchNoise(nn.Module):
             "use snr_ray.radon.operator.",
         )
         self.spec, self.height, self.width = noise.spec, noise.height, noise.width
+        order = torch.from_numpy(noise.order)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("places", order.argsort(), persistent=False)
         self.register_buffer("projection", _sparse(noise.projection), persistent=False)
         kernel = torch.from_numpy(noise.filter.scipy().toarray())
         self.register_buffer("filter", kernel, persistent=False)
@@ -55,15 +61,19 @@ class TorchNoise(nn.Module):
                 f"This operator is for {self.height}x{self.width} images, but got "
                 f"{images.shape[-2]}x{images.shape[-1]}."
             )
-        columns = images.float().reshape(-1, self.height * self.width).T - OFFSET
+        pixels = images.float().reshape(-1, self.height * self.width)
+        columns = pixels[:, self.order].T - OFFSET
         sinogram = self.projection @ columns  # [A*N, B]
         filtered = self.filter @ sinogram.unflatten(0, (self.spec.n_views, -1))  # [A, N, B]
-        noisy = self.back @ filtered.flatten(0, 1) + self.flat
+        noisy = (self.back @ filtered.flatten(0, 1))[self.places] + self.flat
         return noisy.T.reshape(images.shape)
 
 
 def _sparse(rows: Rows) -> Tensor:
-    parts = (rows.starts, rows.columns.astype(np.int64), rows.weights)
+    matrix = rows.scipy()
+    starts, columns, weights = map(torch.tensor, (matrix.indptr, matrix.indices, matrix.data))
     with warnings.catch_warnings():  # torch calls the format a beta
         warnings.simplefilter("ignore")
-        return torch.sparse_csr_tensor(*map(torch.tensor, parts), (rows.n_rows, rows.n_columns))
+        return torch.sparse_csr_tensor(
+            starts.long(), columns.long(), weights, size=(rows.n_rows, rows.n_columns)
+        )

@@ -42,8 +42,15 @@ def test_operator_equals_skimage(
 
 @pytest.mark.parametrize(
     ("size", "n_views", "bound"),
-    [(4, 1, 1e-5), (4, 16, 1e-5), (33, 132, 1e-5), (96, 1, 1e-5), (96, 384, 1e-5)]
-    + [(128, 30, 4e-5), (256, 60, 4e-5)],
+    [
+        (4, 1, 1e-5),
+        (4, 16, 1e-5),
+        (33, 132, 1e-5),
+        (96, 1, 1e-5),
+        (96, 384, 1e-5),
+        (128, 30, 4e-5),
+        (256, 60, 4e-5),
+    ],
 )
 @pytest.mark.parametrize("kind", ["noise", "white", "black and white"])
 def test_operator_equals_skimage_at_the_corners(
