@@ -140,6 +140,9 @@ class LossConfig:
     decide how exact the others get."""
     sigma_ratio: float = 2.5
     """Largest learned sigma allowed, as a multiple of the smallest."""
+    sigma_own: float = 2.5
+    """Each image has a sigma of its own, its root mean square error, at most by this factor above
+    or below that of its pair; 1: the same for all images of a pair."""
     triplet: float = 1.0
     """Weight of the triplet loss on the noise code."""
     triplet_form: Literal["drawn", "symmetric"] = "symmetric"
@@ -152,16 +155,18 @@ class LossConfig:
     swap_probability: float = 0.95
     """Share of images trained on the swap itself, noise code and target exchanged: clean for noisy
     ones, noisy (of a random noise id) for clean ones."""
+    injection: float = 1.5
+    """Weight of the reconstruction term of clean images whose target is noisy; they are one in
+    1 + n_ids, and the rest have weight 1."""
 
     def __post_init__(self) -> None:
-        for name in ("beta", "free_bits", "triplet", "content_kl", "margin"):
+        for name in ("beta", "free_bits", "triplet", "content_kl", "margin", "injection"):
             value = getattr(self, name)
             check(value >= 0, f"loss.{name} must not be negative, but got {value}.")
         check(self.sigma > 0, f"loss.sigma must be above 0, but got {self.sigma}.")
-        check(
-            self.sigma_ratio >= 1,
-            f"loss.sigma_ratio must be at least 1, but got {self.sigma_ratio}.",
-        )
+        for name in ("sigma_ratio", "sigma_own"):
+            value = getattr(self, name)
+            check(value >= 1, f"loss.{name} must be at least 1, but got {value}.")
         for name in ("warmup", "swap_probability"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"loss.{name} must be between 0 and 1, but got {value}.")
@@ -176,7 +181,7 @@ class TrainConfig:
     multiple of 2 x workers, so that every image finds a partner on its worker."""
     optimizer: Literal["muon", "adam"] = "muon"
     """`muon`: orthogonal steps of the kernels, Adam for the rest. `adam`: Adam for all."""
-    lr: float = 5e-3
+    lr: float = 6e-3
     """Peak learning rate; linear warm-up, then cosine to 2 %."""
     warmup_steps: int = 100
     """Steps of the learning-rate warm-up."""

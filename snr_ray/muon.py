@@ -19,7 +19,7 @@ RMS = 0.2
 
 Source: Liu et al., Muon is scalable for LLM training (2025), section 2.2.
 """
-WEIGHT_DECAY = 0.5
+WEIGHT_DECAY = 0.3
 """Share of a kernel that a rate of 1 would take away. Updates do not shrink with the gradient, so
 without it kernels that have nothing left to learn would grow for ever, and their features with
 them."""

@@ -12,7 +12,7 @@ from snr_ray.blocks import Gaussian, kl, standard
 from snr_ray.config import Config, InputError
 from snr_ray.fit import build_model
 from snr_ray.hvae import HVAE, Codes
-from snr_ray.losses import Objective, Regression, triplet_loss
+from snr_ray.losses import Likelihood, Objective, Regression, triplet_loss
 from snr_ray.swap import NoiseCodes, collect, noise_code, swap
 from snr_ray.unet import UNet, regress
 
@@ -172,8 +172,9 @@ def test_swap_training_aims_at_the_version_that_the_donor_decides(tiny: Config) 
     # distance between clean and noisy ones, 0.5 in each pixel, and that of others zero.
     errors = {}
     for share in (0.0, 1.0):
-        config = configs.replace(tiny, {"loss.swap_probability": share,
-                                        "loss.sigma_learned": False})  # fmt: skip
+        changes = {"loss.swap_probability": share, "loss.injection": 1.0}
+        fixed = {"loss.sigma_learned": False, "loss.sigma_own": 1.0}
+        config = configs.replace(tiny, changes | fixed)
         objective, batch = _objective_and_batch(config)
         forward = objective.model.forward
 
@@ -189,6 +190,42 @@ def test_swap_training_aims_at_the_version_that_the_donor_decides(tiny: Config) 
     difference = 0.5**2 / (2 * sigma**2)
     assert errors[0.0] == pytest.approx(floor, rel=1e-4)
     assert errors[1.0] == pytest.approx(floor + difference, rel=1e-4)
+
+
+def test_the_slope_of_an_image_is_that_of_its_psnr(tiny: Config) -> None:
+    config = configs.replace(tiny, {"loss.sigma": 0.1, "loss.sigma_own": 5.0})
+    likelihood = Likelihood(config.loss, 2)
+    target = torch.zeros(4, 1, 8, 8)
+    image = target + torch.tensor([0.05, 0.4, 0.005, 4.0]).reshape(4, 1, 1, 1)
+    image.requires_grad_()
+    ids = torch.zeros(4, dtype=torch.int64)
+    likelihood(image, target, ids, ids).sum().backward()
+    assert image.grad is not None
+    slope = image.grad.sum((1, 2, 3))
+    # d/dx of log RMSE is 1 / x; beyond 5 x 0.1 and below 0.1 / 5 sigma goes no further.
+    expected = [1 / 0.05, 1 / 0.4, 0.005 / 0.02**2, 4.0 / 0.5**2]
+    np.testing.assert_allclose(slope, expected, rtol=1e-4)
+
+
+def test_the_sigma_of_a_pair_learns_its_root_mean_square_error(tiny: Config) -> None:
+    likelihood = Likelihood(tiny.loss, 1)
+    image, ids = torch.full((4, 1, 8, 8), 0.2), torch.zeros(4, dtype=torch.int64)
+    optimizer = torch.optim.Adam(likelihood.parameters(), lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        likelihood(image, torch.zeros_like(image), ids, ids).sum().backward()
+        optimizer.step()
+    assert float(likelihood.log_sigma[0, 0].exp()) == pytest.approx(0.2, rel=0.02)
+
+
+def test_injection_weighs_clean_images_that_become_noisy(tiny: Config) -> None:
+    recon = {}
+    for weight in (0.0, 1.0, 2.0):
+        changes = {"loss.injection": weight, "loss.swap_probability": 1.0}
+        objective, batch = _objective_and_batch(configs.replace(tiny, changes))
+        recon[weight] = float(objective(batch, _normal(), 1.0)["recon"])
+    assert recon[2.0] - recon[1.0] == pytest.approx(recon[1.0] - recon[0.0], rel=1e-4)
+    assert recon[1.0] != recon[0.0]
 
 
 def test_free_bits_only_charge_what_exceeds_them(tiny: Config) -> None:
