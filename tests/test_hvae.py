@@ -208,7 +208,7 @@ def test_the_slope_of_an_image_is_that_of_its_psnr(tiny: Config) -> None:
 
 
 def test_the_sigma_of_a_pair_learns_its_root_mean_square_error(tiny: Config) -> None:
-    likelihood = Likelihood(tiny.loss, 1)
+    likelihood = Likelihood(configs.replace(tiny, {"loss.sigma_ratio": 100.0}).loss, 1)
     image, ids = torch.full((4, 1, 8, 8), 0.2), torch.zeros(4, dtype=torch.int64)
     optimizer = torch.optim.Adam(likelihood.parameters(), lr=0.05)
     for _ in range(300):
