@@ -215,7 +215,7 @@ def test_the_sigma_of_a_pair_learns_its_root_mean_square_error(tiny: Config) -> 
         optimizer.zero_grad()
         likelihood(image, torch.zeros_like(image), ids, ids).sum().backward()
         optimizer.step()
-    assert float(likelihood.log_sigma[0, 0].exp()) == pytest.approx(0.2, rel=0.02)
+    assert likelihood.log_sigma[0, 0].exp().item() == pytest.approx(0.2, rel=0.02)
 
 
 def test_injection_weighs_clean_images_that_become_noisy(tiny: Config) -> None:
