@@ -21,9 +21,10 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray.batches import Batch, Pairs, Share
+from snr_ray.collection import Source
 from snr_ray.config import Config, InputError
 from snr_ray.simulate import Failure, noisy_column, row_bytes, stream, tensors
-from snr_ray.sources import Source, open_source
+from snr_ray.sources import open_source
 
 MEMORY_SHARE = 0.5
 """Sets up to this share of the object store are kept in memory; larger ones are streamed."""
@@ -101,7 +102,7 @@ def open_rows(
     """Rows of a split, in the order of id hashes or of the shards; at most `limit`. Lazy."""
     if origin.images is not None:
         rows = origin.source.select(split, config.images.limit)[:limit]
-        return stream(origin.source, rows, config)
+        return stream(origin.source, origin.source.gathered(rows), config)
     # One shard per task: the reader of Ray would pack small shards into a single one.
     paths = [{"path": str(path.absolute())} for path in _shards(origin, split)]
     items = ray.data.from_items(paths, override_num_blocks=len(paths))

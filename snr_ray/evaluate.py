@@ -29,6 +29,7 @@ from snr_ray.baselines import FIT_IMAGES, Lmmse, best_tv_weight, tv
 from snr_ray.batches import Pairs
 from snr_ray.checkpoint import TrainedModel, TrainedUNet, load_any, load_model, model_path
 from snr_ray.cluster import connected, shared
+from snr_ray.collection import SPLITS
 from snr_ray.config import Config, InputError
 from snr_ray.dataset import Origin, collect_pairs, count_rows, gather, open_rows
 from snr_ray.hashing import fingerprint
@@ -36,7 +37,6 @@ from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.report import calibration, evaluation_table, grid, row_text
 from snr_ray.scores import BASELINES, METHODS, TASKS, Restore, Row, Scorer
 from snr_ray.simulate import Outcome, parquet_bytes, write_failures
-from snr_ray.sources import SPLITS
 from snr_ray.swap import swap
 
 Array = npt.NDArray[np.float32]
@@ -164,7 +164,8 @@ def evaluate(
     _tell("measuring the spread over donors")
     donor_std_db = probes.donor_spread(trained, test)
     _tell("probing the codes")
-    accuracies = probes.accuracies(trained, val, test, origin.source.labels)
+    labels = dict(zip(origin.source.ids, origin.source.labels, strict=False))
+    accuracies = probes.accuracies(trained, val, test, labels)
     _tell("training classifiers that tell injected from truly noisy images")
     injected_or_true = probes.injected_or_true(trained, val, test)
     _tell("measuring the uncertainty")

@@ -9,7 +9,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,12 +20,23 @@ from snr_ray.config import InputError
 JOB = "job.json"
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a file that is there whole or not at all, whatever happens meanwhile."""
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path to write to that becomes `path` at the end, or is gone where writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file that is there whole or not at all, whatever happens meanwhile."""
+    with atomic(path) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def claim(

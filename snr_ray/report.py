@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from snr_ray.collection import Source
 from snr_ray.config import InputError
 from snr_ray.images import decode
 from snr_ray.scores import Row
-from snr_ray.sources import Source
 
 Array = npt.NDArray[np.float32]
 

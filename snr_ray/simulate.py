@@ -7,6 +7,7 @@ Arrow fixed-shape tensors, readable without Ray), `failures.parquet` and `manife
 is the unit of work: it appears whole or not at all, so a killed job continues where it stopped.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -26,17 +27,23 @@ import ray
 from snr_ray import __version__, radon
 from snr_ray import configfile as configs
 from snr_ray.cluster import connected, cpus, shared
+from snr_ray.collection import SPLITS, Source
 from snr_ray.config import Config, ImagesConfig, InputError
-from snr_ray.hashing import fingerprint
-from snr_ray.outputs import Progress, claim, write_atomic
-from snr_ray.sources import SPLITS, Source, open_source
+from snr_ray.hashing import fingerprint, hash64
+from snr_ray.outputs import Progress, atomic, claim, write_atomic
+from snr_ray.sources import open_source
 
-SHARD_BYTES = 96 * 2**20
-"""Aim for the size of a shard; readers want 64 to 256 MB."""
+FORMAT = 2
+"""Version of the layout of a data folder, raised when older code could not read it rightly."""
+SHARD_BYTES = 128 * 2**20
+"""Tensors of a shard; readers want files of 64 to 256 MB."""
+GROUP_BYTES = 8 * 2**20
+"""Tensors of a row group: what a task holds in memory at once."""
 MIN_SHARD_ROWS = 256
 """Small sets are cut down to this, so that every core gets shards."""
 STREAM_ROWS = 256
 """Rows per task where rows are streamed."""
+COMPRESSION: dict[str, Any] = {"compression": "zstd", "compression_level": 1}
 
 Failure = dict[str, str]
 FAILURES_SCHEMA = pa.schema([("id", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
@@ -64,7 +71,7 @@ def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False)
         {
             "stage": "simulate",
             "source": source.name,
-            "ids": fingerprint("\n".join(source.ids)),
+            "ids": fingerprint(source.ids),
             "noise": radon.spec_hash(noise, config.images.size),
             **{f"images.{k}": v for k, v in configs.to_dict(config)["images"].items()},
         },
@@ -72,34 +79,21 @@ def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False)
         overwrite=overwrite,
         inputs=source.folder,
     )
-    manifest = out / "manifest.json"
-    if manifest.is_file():
-        counts = json.loads(manifest.read_text())
-        return Outcome(out, counts["images"], counts["failed"])
     with connected():
         plan = _plan(config, source, out)
-        todo = [shard for shard in plan if not (out / shard["path"]).is_file()]
-        total = sum(len(shard["rows"]) for shard in plan)
-        done = total - sum(len(shard["rows"]) for shard in todo)
-        progress = Progress("simulate", total, start=done)
+        todo = [shard for shard in plan if not _whole(out / shard["path"])]
         if todo:
-            task = functools.partial(
-                _write_shard, source=ray.put(source), config=config, out=str(out.absolute())
-            )
-            items = ray.data.from_items(todo, override_num_blocks=len(todo))
-            results = items.map_batches(task, batch_size=1, batch_format="pyarrow")
-            for batch in results.iter_batches(batch_size=None, batch_format="numpy"):
-                done += int(batch["rows"].sum())
-                progress.update(done)
+            (out / "manifest.json").unlink(missing_ok=True)
+            _write_shards(plan, todo, source, config, out)
     return _finish(config, source, out, plan)
 
 
-def stream(source: Source, rows: list[int], config: Config) -> "ray.data.Dataset":
+def stream(source: Source, rows: npt.NDArray[np.int64], config: Config) -> "ray.data.Dataset":
     """The same rows without files: a lazy Ray Data set of id, clean, noisy_* and error.
 
     A failed image has its reason in `error` and zeros for pixels; its noise is never computed.
     """
-    blocks = [np.array(rows[i : i + STREAM_ROWS]) for i in range(0, len(rows), STREAM_ROWS)]
+    blocks = [rows[i : i + STREAM_ROWS] for i in range(0, len(rows), STREAM_ROWS)]
     task = functools.partial(_stream_batch, source=ray.put(source), config=config)
     return ray.data.from_numpy(blocks).map_batches(task, batch_size=None, batch_format="numpy")
 
@@ -119,25 +113,22 @@ def simulate_rows(
     source: Source, rows: npt.NDArray[np.int64], config: Config
 ) -> tuple[pa.Table, list[Failure]]:
     """Clean and noisy tensors of the images at `rows` that can be read, and why others cannot."""
-    clean, ids, failures = [], [], []
-    order = {int(row): k for k, row in enumerate(rows)}
-    for row in sorted(order):  # neighbours share files and row groups
-        try:
-            clean.append((order[row], source.load(row, config.images)))
-            ids.append((order[row], source.ids[row]))
-        except InputError as error:
-            failures.append({"id": source.ids[row], "stage": "read", "reason": str(error)})
-    clean.sort(key=lambda pair: pair[0])
-    ids.sort()
     side = config.images.size
-    shape = (config.images.channels, side, side)
-    images = np.stack([x for _, x in clean]) if clean else np.empty((0, *shape), np.float32)
-    columns: dict[str, Any] = {"id": pa.array([i for _, i in ids], pa.string())}
-    columns["clean"] = _tensor_array(images)
+    images = np.empty((len(rows), config.images.channels, side, side), np.float32)
+    good, failures = np.ones(len(rows), bool), []
+    for k in np.argsort(rows):  # neighbours share files and row groups
+        try:
+            images[k] = source.load(rows[k], config.images)
+        except InputError as error:
+            good[k] = False
+            failures.append({"id": source.ids[rows[k]], "stage": "read", "reason": str(error)})
+    images = images if good.all() else images[good]
+    ids = [source.ids[row] for row in rows[good]]
+    columns: dict[str, Any] = {"id": pa.array(ids, pa.string()), "clean": _tensor_array(images)}
     for spec in radon.specs(config.noise):
-        columns[noisy_column(spec.n_views)] = _tensor_array(
-            radon.operator(spec, side, side)(images)
-        )
+        seeds = [hash64(f"photons/{name}") for name in ids] if spec.photons else None
+        noisy = radon.operator(spec, side, side)(images, seeds)
+        columns[noisy_column(spec.n_views)] = _tensor_array(noisy)
     return pa.table(columns), failures
 
 
@@ -150,7 +141,7 @@ def write_failures(path: Path, failures: Iterable[Failure]) -> None:
 def parquet_bytes(table: pa.Table) -> bytes:
     """A table as the bytes of one Parquet file."""
     out = io.BytesIO()
-    pq.write_table(table, out, compression="zstd", compression_level=1)
+    pq.write_table(table, out, **COMPRESSION)
     return out.getvalue()
 
 
@@ -185,8 +176,8 @@ def _stream_batch(
 def _plan(config: Config, source: Source, out: Path) -> list[dict[str, Any]]:
     """Shards with their rows; kept on disk, since a resumed job may run on more or fewer cores."""
     path = out / "plan.json"
+    chosen = {split: source.select(split, config.images.limit) for split in SPLITS}
     if not path.is_file():
-        chosen = {split: source.select(split, config.images.limit) for split in SPLITS}
         total = sum(map(len, chosen.values()))
         by_size = SHARD_BYTES // row_bytes(config.images, len(config.noise.n_views))
         by_cores = max(MIN_SHARD_ROWS, math.ceil(total / (2 * cpus())))
@@ -194,8 +185,8 @@ def _plan(config: Config, source: Source, out: Path) -> list[dict[str, Any]]:
         write_atomic(path, json.dumps({"rows_per_shard": rows_per_shard}))
     rows_per_shard = json.loads(path.read_text())["rows_per_shard"]
     plan = []
-    for split in SPLITS:
-        rows = source.select(split, config.images.limit)
+    for split, rows in chosen.items():
+        rows = source.gathered(rows)
         n_shards = math.ceil(len(rows) / rows_per_shard)
         for k in range(n_shards):
             part = rows[k * rows_per_shard : (k + 1) * rows_per_shard]
@@ -203,14 +194,70 @@ def _plan(config: Config, source: Source, out: Path) -> list[dict[str, Any]]:
     return plan
 
 
+def _whole(shard: Path) -> bool:
+    """Whether a shard is there to its end."""
+    try:
+        return pq.read_metadata(shard).num_rows >= 0
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def _write_shards(
+    plan: list[dict[str, Any]],
+    todo: list[dict[str, Any]],
+    source: Source,
+    config: Config,
+    out: Path,
+) -> None:
+    """Write what is missing, a task per shard.
+
+    Raises:
+        InputError: if the disk is full or refuses to be written.
+    """
+    total = sum(len(shard["rows"]) for shard in plan)
+    done = total - sum(len(shard["rows"]) for shard in todo)
+    progress = Progress("simulate", total, start=done)
+    task = functools.partial(
+        _write_shard, source=ray.put(source), config=config, out=str(out.absolute())
+    )
+    items = ray.data.from_items(todo, override_num_blocks=len(todo))
+    results = items.map_batches(task, batch_size=1, batch_format="pyarrow")
+    for batch in results.iter_batches(batch_size=None, batch_format="numpy"):
+        errors = [error for error in batch["error"] if error]
+        if errors:
+            raise InputError(
+                f"{out} must be a folder that can be written, but {errors[0]}; {done:,} of "
+                f"{total:,} images are done: mend it and run the same command to continue."
+            )
+        done += int(batch["rows"].sum())
+        progress.update(done)
+
+
 def _write_shard(
     shard: pa.Table, *, source: "ray.ObjectRef", config: Config, out: str
 ) -> dict[str, npt.NDArray[Any]]:
+    """Task: one shard, a row group at a time; counts its rows, or tells why it was not written."""
     item = shard.to_pylist()[0]
-    table, failures = simulate_rows(shared(source), np.array(item["rows"]), config)
-    notes = {b"snr_ray.failures": json.dumps(failures).encode()}
-    write_atomic(Path(out) / item["path"], parquet_bytes(table.replace_schema_metadata(notes)))
-    return {"rows": np.array([len(item["rows"])])}
+    rows, path = np.array(item["rows"]), Path(out) / item["path"]
+    step = max(1, GROUP_BYTES // row_bytes(config.images, len(config.noise.n_views)))
+    failures: list[Failure] = []
+    error = ""
+    try:
+        with atomic(path) as partial, contextlib.ExitStack() as stack:
+            writer = None
+            for start in range(0, len(rows), step):
+                table, failed = simulate_rows(shared(source), rows[start : start + step], config)
+                failures += failed
+                if writer is None:
+                    writer = stack.enter_context(
+                        pq.ParquetWriter(partial, table.schema, **COMPRESSION)
+                    )
+                writer.write_table(table)
+            assert writer is not None
+            writer.add_key_value_metadata({"snr_ray.failures": json.dumps(failures)})
+    except OSError as problem:
+        error = str(problem)
+    return {"rows": np.array([len(rows)]), "error": np.array([error], object)}
 
 
 def _finish(config: Config, source: Source, out: Path, plan: list[dict[str, Any]]) -> Outcome:
@@ -224,6 +271,7 @@ def _finish(config: Config, source: Source, out: Path, plan: list[dict[str, Any]
     noise = radon.specs(config.noise)
     manifest = {
         "version": __version__,
+        "format": FORMAT,
         "source": source.name,
         "noise": [dataclasses.asdict(spec) for spec in noise],
         "noise_hash": radon.spec_hash(noise, config.images.size),

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from snr_ray import configfile as configs
+from snr_ray.collection import SPLITS
 from snr_ray.config import Config, InputError
 from snr_ray.radon import NoiseSpec, operator
 from snr_ray.simulate import simulate, tensors
-from snr_ray.sources import SPLITS, open_source
+from snr_ray.sources import open_source
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 
@@ -41,8 +42,8 @@ def test_rows_are_the_images_and_their_noise(tiny: Config, tmp_path: Path) -> No
     assert len(seen) == outcome.images == 200
     manifest = json.loads((outcome.out / "manifest.json").read_text())
     assert manifest["noise"] == [
-        {"n_views": 12, "filter": "ramp"},
-        {"n_views": 6, "filter": "ramp"},
+        {"n_views": 12, "filter": "ramp", "angle_range": 180.0, "photons": 0},
+        {"n_views": 6, "filter": "ramp", "angle_range": 180.0, "photons": 0},
     ]
     assert sum(manifest["splits"].values()) == manifest["images"] == 200
 

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from snr_ray.collection import SPLITS
 from snr_ray.config import ImagesConfig, InputError
-from snr_ray.sources import SPLITS, open_source
+from snr_ray.sources import open_source
 
 
 def png(seed: int, side: int = 12) -> bytes:
