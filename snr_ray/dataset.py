@@ -1,33 +1,31 @@
 """Source or data folder -> Ray Data rows -> the pairs that training and evaluation work on.
 
-rows (id, clean, noisy_*, error) --small set: materialize--> Pairs in shared memory, any order
-                                 --large set: split-------> a stream per worker, fixed steps
+rows (id, clean, noisy_*, error) --materialize--> Pairs in shared memory, any order
+
+Sets too large for that are read from the shards of a data folder, without Ray: `shardfeed`.
 """
 
 import functools
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-import torch
 
 from snr_ray import configfile as configs
-from snr_ray.batches import Batch, Pairs, Share
+from snr_ray.batches import Pairs
 from snr_ray.collection import Source
 from snr_ray.config import Config, InputError
-from snr_ray.simulate import Failure, noisy_column, row_bytes, stream, tensors
+from snr_ray.datafolder import DataFolder, Failure, noisy_column, row_bytes, tensors
+from snr_ray.simulate import stream
 from snr_ray.sources import open_source
 
 MEMORY_SHARE = 0.5
-"""Sets up to this share of the object store are kept in memory; larger ones are streamed."""
+"""Sets up to this share of the object store are kept in memory; larger ones are read from files."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +54,21 @@ def settle(config: Config, origin: Origin) -> Config:
     """The config that fits the origin: a data folder decides its images and noise sections.
 
     Raises:
-        InputError: if the data folder is none.
+        InputError: if the data folder is none, damaged, or of another version.
     """
     if origin.data is None:
         return config
-    manifest = origin.data / "manifest.json"
-    if not manifest.is_file():
-        raise InputError(
-            f"--data must be a folder that `snr simulate` has finished, but {origin.data} has no "
-            "manifest.json; simulate first, or give the images with --images."
-        )
-    mine, stored = configs.to_dict(config), json.loads(manifest.read_text())["config"]
-    for section, values in stored.items():
-        for key, value in values.items():
+    settled = DataFolder.open(origin.data).settle(config)
+    mine, stored = configs.to_dict(config), configs.to_dict(settled)
+    for section in ("images", "noise"):
+        for key, value in stored[section].items():
             if mine[section][key] != value:
                 print(
                     f"{origin.data} was simulated with {section}.{key}={value}, which is used in "
                     f"place of {mine[section][key]}.",
                     file=sys.stderr,
                 )
-    return configs.from_dict(mine | stored)
+    return settled
 
 
 def count_rows(config: Config, origin: Origin, split: str) -> int:
@@ -155,27 +148,6 @@ def collect_pairs(rows: "ray.data.Dataset", config: Config) -> tuple[Pairs, list
     """Rows as Pairs in this process, and the images that failed."""
     batches = rows.iter_batches(batch_size=None, batch_format="pyarrow")
     return gather(iter(batches), config)
-
-
-def stream_batches(shard: Any, config: Config, share: Share) -> Iterator[Batch]:
-    """Endless batches of a worker's shard of a set that is too large for memory.
-
-    Every worker's shard has equally many rows and short batches are dropped, so workers stay in
-    step. Failed images are left out where their batch is formed.
-    """
-    size = config.train.batch_size // share.world_size
-    columns = ["clean"] + [noisy_column(n_views) for n_views in config.noise.n_views]
-    while True:
-        for batch in shard.iter_batches(batch_size=size, drop_last=True, batch_format="pyarrow"):
-            good = np.arange(len(batch))
-            if "error" in batch.column_names:
-                good = np.flatnonzero(batch["error"].to_numpy() == "")
-                if not len(good):
-                    continue
-            # A failed image is replaced by a good one of its batch: step counts stay equal.
-            rows = np.resize(good, size)
-            clean, *noisy = (torch.from_numpy(tensors(batch[name])[rows]) for name in columns)
-            yield Batch(clean, torch.stack(noisy, dim=1))
 
 
 def _read_shard(item: pa.Table) -> pa.Table:

@@ -33,11 +33,12 @@ from snr_ray.checkpoint import TrainedModel, load_model, model_path
 from snr_ray.cluster import connected, gpus, shared
 from snr_ray.collection import Source
 from snr_ray.config import Config, InputError
+from snr_ray.datafolder import Failure, parquet_bytes, write_failures
 from snr_ray.fileswap import MANIFEST_SCHEMA, FileSwapper, ImageFile
 from snr_ray.hashing import fingerprint
 from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.report import denoise_report
-from snr_ray.simulate import Failure, Outcome, parquet_bytes, write_failures
+from snr_ray.simulate import Outcome
 from snr_ray.sources import open_source
 from snr_ray.swap import noise_code
 

@@ -31,12 +31,13 @@ from snr_ray.checkpoint import TrainedModel, TrainedUNet, load_any, load_model, 
 from snr_ray.cluster import connected, shared
 from snr_ray.collection import SPLITS
 from snr_ray.config import Config, InputError
+from snr_ray.datafolder import parquet_bytes, write_failures
 from snr_ray.dataset import Origin, collect_pairs, count_rows, gather, open_rows
 from snr_ray.hashing import fingerprint
 from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.report import calibration, evaluation_table, grid, row_text
 from snr_ray.scores import BASELINES, METHODS, TASKS, Restore, Row, Scorer
-from snr_ray.simulate import Outcome, parquet_bytes, write_failures
+from snr_ray.simulate import Outcome
 from snr_ray.swap import swap
 
 Array = npt.NDArray[np.float32]

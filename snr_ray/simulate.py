@@ -2,18 +2,15 @@
 
     source index -> decode, crop, resize -> clean [C, H, W] -> one noisy [C, H, W] per noise spec
 
-A data folder holds `{train,val,test}/*.parquet` (columns id, clean, noisy_<n_views>; canonical
-Arrow fixed-shape tensors, readable without Ray), `failures.parquet` and `manifest.json`. A shard
-is the unit of work: it appears whole or not at all, so a killed job continues where it stopped.
+A shard of a data folder is the unit of work: it appears whole or not at all, so a killed job
+continues where it stopped.
 """
 
 import contextlib
 import dataclasses
 import functools
-import io
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +25,21 @@ from snr_ray import __version__, radon
 from snr_ray import configfile as configs
 from snr_ray.cluster import connected, cpus, shared
 from snr_ray.collection import SPLITS, Source
-from snr_ray.config import Config, ImagesConfig, InputError
+from snr_ray.config import Config, InputError
+from snr_ray.datafolder import (
+    COMPRESSION,
+    FORMAT,
+    Failure,
+    noisy_column,
+    row_bytes,
+    tensor_array,
+    whole,
+    write_failures,
+)
 from snr_ray.hashing import fingerprint, hash64
 from snr_ray.outputs import Progress, atomic, claim, write_atomic
 from snr_ray.sources import open_source
 
-FORMAT = 2
-"""Version of the layout of a data folder, raised when older code could not read it rightly."""
 SHARD_BYTES = 128 * 2**20
 """Tensors of a shard; readers want files of 64 to 256 MB."""
 GROUP_BYTES = 8 * 2**20
@@ -43,10 +48,6 @@ MIN_SHARD_ROWS = 256
 """Small sets are cut down to this, so that every core gets shards."""
 STREAM_ROWS = 256
 """Rows per task where rows are streamed."""
-COMPRESSION: dict[str, Any] = {"compression": "zstd", "compression_level": 1}
-
-Failure = dict[str, str]
-FAILURES_SCHEMA = pa.schema([("id", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False)
     )
     with connected():
         plan = _plan(config, source, out)
-        todo = [shard for shard in plan if not _whole(out / shard["path"])]
+        todo = [shard for shard in plan if not whole(out / shard["path"])]
         if todo:
             (out / "manifest.json").unlink(missing_ok=True)
             _write_shards(plan, todo, source, config, out)
@@ -96,17 +97,6 @@ def stream(source: Source, rows: npt.NDArray[np.int64], config: Config) -> "ray.
     blocks = [rows[i : i + STREAM_ROWS] for i in range(0, len(rows), STREAM_ROWS)]
     task = functools.partial(_stream_batch, source=ray.put(source), config=config)
     return ray.data.from_numpy(blocks).map_batches(task, batch_size=None, batch_format="numpy")
-
-
-def noisy_column(n_views: int) -> str:
-    """Column of the noisy images of a view count."""
-    return f"noisy_{n_views}"
-
-
-def tensors(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
-    """A fixed-shape tensor column as one array [n, C, H, W]; no copy where it is one chunk."""
-    chunks = [chunk.to_numpy_ndarray() for chunk in column.chunks if len(chunk)]
-    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
 
 def simulate_rows(
@@ -124,37 +114,12 @@ def simulate_rows(
             failures.append({"id": source.ids[rows[k]], "stage": "read", "reason": str(error)})
     images = images if good.all() else images[good]
     ids = [source.ids[row] for row in rows[good]]
-    columns: dict[str, Any] = {"id": pa.array(ids, pa.string()), "clean": _tensor_array(images)}
+    columns: dict[str, Any] = {"id": pa.array(ids, pa.string()), "clean": tensor_array(images)}
     for spec in radon.specs(config.noise):
         seeds = [hash64(f"photons/{name}") for name in ids] if spec.photons else None
         noisy = radon.operator(spec, side, side)(images, seeds)
-        columns[noisy_column(spec.n_views)] = _tensor_array(noisy)
+        columns[noisy_column(spec.n_views)] = tensor_array(noisy)
     return pa.table(columns), failures
-
-
-def write_failures(path: Path, failures: Iterable[Failure]) -> None:
-    """Write failures.parquet: one row per failed image with id, stage and reason."""
-    rows = sorted(failures, key=lambda failure: failure["id"])
-    write_atomic(path, parquet_bytes(pa.Table.from_pylist(rows, FAILURES_SCHEMA)))
-
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as the bytes of one Parquet file."""
-    out = io.BytesIO()
-    pq.write_table(table, out, **COMPRESSION)
-    return out.getvalue()
-
-
-def row_bytes(images: ImagesConfig, n_ids: int) -> int:
-    """Memory of one row of tensors."""
-    return (1 + n_ids) * images.channels * images.size**2 * 4
-
-
-def _tensor_array(images: npt.NDArray[np.float32]) -> pa.ExtensionArray:
-    if len(images):
-        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(images))
-    kind = pa.fixed_shape_tensor(pa.float32(), images.shape[1:])
-    return pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
 
 
 def _stream_batch(
@@ -166,7 +131,7 @@ def _stream_batch(
     if failures:
         side = config.images.size
         zeros = np.zeros((len(failures), config.images.channels, side, side), np.float32)
-        columns: dict[str, Any] = {name: _tensor_array(zeros) for name in table.column_names}
+        columns: dict[str, Any] = {name: tensor_array(zeros) for name in table.column_names}
         columns["id"] = pa.array([failure["id"] for failure in failures], pa.string())
         columns["error"] = pa.array([failure["reason"] for failure in failures], pa.string())
         table = pa.concat_tables([table, pa.table(columns)])
@@ -194,14 +159,6 @@ def _plan(config: Config, source: Source, out: Path) -> list[dict[str, Any]]:
     return plan
 
 
-def _whole(shard: Path) -> bool:
-    """Whether a shard is there to its end."""
-    try:
-        return pq.read_metadata(shard).num_rows >= 0
-    except (OSError, pa.ArrowException):
-        return False
-
-
 def _write_shards(
     plan: list[dict[str, Any]],
     todo: list[dict[str, Any]],
@@ -214,11 +171,17 @@ def _write_shards(
     Raises:
         InputError: if the disk is full or refuses to be written.
     """
+    for left in out.glob("*/.*.partial"):  # of a killed job
+        left.unlink()
     total = sum(len(shard["rows"]) for shard in plan)
     done = total - sum(len(shard["rows"]) for shard in todo)
     progress = Progress("simulate", total, start=done)
     task = functools.partial(
-        _write_shard, source=ray.put(source), config=config, out=str(out.absolute())
+        _write_shard,
+        source=ray.put(source),
+        config=config,
+        out=out.absolute(),
+        step=max(1, GROUP_BYTES // row_bytes(config.images, len(config.noise.n_views))),
     )
     items = ray.data.from_items(todo, override_num_blocks=len(todo))
     results = items.map_batches(task, batch_size=1, batch_format="pyarrow")
@@ -234,12 +197,11 @@ def _write_shards(
 
 
 def _write_shard(
-    shard: pa.Table, *, source: "ray.ObjectRef", config: Config, out: str
+    shard: pa.Table, *, source: "ray.ObjectRef", config: Config, out: Path, step: int
 ) -> dict[str, npt.NDArray[Any]]:
-    """Task: one shard, a row group at a time; counts its rows, or tells why it was not written."""
+    """Task: one shard, `step` rows at a time; counts its rows, or tells why it was not written."""
     item = shard.to_pylist()[0]
-    rows, path = np.array(item["rows"]), Path(out) / item["path"]
-    step = max(1, GROUP_BYTES // row_bytes(config.images, len(config.noise.n_views)))
+    rows, path = np.array(item["rows"]), out / item["path"]
     failures: list[Failure] = []
     error = ""
     try:

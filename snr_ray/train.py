@@ -6,12 +6,14 @@
     RUN/checkpoints/            Ray Train's storage: the two newest states
     RUN/failures.parquet        images that could not be read
     RUN/model/                  the result, written once, at the end
+    RUN/data/                   a data folder, of images that do not fit in memory
 
 The same command again continues from the newest checkpoint, on any number of workers. A file
 RUN/stop ends training at the next checkpoint as if it were the last.
 """
 
 import json
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -29,6 +31,7 @@ from snr_ray.batches import PairFeed, Share
 from snr_ray.checkpoint import load_checkpoint, save_checkpoint, save_model
 from snr_ray.cluster import connected, cpus, gpus
 from snr_ray.config import Config, InputError
+from snr_ray.datafolder import DataFolder, Failure, write_failures
 from snr_ray.dataset import (
     Origin,
     count_rows,
@@ -36,15 +39,15 @@ from snr_ray.dataset import (
     gather,
     open_rows,
     settle,
-    stream_batches,
 )
 from snr_ray.fit import Learner, Metrics, fit
 from snr_ray.hashing import fingerprint
 from snr_ray.outputs import Progress, claim
-from snr_ray.simulate import Outcome, write_failures
+from snr_ray.shardfeed import ShardFeed
+from snr_ray.simulate import Outcome, simulate
 
 OWNED = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "failures.parquet",
-         "model", "stop")  # fmt: skip
+         "model", "stop", "data")  # fmt: skip
 HOW = ("train.num_workers", "train.cpus_per_worker", "train.use_gpu")
 """Settings that say how, not what: a run may continue with others."""
 
@@ -71,33 +74,43 @@ def train(
             f"{config.train.batch_size}), but the train split of {origin.name} holds "
             f"{counts['train']}; add images or lower train.batch_size."
         )
+    name = f"snr train {'--images' if origin.images else '--data'} {origin.name}"
     claim(out, identity(config, origin), owned=OWNED, overwrite=overwrite)
     if (out / "model").is_dir():
         return _outcome(out)
     configs.save(config, out / "config.yaml")
     with connected():
         _check_resources(config)
+        failures: list[Failure] = []
         in_memory = fits_in_memory(config, counts["train"])
-        datasets = {
-            "train": open_rows(config, origin, "train"),
-            "val": open_rows(config, origin, "val", config.train.val_images).materialize(),
-        }
+        if not in_memory and origin.images:
+            print(f"The images do not fit in memory; they go to {out / 'data'}.", file=sys.stderr)
+            simulate(config, images=origin.images, out=out / "data")
+            origin = Origin(data=out / "data")
+            failures = pq.read_table(out / "data" / "failures.parquet").to_pylist()
+        datasets = {"val": open_rows(config, origin, "val", config.train.val_images).materialize()}
         if in_memory:
-            datasets["train"] = datasets["train"].materialize()
+            datasets["train"] = open_rows(config, origin, "train").materialize()
         if config.model.physics:
             datasets["physics"] = open_rows(config, origin, "train", FIT_IMAGES).materialize()
         watch = _Watch(out, config) if progress else None
         try:
-            _fit_on_ray(config, origin, out, datasets, in_memory)
+            job = {
+                "config": config,
+                "out": out,
+                "origin": name,
+                "data": None if in_memory else origin.data,
+                "failures": failures,
+            }
+            _fit_on_ray(job, datasets)
         finally:
             if watch:
                 watch.stop()
     return _outcome(out)
 
 
-def _fit_on_ray(
-    config: Config, origin: Origin, out: Path, datasets: dict[str, Any], in_memory: bool
-) -> None:
+def _fit_on_ray(job: dict[str, Any], datasets: dict[str, Any]) -> None:
+    config = job["config"]
     scaling = ray.train.ScalingConfig(
         num_workers=config.train.num_workers,
         use_gpu=config.train.use_gpu,
@@ -106,18 +119,13 @@ def _fit_on_ray(
     )
     trainer = ray.train.torch.TorchTrainer(
         _worker,
-        train_loop_config={
-            "config": config,
-            "out": str(out),
-            "origin": f"snr train {'--images' if origin.images else '--data'} {origin.name}",
-            "in_memory": in_memory,
-        },
+        train_loop_config=job,
         datasets=datasets,
-        dataset_config=ray.train.DataConfig(datasets_to_split=[] if in_memory else ["train"]),
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name="checkpoints",
-            storage_path=str(out),
+            storage_path=str(job["out"]),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             failure_config=ray.train.FailureConfig(max_failures=3),
         ),
@@ -130,16 +138,19 @@ def _fit_on_ray(
 
 def _worker(job: dict[str, Any]) -> None:
     """What every training worker runs."""
-    config, out = job["config"], Path(job["out"])
+    config, out = job["config"], job["out"]
     context = ray.train.get_context()
     share = Share(context.get_world_rank(), context.get_world_size())
     torch.set_num_threads(config.train.cpus_per_worker)
     val, val_failures = gather(_tables("val"), config)
-    failures = list(val_failures)
-    if job["in_memory"]:
-        pairs, train_failures = gather(_tables("train"), config)
+    failures = job["failures"] + val_failures
+    feed: PairFeed | ShardFeed
+    if job["data"]:
+        feed, donors = ShardFeed(DataFolder.open(job["data"]), config, share), val
+    else:
+        donors, train_failures = gather(_tables("train"), config)
         failures += train_failures
-        feed = PairFeed(pairs, config.train.batch_size, seed=config.seed, share=share)
+        feed = PairFeed(donors, config.train.batch_size, seed=config.seed, share=share)
     if share.rank == 0:
         write_failures(out / "failures.parquet", failures)
 
@@ -156,11 +167,6 @@ def _worker(job: dict[str, Any]) -> None:
     if checkpoint:
         with checkpoint.as_directory() as folder:
             load_checkpoint(Path(folder), learner)
-    if job["in_memory"]:
-        batches, donors = feed.batches(learner.step), pairs
-    else:
-        shard = ray.train.get_dataset_shard("train")
-        batches, donors = stream_batches(shard, config, share), val
     run_log = RunLog(out, learner.step) if share.rank == 0 else None
 
     def log(metrics: Metrics) -> None:
@@ -184,7 +190,7 @@ def _worker(job: dict[str, Any]) -> None:
             ray.train.report({"step": learner.step, **metrics}, checkpoint=state)
         return stop
 
-    fit(learner, batches, log=log, checkpoint=save)
+    fit(learner, feed.batches(learner.step), log=log, checkpoint=save)
 
 
 def _tables(name: str) -> Any:

@@ -8,10 +8,10 @@ import snr_ray
 PACKAGE = Path(snr_ray.__file__).parent
 LAYERS = [
     {"config", "configfile", "hashing", "outputs"},
-    {"rows", "radon", "images", "samples", "collection", "files", "sources", "metrics",
-     "baselines"},
-    {"torchradon", "physics", "blocks", "hvae", "unet", "batches", "losses", "muon", "fit",
-     "checkpoint", "swap", "fileswap", "scores", "probes"},
+    {"rows", "radon", "images", "samples", "collection", "files", "sources",
+     "datafolder", "metrics", "baselines"},
+    {"torchradon", "physics", "blocks", "hvae", "unet", "batches", "shardfeed", "losses", "muon",
+     "fit", "checkpoint", "swap", "fileswap", "scores", "probes"},
     {"cluster", "simulate", "dataset", "train", "sweep", "denoise", "evaluate", "report", "bench",
      "demo", "cli"},
 ]  # fmt: skip

@@ -11,8 +11,9 @@ from PIL import Image
 from snr_ray import configfile as configs
 from snr_ray.collection import SPLITS
 from snr_ray.config import Config, InputError
+from snr_ray.datafolder import tensors
 from snr_ray.radon import NoiseSpec, operator
-from snr_ray.simulate import simulate, tensors
+from snr_ray.simulate import simulate
 from snr_ray.sources import open_source
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
