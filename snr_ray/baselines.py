@@ -62,9 +62,10 @@ def sart(clean: Array, noise: RadonNoise) -> Array:
 class Lmmse:
     """Linear minimum-mean-square-error estimate of the clean image from one noise operator A.
 
-        x_hat = mean + C A^T (A C A^T + r I)^-1 (y - A mean)
+        x_hat = mean + C A^T (A C A^T + R)^-1 (y - A mean)
 
-    with mean and covariance C of clean training images. It knows A, so it is not blind.
+    with mean and covariance C of clean training images, and covariance R of what A leaves
+    unexplained. It knows A, so it is not blind.
     Source: Kay, Fundamentals of Statistical Signal Processing: Estimation Theory (1993), 12.5.
     """
 
@@ -80,6 +81,8 @@ class Lmmse:
         a = noise.matrix().astype(np.float64)
         cross = covariance @ a.T  # C A^T
         inner = a @ cross + LMMSE_VARIANCE * np.eye(n_pixels)
+        if noise.spec.photons:  # their noise on the image, measured
+            inner += np.cov(noise(clean).reshape(x.shape) - x @ a.T, rowvar=False)
         gain = np.linalg.solve(inner, cross.T).T  # [H*W, H*W]
         self.gain, self.mean, self.offset = (
             part.astype(np.float32) for part in (gain, mean, a @ mean)

@@ -101,16 +101,21 @@ class Source:
                 f"{twice!r}, which would get the same output name; rename them or drop the copies."
             )
 
-    def read(self, index: int, white: float | None = None) -> Decoded:
-        """Pixels of one image at its own size. Raises InputError if it cannot be used."""
+    def read(self, index: int, config: ImagesConfig | None = None) -> Decoded:
+        """Pixels of one image at its own size; of `config`, white and window matter.
+
+        Raises:
+            InputError: if it cannot be used.
+        """
+        config = config or ImagesConfig()
         name, raw = self.ids[index], self._raw(index)
         if isinstance(raw, bytes):
-            return decode(raw, name, white=white)
-        return Decoded(scale(raw, name, white=1.0 if self.tensors else white), raw.dtype)
+            return decode(raw, name, white=config.white, window=config.window)
+        return scale(raw, name, white=1.0 if self.tensors else config.white)
 
     def load(self, index: int, config: ImagesConfig) -> Array:
-        """One image as a run wants it: [channels, size, size] float32. Raises InputError."""
-        return prepare(self.read(index, config.white).pixels, config, self.ids[index])
+        """One image as noise is made of it: [channels, size, size] float32. Raises InputError."""
+        return prepare(self.read(index, config).pixels, config, self.ids[index])
 
     def select(self, split: str, limit: int | None = None) -> npt.NDArray[np.int64]:
         """Indices of a split ("train", "val" or "test"), in the order of id hashes.

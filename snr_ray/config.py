@@ -30,6 +30,11 @@ class ImagesConfig:
     """`resize` scales the shorter side to `size` and then crops the centre; `crop` only crops."""
     white: float | None = None
     """The stored value that means 1.0 in 16-bit and float images; 8-bit images always use 255."""
+    window: tuple[float, float] | None = None
+    """Hounsfield units that mean 0.0 and 1.0 in CT slices (DICOM); those outside are clipped."""
+    crop: int | None = None
+    """Keep a square of so many pixels of each image, at a place drawn by its id, after the noise of
+    the whole image was made: streaks come from all of it."""
     limit: int | None = None
     """Use at most this many images, chosen by the hash of their ids; none means all."""
 
@@ -44,9 +49,22 @@ class ImagesConfig:
             f"images.white must be above 0, but got {self.white}.",
         )
         check(
+            self.window is None or self.window[0] < self.window[1],
+            f"images.window must be [low, high] with low < high, but got {self.window}.",
+        )
+        check(
+            self.crop is None or 8 <= self.crop <= self.size,
+            f"images.crop must be from 8 to images.size = {self.size}, but got {self.crop}.",
+        )
+        check(
             self.limit is None or self.limit > 0,
             f"images.limit must be at least 1, but got {self.limit}.",
         )
+
+    @property
+    def side(self) -> int:
+        """Height and width of what training sees."""
+        return self.crop or self.size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,9 +288,20 @@ class Config:
             f"model.physics needs images of at most 64 pixels, but images.size is "
             f"{self.images.size}; its linear estimate grows with the fourth power of the size.",
         )
-        finest = self.images.size / 2 ** len(self.model.channels)
+        check(
+            not self.model.physics or self.images.crop is None,
+            "model.physics needs whole images, but images.crop is set; the linear estimate of a "
+            "crop needs the rest of the image.",
+        )
+        finest = self.images.side / 2 ** len(self.model.channels)
         check(
             finest >= 1,
             f"model.channels has {len(self.model.channels)} levels, each halving the image, but "
-            f"images.size is only {self.images.size}; use fewer levels or larger images.",
+            f"images have only {self.images.side} pixels; use fewer levels or larger images.",
+        )
+        most = 4 * self.images.size
+        check(
+            max(self.noise.n_views) <= most,
+            f"noise.n_views must be at most 4 x images.size = {most}, but got "
+            f"{max(self.noise.n_views)}; more views add memory and nothing else.",
         )

@@ -128,7 +128,7 @@ def tensor_array(images: Array) -> pa.ExtensionArray:
 
 def row_bytes(images: ImagesConfig, n_ids: int) -> int:
     """Memory of one row of tensors."""
-    return (1 + n_ids) * images.channels * images.size**2 * 4
+    return (1 + n_ids) * images.channels * images.side**2 * 4
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -66,7 +66,7 @@ def denoise(
     """Exchange the noise code of every image of a source.
 
     Args:
-        config: `seed` (random donors, samples) and `images.white` are used.
+        config: `seed` (random donors, samples) and `images.white` and `images.window` are used.
         model: model folder.
         images: SRC; read at full size, never resized.
         out: output folder.
@@ -108,6 +108,7 @@ def denoise(
             "n_views": n_views,
             "seed": config.seed,
             "white": config.images.white,
+            "window": config.images.window,
         },
         owned=("manifest.parquet", "failures.parquet", "report.html", "parts"),
         overwrite=overwrite,
@@ -127,7 +128,7 @@ def denoise(
                 "out": str(out),
                 "samples": samples,
                 "seed": config.seed,
-                "white": config.images.white,
+                "images": config.images,
             }
             new, failures = _run(source, outputs, todo, work, out)
         rows += new
@@ -138,7 +139,7 @@ def denoise(
     verb = "Noise removed" if inject is None else f"Noise of {inject} views injected"
     write_atomic(
         out / "report.html",
-        denoise_report(verb, source, out, rows, failures, white=config.images.white),
+        denoise_report(verb, source, out, rows, failures, images=config.images),
     )
     shutil.rmtree(out / "parts", ignore_errors=True)
     return Outcome(out, len(rows), len(failures))
@@ -225,7 +226,7 @@ def _output_names(source: Source, samples: int) -> list[str]:
     for name in source.ids:
         path = PurePosixPath(name)
         known = path.suffix.lower() in image_files.SUFFIXES
-        if source.tensors:  # float pixels need a format that holds them
+        if source.tensors or path.suffix.lower() == ".dcm":  # float pixels need a format for them
             path = path.with_suffix(".tif") if known else PurePosixPath(name + ".tif")
         elif not known:
             path = PurePosixPath(name + ".png")
@@ -248,7 +249,6 @@ def _pool(trained: TrainedModel, donor: str, noise_id: int, config: Config) -> l
         return [level.numpy() for level in trained.codes.mean(noise_id)]
     if donor == "random":
         return [level[noise_id].numpy() for level in trained.codes.donors]
-    white = config.images.white
     try:
         lenders = open_source(donor)
     except InputError as error:
@@ -257,7 +257,7 @@ def _pool(trained: TrainedModel, donor: str, noise_id: int, config: Config) -> l
         ) from None
     codes = []
     for index in range(len(lenders.ids)):
-        pixels = lenders.read(index, white).pixels
+        pixels = lenders.read(index, config.images).pixels
         codes.append([level.numpy() for level in noise_code(trained.model, pixels[None])])
     shapes = {tuple(level.shape for level in code) for code in codes}
     if len(shapes) > 1:

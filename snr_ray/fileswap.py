@@ -16,7 +16,7 @@ import torch
 
 from snr_ray.blocks import Normal
 from snr_ray.checkpoint import TrainedModel
-from snr_ray.config import InputError
+from snr_ray.config import ImagesConfig, InputError
 from snr_ray.hashing import hash64
 from snr_ray.images import Decoded, decode, encode
 from snr_ray.outputs import write_atomic
@@ -71,7 +71,7 @@ class FileSwapper:
         *,
         samples: int = 0,
         seed: int = 0,
-        white: float | None = None,
+        images: ImagesConfig | None = None,
         inject: bool = False,
         n_views: int | None = None,
     ) -> None:
@@ -84,13 +84,13 @@ class FileSwapper:
             samples: 0 decodes posterior means; N > 0 averages N posterior samples and writes
                 their standard deviation.
             seed: of the choice of donors and of the samples.
-            white: the stored value that means 1.0 in 16-bit and float images.
+            images: how images are read; white and window matter.
             inject: the images are clean, and the pool is of noisy donors.
             n_views: view count of the images, for a model with model.physics; None detects it.
         """
         self.inject, self.n_views = inject, n_views
         self.trained, self.out, self.samples = trained, out, samples
-        self.seed, self.white = seed, white
+        self.seed, self.images = seed, images or ImagesConfig()
         device = trained.model.top.device
         self.pool = [torch.from_numpy(np.array(level)).to(device) for level in pool]
 
@@ -103,7 +103,12 @@ class FileSwapper:
             try:
                 if file.error:
                     raise InputError(file.error)
-                decoded = decode(file.data, file.name, white=self._white(file))
+                decoded = decode(
+                    file.data,
+                    file.name,
+                    white=1.0 if file.tensor else self.images.white,
+                    window=self.images.window,
+                )
             except InputError as error:
                 rows.append(_failed(file, "read", str(error)))
                 continue
@@ -202,14 +207,11 @@ class FileSwapper:
     def _write(
         self, file: ImageFile, decoded: Decoded, result: Array, deviation: Array | None
     ) -> None:
-        data = encode(result, file.output, depth=decoded.depth, white=self._white(file))
+        data = encode(result, file.output, depth=decoded.depth, span=decoded.span)
         write_atomic(self.out / file.output, data)
         if deviation is not None:
             name = file.output + ".std.npy"
             write_atomic(self.out / name, encode(deviation, name, depth=np.dtype(np.float32)))
-
-    def _white(self, file: ImageFile) -> float | None:
-        return 1.0 if file.tensor else self.white
 
 
 def _seeded(seed: int, device: torch.device) -> Normal:

@@ -1,12 +1,14 @@
 """Image files <-> float32 arrays [C, H, W] in [0, 1], and the sizes and channels a run asks for.
 
 8-bit pixels are divided by 255. 16-bit and float pixels have no agreed white, so they need the
-setting images.white. Anything that would be read silently wrong (transparency, NaN, clean pixels
-beyond white) raises an InputError that says so.
+setting images.white; CT slices (DICOM) are in Hounsfield units and need images.window. Anything
+that would be read silently wrong (transparency, NaN, clean pixels beyond white) raises an
+InputError that says so.
 """
 
 import io
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -19,29 +21,37 @@ from snr_ray.config import ImagesConfig, InputError
 
 Array = npt.NDArray[np.float32]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm")
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow and scikit-image
+
+
+Span = tuple[float, float]
+"""Stored values that mean 0 and 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One image as stored: pixels [C, H, W] float32, white at 1, and the depth they came in."""
+    """Pixels [C, H, W] float32 of one image, white at 1; the depth and span they were stored in."""
 
     pixels: Array
     depth: np.dtype
+    span: Span
 
 
-def decode(data: bytes, name: str, *, white: float | None = None) -> Decoded:
+def decode(
+    data: bytes, name: str, *, white: float | None = None, window: Span | None = None
+) -> Decoded:
     """Read one image file.
 
     Args:
-        data: the file's bytes; PNG, JPEG, TIFF, BMP, WebP or NPY ([H, W] or [H, W, C]).
+        data: the file's bytes; PNG, JPEG, TIFF, BMP, WebP, NPY ([H, W] or [H, W, C]) or DICOM.
         name: used for the format (suffix) and in errors.
         white: the stored value that means 1.0, for 16-bit and float pixels.
+        window: Hounsfield units that mean 0.0 and 1.0, for DICOM; those outside are clipped.
 
     Raises:
         InputError: if the file is empty, unreadable, transparent, or its pixels have no known
-            range or lie outside it.
+            range.
     """
     if not data:
         raise InputError(f"An image file must hold pixels, but {name} is empty (0 bytes).")
@@ -54,14 +64,31 @@ def decode(data: bytes, name: str, *, white: float | None = None) -> Decoded:
         raise InputError(
             f"{name} cannot be read as an image ({reason}); replace the file."
         ) from None
-    return Decoded(scale(stored, name, white=white), stored.dtype)
+    if not name.lower().endswith(".dcm"):
+        return scale(stored, name, white=white)
+    if window is None:
+        raise InputError(
+            f"A DICOM slice is in Hounsfield units, and {name} is one; say which of them mean "
+            "black and white, for example --set images.window=[-1000,1000]."
+        )
+    return scale(
+        np.clip(stored, *window) - window[0], name, white=window[1] - window[0], span=window
+    )
 
 
-def scale(stored: npt.NDArray[np.generic], name: str, *, white: float | None = None) -> Array:
+def scale(
+    stored: npt.NDArray[np.generic],
+    name: str,
+    *,
+    white: float | None = None,
+    span: Span | None = None,
+) -> Decoded:
     """Stored pixels [H, W] or [H, W, C] to float32 [C, H, W], white at 1. Raises InputError.
 
-    Reconstructions may leave [0, 1]; only clean images must not (see `prepare`).
+    Reconstructions may leave [0, 1]; only clean images must not (see `prepare`). `span` is what
+    the result says of where they were stored; by default 0 to white.
     """
+    depth = stored.dtype
     if stored.dtype.kind not in "buif":
         raise InputError(f"Pixels must be numbers, but {name} holds {stored.dtype.name}.")
     if stored.dtype == bool:
@@ -84,21 +111,23 @@ def scale(stored: npt.NDArray[np.generic], name: str, *, white: float | None = N
     pixels = np.moveaxis(stored, 2, 0).astype(np.float32) / np.float32(top)
     if not np.isfinite(pixels).all():
         raise InputError(f"Pixels must be finite, but {name} holds NaN or infinity.")
-    return np.ascontiguousarray(pixels)
+    return Decoded(np.ascontiguousarray(pixels), depth, span or (0.0, top))
 
 
-def encode(pixels: Array, name: str, *, depth: np.dtype, white: float | None = None) -> bytes:
+def encode(pixels: Array, name: str, *, depth: np.dtype, span: Span | None = None) -> bytes:
     """File bytes of pixels [C, H, W], clipped to [0, 1], in the format of `name` and given depth.
 
+    `span` says which stored values mean 0 and 1; by default those are 0 and 1, or 255 of integers.
     JPEG, BMP and WebP hold 8 bits; JPEG is written at quality 95 without chroma subsampling.
     """
     suffix = PurePosixPath(name).suffix.lower()
     image = np.moveaxis(np.clip(pixels, 0, 1), 0, 2)
+    low, high = span or (0.0, 1.0 if depth.kind == "f" else 255.0)
+    stored = image * np.float32(high - low) + np.float32(low)
     if depth.kind == "f":
-        stored = (image * np.float32(white or 1.0)).astype(depth)
+        stored = stored.astype(depth)
     else:
-        top = white if white and depth != np.uint8 else np.iinfo(np.uint8).max
-        stored = np.round(image * top).astype(np.uint8 if depth.kind == "b" else depth)
+        stored = np.round(stored).astype(np.uint8 if depth.kind == "b" else depth)
     if stored.shape[2] == 1:
         stored = stored[:, :, 0]
     out = io.BytesIO()
@@ -159,6 +188,8 @@ def prepare(pixels: Array, config: ImagesConfig, name: str) -> Array:
 def _read(data: bytes, suffix: str, name: str) -> npt.NDArray[np.generic]:
     if suffix == ".npy":
         return np.load(io.BytesIO(data), allow_pickle=False)
+    if suffix == ".dcm":
+        return _read_dicom(data, name)
     if suffix in (".tif", ".tiff"):
         # Pillow clips 16-bit and float TIFF on conversion; tifffile keeps them.
         stored = _read_tiff(data, name)
@@ -177,6 +208,26 @@ def _read(data: bytes, suffix: str, name: str) -> npt.NDArray[np.generic]:
         if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
             image = image.convert("RGB")
         return np.asarray(image)
+
+
+def _read_dicom(data: bytes, name: str) -> npt.NDArray[np.generic]:
+    """Hounsfield units of a CT slice: stored values by its rescale slope and intercept."""
+    try:
+        import pydicom
+        from pydicom.pixels import apply_rescale
+    except ImportError:
+        raise InputError(
+            f"Reading DICOM needs pydicom, and {name} is one; pip install 'snr-ray[dicom]'."
+        ) from None
+    with warnings.catch_warnings():  # files of older scanners break rules that do not matter here
+        warnings.simplefilter("ignore")
+        slice_ = pydicom.dcmread(io.BytesIO(data))
+        if slice_.get("Modality") != "CT" or "RescaleSlope" not in slice_:
+            raise InputError(
+                f"A DICOM file must be a CT slice in Hounsfield units, but {name} is of modality "
+                f"{slice_.get('Modality', 'unknown')}; convert it to TIFF."
+            )
+        return np.asarray(apply_rescale(slice_.pixel_array, slice_), np.float32)
 
 
 def _read_tiff(data: bytes, name: str) -> npt.NDArray[np.generic] | None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from snr_ray.collection import Source
-from snr_ray.config import InputError
+from snr_ray.config import ImagesConfig, InputError
 from snr_ray.images import decode
 from snr_ray.scores import Row
 
@@ -208,7 +208,7 @@ def denoise_report(
     rows: list[dict[str, Any]],
     failures: list[dict[str, str]],
     *,
-    white: float | None,
+    images: ImagesConfig,
 ) -> str:
     """A self-contained HTML page: counts, failures, and the first images before and after."""
     index = {name: k for k, name in enumerate(source.ids)}
@@ -218,12 +218,11 @@ def denoise_report(
             continue
         name = html.escape(row["id"])
         try:
-            before = source.read(index[row["id"]], white).pixels
-            after = decode(
-                (out / row["output"]).read_bytes(),
-                row["output"],
-                white=1.0 if source.tensors else white,
-            ).pixels
+            stored = source.read(index[row["id"]], images)
+            before, (low, high) = stored.pixels, stored.span
+            after = decode((out / row["output"]).read_bytes(), row["output"], white=1.0).pixels
+            if stored.depth != np.uint8:  # which is in [0, 1] already
+                after = (after - low) / (high - low)
         except (InputError, OSError):
             continue
         figures.append(

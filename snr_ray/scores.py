@@ -88,7 +88,7 @@ class Scorer:
         for noise_id, spec in enumerate(radon.specs(noise), start=1):
             self.noise_level(noise_id, spec)
         for views in UNSEEN_VIEWS:
-            if views not in noise.n_views:
+            if views not in noise.n_views and self.trained.config.images.crop is None:
                 spec = radon.specs(dataclasses.replace(noise, n_views=(views,)))[0]
                 noisy = radon.operator(spec, *self.clean.shape[2:])(self.clean)
                 # Nobody says which of the known noise ids comes nearest: the noise code does.

@@ -114,12 +114,26 @@ def simulate_rows(
             failures.append({"id": source.ids[rows[k]], "stage": "read", "reason": str(error)})
     images = images if good.all() else images[good]
     ids = [source.ids[row] for row in rows[good]]
-    columns: dict[str, Any] = {"id": pa.array(ids, pa.string()), "clean": tensor_array(images)}
+    versions = {"clean": images}
     for spec in radon.specs(config.noise):
         seeds = [hash64(f"photons/{name}") for name in ids] if spec.photons else None
-        noisy = radon.operator(spec, side, side)(images, seeds)
-        columns[noisy_column(spec.n_views)] = tensor_array(noisy)
+        versions[noisy_column(spec.n_views)] = radon.operator(spec, side, side)(images, seeds)
+    columns: dict[str, Any] = {"id": pa.array(ids, pa.string())}
+    for name, version in versions.items():
+        cut = version if config.images.crop is None else crops(version, ids, config.images.crop)
+        columns[name] = tensor_array(cut)
     return pa.table(columns), failures
+
+
+def crops(images: npt.NDArray[np.float32], ids: list[str], side: int) -> npt.NDArray[np.float32]:
+    """A square [n, C, side, side] of each of images [n, C, H, W], at a place drawn by its id."""
+    out = np.empty((*images.shape[:2], side, side), np.float32)
+    for k, name in enumerate(ids):
+        place = hash64(f"crop/{name}")
+        rows, columns = (extent - side + 1 for extent in images.shape[2:])
+        top, left = place % rows, place // rows % columns
+        out[k] = images[k, :, top : top + side, left : left + side]
+    return out
 
 
 def _stream_batch(
@@ -129,7 +143,7 @@ def _stream_batch(
     error = pa.array([""] * len(table), pa.string())
     table = table.append_column("error", error)
     if failures:
-        side = config.images.size
+        side = config.images.side
         zeros = np.zeros((len(failures), config.images.channels, side, side), np.float32)
         columns: dict[str, Any] = {name: tensor_array(zeros) for name in table.column_names}
         columns["id"] = pa.array([failure["id"] for failure in failures], pa.string())

@@ -49,6 +49,57 @@ def test_rows_are_the_images_and_their_noise(tiny: Config, tmp_path: Path) -> No
     assert sum(manifest["splits"].values()) == manifest["images"] == 200
 
 
+def test_noise_of_a_crop_is_that_of_the_whole_image(tiny: Config, tmp_path: Path) -> None:
+    config = configs.replace(tiny, {"images.size": 24, "images.crop": 16, "images.limit": 60})
+    out = simulate(config, images="glyphs", out=tmp_path / "data").out
+    source, noise = open_source("glyphs"), operator(NoiseSpec(6), 24, 24)
+    places = set()
+    for name, (clean, _, noisy) in read(out, "train").items():
+        whole = source.load(source.ids.index(name), config.images)
+        found = [
+            (top, left)
+            for top in range(9)
+            for left in range(9)
+            if np.array_equal(whole[:, top : top + 16, left : left + 16], clean)
+        ]
+        assert found
+        top, left = found[0]
+        places.add((top, left))
+        expected = noise(whole)[:, top : top + 16, left : left + 16]
+        np.testing.assert_allclose(noisy, expected, atol=1e-5)
+    assert len(places) > 20
+    again = simulate(config, images="glyphs", out=tmp_path / "again").out
+    for name, versions in read(out, "train").items():
+        np.testing.assert_array_equal(read(again, "train")[name][0], versions[0])
+        break
+
+
+def test_photon_noise_is_that_of_the_image_id(tiny: Config, tmp_path: Path) -> None:
+    config = configs.replace(tiny, {"noise.photons": 1000, "images.limit": 40})
+    few = configs.replace(config, {"images.limit": 20})
+    many = read(simulate(config, images="glyphs", out=tmp_path / "many").out, "train")
+    for name, versions in read(simulate(few, images="glyphs", out=tmp_path / "few").out,
+                               "train").items():  # fmt: skip
+        np.testing.assert_allclose(versions[1], many[name][1], atol=1e-6)
+        exact = operator(NoiseSpec(12), 16, 16)(versions[0])
+        assert np.abs(versions[1] - exact).max() > 0.02
+
+
+def test_folder_that_cannot_be_written_is_a_sentence(tiny: Config, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    out.mkdir()
+    simulate(tiny, images="glyphs", out=out)
+    (out / "manifest.json").unlink()
+    for shard in out.glob("train/*.parquet"):
+        shard.unlink()
+    (out / "train").rmdir()
+    (out / "train").write_text("in the way")
+    with pytest.raises(InputError, match=r"must be a folder that can be written, but .* continue"):
+        simulate(tiny, images="glyphs", out=out)
+    (out / "train").unlink()
+    assert simulate(tiny, images="glyphs", out=out).images == 200
+
+
 def test_bad_images_become_rows_of_failures(
     tiny: Config, image_folder: Path, tmp_path: Path
 ) -> None:
