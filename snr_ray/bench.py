@@ -4,7 +4,15 @@ Two things that are compared run side by side in one process or one job, so that
 slows both; ratios carry over to other machines, absolute rates do not.
 """
 
+import contextlib
+import io
+import itertools
 import json
+import math
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from skimage.transform import iradon, radon
@@ -20,7 +31,8 @@ from snr_ray import configfile as configs
 from snr_ray.batches import PairFeed, Pairs, Share
 from snr_ray.checkpoint import load_model, save_model
 from snr_ray.cluster import connected
-from snr_ray.config import Config
+from snr_ray.config import Config, InputError
+from snr_ray.datafolder import DataFolder, parquet_bytes
 from snr_ray.dataset import Origin, collect_pairs, open_rows
 from snr_ray.denoise import denoise
 from snr_ray.fit import Learner, donor_codes, fit
@@ -28,6 +40,9 @@ from snr_ray.hvae import HVAE
 from snr_ray.images import decode
 from snr_ray.outputs import write_atomic
 from snr_ray.radon import NoiseSpec, RadonNoise
+from snr_ray.report import memory_plot
+from snr_ray.shardfeed import ShardFeed
+from snr_ray.simulate import simulate, simulate_rows
 from snr_ray.sources import open_source
 from snr_ray.swap import swap
 from snr_ray.sweep import sweep
@@ -36,27 +51,40 @@ Rows = list[dict[str, Any]]
 
 RADON_SIZES = ((28, 10), (32, 20), (64, 20), (128, 30), (256, 60), (512, 90))
 """(size, n_views) of the published table."""
+CURVE = "memory_mb"
+"""Column of a measurement over time, [seconds, value]; for the file and a plot, not the table."""
+GENERATED_ROWS = 10_000
+"""Rows of a generated Parquet file."""
 STEPS = 10
 BULK_IMAGES = 1000
+FEED_IMAGES = 3000
+FEED_STEPS = 40
+GPU_BATCH = 512
+"""Images of a step on a GPU; what a feed must keep up with there."""
 
 
 def bench(config: Config, name: str, *, out: Path | None) -> int:
     """Run one measurement, print its table and write its JSON. Returns the exit code."""
     measures: dict[str, Callable[[Config], Rows]] = {
         "radon": _radon,
+        "simulate": _simulate,
         "data": _data,
         "train": _train,
         "denoise": _denoise,
         "sweep": _sweep,
     }
     rows = measures[name](config)
-    columns = list(rows[0])
-    cells = [columns] + [[_cell(row[column]) for column in columns] for row in rows]
+    named = (column for row in rows for column in row if column != CURVE)
+    columns = list(dict.fromkeys(named))
+    cells = [columns] + [[_cell(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(len(line[k]) for line in cells) for k in range(len(columns))]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     if out:
         write_atomic(out, json.dumps({"bench": name, "results": rows}, indent=2) + "\n")
+        curves = {f"{row['images']:,} images": row[CURVE] for row in rows if CURVE in row}
+        if curves:
+            memory_plot(curves, out.with_suffix(".png"))
     return 0
 
 
@@ -133,30 +161,156 @@ def _copy_rate() -> float:
     return 2 * source.nbytes / _seconds(lambda: np.copyto(target, source))
 
 
+def _simulate(config: Config) -> Rows:
+    """The whole simulate job on a generated set of images.limit images and on a twentieth of it:
+    rate beside one core that does the same work in one process, and memory over time.
+
+    Memory is that of all processes, where what they share counts once.
+    """
+    n_images = config.images.limit or 100_000
+    rows: Rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        images, out = Path(folder) / "images", Path(folder) / "data"
+        _generate(n_images, config, images)
+        for count in (n_images // 20, n_images):
+            command = [sys.executable, "-m", "snr_ray.cli", "simulate"]
+            configs.save(configs.replace(config, {"images.limit": None}), Path(folder) / "c.yaml")
+            files = sorted(images.iterdir())[: math.ceil(count / GENERATED_ROWS)]
+            part = Path(folder) / f"part{count}"
+            part.mkdir()
+            for file in files:
+                (part / file.name).symlink_to(file)
+            command += ["--config", f"{folder}/c.yaml", "--images", str(part), "--out", str(out)]
+            before = _bare_rate(config, part)
+            since, curve = time.perf_counter(), []
+            job = subprocess.Popen([*command, "--overwrite"])
+            while job.poll() is None:
+                curve.append([round(time.perf_counter() - since, 1), _memory(job.pid)])
+                time.sleep(1)
+            elapsed = time.perf_counter() - since
+            if job.returncode:
+                raise InputError(f"snr simulate ended with {job.returncode}; see above.")
+            bare = (before + _bare_rate(config, part)) / 2
+            total = len(files) * GENERATED_ROWS
+            rows.append(
+                {
+                    "images": total,
+                    "seconds": elapsed,
+                    "images_per_s": total / elapsed,
+                    "one_core_images_per_s": bare,
+                    "share_of_cores": total / elapsed / bare / (os.cpu_count() or 1),
+                    "peak_mb": max(mb for _, mb in curve),
+                    CURVE: curve,
+                }
+            )
+            shutil.rmtree(out)
+    return rows
+
+
+def _generate(n_images: int, config: Config, folder: Path) -> None:
+    """Parquet files of PNG images: letters, each shifted and shaded in a way of its own."""
+    source, rng = open_source("glyphs"), np.random.default_rng(config.seed)
+    letters = np.stack([source.load(k, config.images) for k in range(0, len(source.ids), 8)])
+    folder.mkdir()
+    for first in range(0, n_images, GENERATED_ROWS):
+        files = []
+        for _ in range(GENERATED_ROWS):
+            letter = letters[rng.integers(len(letters))]
+            shifted = np.roll(letter, rng.integers(-4, 5, 2), axis=(1, 2)) * rng.uniform(0.5, 1)
+            pixels = np.moveaxis((shifted * 255).astype(np.uint8), 0, 2)
+            out = io.BytesIO()
+            Image.fromarray(pixels.squeeze()).save(out, format="png", compress_level=1)
+            files.append(out.getvalue())
+        names = [f"{first + k:07d}.png" for k in range(GENERATED_ROWS)]
+        table = pa.table({"bytes": files, "path": names})
+        pq.write_table(table, folder / f"{first:07d}.parquet", row_group_size=1000)
+
+
+def _bare_rate(config: Config, images: Path) -> float:
+    """Images per second of one core and one process: decode, noise, encode; nothing else."""
+    source = open_source(str(images))
+    rows = source.gathered(source.select("train"))[: 4 * BULK_IMAGES]
+    simulate_rows(source, rows[:10], config)
+    since = time.perf_counter()
+    for start in range(0, len(rows), BULK_IMAGES):
+        table, _ = simulate_rows(source, rows[start : start + BULK_IMAGES], config)
+        parquet_bytes(table)
+    return len(rows) / (time.perf_counter() - since)
+
+
+def _memory(pid: int) -> float:
+    """Megabytes of a process and all that it started; shared pages count once."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        main = psutil.Process(pid)
+        for process in [main, *main.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+    return total / 2**20
+
+
 def _pairs(config: Config) -> Pairs:
     config = configs.replace(config, {"images.limit": BULK_IMAGES})
     return collect_pairs(open_rows(config, Origin(images="glyphs"), "train"), config)[0]
 
 
 def _data(config: Config) -> Rows:
-    """The training feed: rows through Ray Data, batches from memory, the step, and both."""
-    with connected():
+    """The training feed from memory and from shards, beside the step that consumes it.
+
+    An image counts once, with all of its noisy versions.
+    """
+    small = configs.replace(config, {"images.limit": FEED_IMAGES})
+    rows: Rows = []
+    with tempfile.TemporaryDirectory() as folder, connected():
         since = time.perf_counter()
-        pairs = _pairs(config)
-        gather = time.perf_counter() - since
-    feed = PairFeed(pairs, config.train.batch_size, seed=config.seed, share=Share())
-    learner = Learner(config)
-    batch_size, batch = config.train.batch_size, feed.batch(0)
-    steps = iter(range(10**9))
-    bare = _seconds(lambda: learner.train_step(batch), 4.0)
-    only_feed = _seconds(lambda: feed.batch(next(steps)))
-    both = _seconds(lambda: learner.train_step(feed.batch(next(steps))), 4.0)
+        data = simulate(small, images="glyphs", out=Path(folder) / "data").out
+        rows.append(_rate("read, decode, noise, write: snr simulate", FEED_IMAGES, since))
+        origin = Origin(data=data)
+        pairs, _ = collect_pairs(open_rows(small, origin, "train"), small)
+        learner = Learner(small)
+        for batch_size in (config.train.batch_size, GPU_BATCH):
+            wanted = configs.replace(small, {"train.batch_size": batch_size})
+            feeds: dict[str, PairFeed | ShardFeed] = {
+                "memory": PairFeed(pairs, batch_size, seed=config.seed, share=Share()),
+                "shards": ShardFeed(DataFolder.open(data), wanted, Share()),
+            }
+            for name, feed in feeds.items():
+                steps = feed.steps_per_epoch
+                since = time.perf_counter()
+                for step in range(2 * steps):
+                    feed.batch(step)
+                what = f"feed from {name}, batches of {batch_size}"
+                rows.append(_rate(what, 2 * steps * batch_size, since))
+            if batch_size == config.train.batch_size:
+                rows += _feed_cost(learner, feeds)
+    return rows
+
+
+def _rate(what: str, n_images: int, since: float) -> dict[str, Any]:
+    return {"what": what, "images_per_s": n_images / (time.perf_counter() - since)}
+
+
+def _feed_cost(learner: Learner, feeds: dict[str, PairFeed | ShardFeed]) -> Rows:
+    """The bare step, and the step with each feed; taken in turns, so that all see one machine."""
+    batch_size, same = learner.config.train.batch_size, feeds["memory"].batch(0)
+    sources = {"step alone": itertools.repeat(same)} | {
+        f"step, fed from {name}": feed.batches(0) for name, feed in feeds.items()
+    }
+    seconds: dict[str, list[float]] = {what: [] for what in sources}
+    learner.train_step(same)
+    for _ in range(FEED_STEPS):
+        for what, batches in sources.items():
+            since = time.perf_counter()
+            learner.train_step(next(batches))
+            seconds[what].append(time.perf_counter() - since)
+    bare = float(np.median(seconds["step alone"]))
     return [
-        {"what": "read, decode, noise (Ray Data)", "images_per_s": len(pairs) / gather},
-        {"what": "feed", "images_per_s": batch_size / only_feed},
-        {"what": "step", "images_per_s": batch_size / bare},
-        {"what": "feed and step", "images_per_s": batch_size / both},
-        {"what": "feed / step time, %", "images_per_s": 100 * only_feed / bare},
+        {
+            "what": what,
+            "images_per_s": batch_size / float(np.median(times)),
+            "feed_cost_percent": 100 * (float(np.median(times)) / bare - 1),
+        }
+        for what, times in seconds.items()
     ]
 
 

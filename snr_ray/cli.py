@@ -40,8 +40,11 @@ EXAMPLES = {
   snr evaluate --model notmnist --images notmnist:notMNIST.tar.gz --out report --limit 200
   snr evaluate --model run/model --beside unet/model --images glyphs --out report""",
     "bench": """snr bench radon
-  snr bench train --out train.json""",
+  snr bench train --out train.json
+  snr bench simulate --set images.size=32 --set images.limit=1000000 --out simulate.json""",
 }
+
+MEASUREMENTS = ("radon", "simulate", "data", "train", "denoise", "sweep")
 
 PURPOSE = {
     "demo": "simulate, train, denoise and evaluate on rendered letters; about 5 minutes on 2 cores",
@@ -180,8 +183,13 @@ def _parser() -> argparse.ArgumentParser:
         )
     for name, parser_ in parsers.items():
         if name == "bench":
-            parser_.add_argument("name", choices=("radon", "data", "train", "denoise", "sweep"))
-            parser_.add_argument("--out", metavar="FILE", type=Path, help="write the JSON here")
+            parser_.add_argument("name", choices=MEASUREMENTS)
+            parser_.add_argument(
+                "--out",
+                metavar="FILE",
+                type=Path,
+                help="write the JSON here, and a plot of what was measured over time beside it",
+            )
             continue
         default = Path("demo") if name == "demo" else None
         parser_.add_argument(

@@ -201,6 +201,24 @@ def calibration(uncertainty: dict[str, dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure).print_png(path)
 
 
+def memory_plot(curves: dict[str, list[list[float]]], path: Path) -> None:
+    """Draw megabytes over seconds, a line for each job."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for name, curve in curves.items():
+        seconds, megabytes = zip(*curve, strict=True)
+        axis.plot(seconds, megabytes, label=name)
+    axis.set_xlabel("seconds")
+    axis.set_ylabel("memory of the whole job, MB")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(path)
+
+
 def denoise_report(
     title: str,
     source: Source,

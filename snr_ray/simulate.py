@@ -27,8 +27,8 @@ from snr_ray.cluster import connected, cpus, shared
 from snr_ray.collection import SPLITS, Source
 from snr_ray.config import Config, InputError
 from snr_ray.datafolder import (
-    COMPRESSION,
     FORMAT,
+    WRITING,
     Failure,
     noisy_column,
     row_bytes,
@@ -225,9 +225,7 @@ def _write_shard(
                 table, failed = simulate_rows(shared(source), rows[start : start + step], config)
                 failures += failed
                 if writer is None:
-                    writer = stack.enter_context(
-                        pq.ParquetWriter(partial, table.schema, **COMPRESSION)
-                    )
+                    writer = stack.enter_context(pq.ParquetWriter(partial, table.schema, **WRITING))
                 writer.write_table(table)
             assert writer is not None
             writer.add_key_value_metadata({"snr_ray.failures": json.dumps(failures)})

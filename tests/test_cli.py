@@ -21,7 +21,7 @@ FLAGS = {
     "sweep": ["--images", "--data", "--out", "--trials"],
     "denoise": ["--model", "--images", "--out", "--donor", "--samples", "--inject"],
     "evaluate": ["--model", "--images", "--out", "--baselines", "--limit"],
-    "bench": ["radon", "data", "train", "denoise", "sweep", "--out"],
+    "bench": ["radon", "simulate", "data", "train", "denoise", "sweep", "--out"],
 }
 
 
