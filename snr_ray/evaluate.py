@@ -30,7 +30,7 @@ from snr_ray.batches import Pairs
 from snr_ray.checkpoint import TrainedModel, TrainedUNet, load_any, load_model, model_path
 from snr_ray.cluster import connected, shared
 from snr_ray.collection import SPLITS
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config, InputError, NoiseConfig
 from snr_ray.datafolder import parquet_bytes, write_failures
 from snr_ray.dataset import Origin, collect_pairs, count_rows, gather, open_rows
 from snr_ray.hashing import fingerprint
@@ -215,8 +215,9 @@ def _open_beside(config: Config, folders: Iterable[str]) -> list[Beside]:
     for folder in folders:
         path = model_path(folder)
         its = load_any(path).config
-        for section, key in (("images", "size"), ("images", "channels"), ("noise", "n_views"),
-                             ("noise", "filter")):  # fmt: skip
+        for section, key in (("images", "size"), ("images", "channels"), ("images", "crop"),
+                             *(("noise", field.name) for field in dataclasses.fields(NoiseConfig))
+                             ):  # fmt: skip
             mine, theirs = (getattr(getattr(c, section), key) for c in (config, its))
             if mine != theirs:
                 raise InputError(
