@@ -63,10 +63,16 @@ class ShardFeed:
         for old in [key for key in self._loading if key < (epoch, begin)]:
             del self._loading[old]
         group_of = np.searchsorted(self.starts, rows, side="right") - 1
-        places = zip(group_of, rows - self.starts[group_of], strict=True)
-        images = [[version[place] for version in groups[group]] for group, place in places]
-        stacked = torch.from_numpy(np.stack([np.stack(versions) for versions in images]))
-        return Batch(stacked[:, 0].contiguous(), stacked[:, 1:].contiguous())
+        places = rows - self.starts[group_of]
+        shape = groups[int(group_of[0])][0].shape[1:]
+        clean = np.empty((len(rows), *shape), np.float32)
+        noisy = np.empty((len(rows), len(self.columns) - 1, *shape), np.float32)
+        for group in np.unique(group_of):
+            mine = group_of == group
+            clean[mine] = groups[group][0][places[mine]]
+            for k, version in enumerate(groups[group][1:]):
+                noisy[mine, k] = version[places[mine]]
+        return Batch(torch.from_numpy(clean), torch.from_numpy(noisy))
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Batches from step `start` on, without end."""
