@@ -132,6 +132,27 @@ def test_bench_radon_writes_its_json(
     assert "ratio" in capsys.readouterr().out
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_bench_simulate_measures_a_real_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import json
+
+    from snr_ray import bench
+
+    monkeypatch.setattr(bench, "GENERATED_ROWS", 100)
+    out = tmp_path / "b.json"
+    assert main(["bench", "simulate", "--set", "images.limit=400", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert [row["images"] for row in rows] == [100, 400]
+    for row in rows:
+        assert row["images_per_s"] == pytest.approx(row["images"] / row["seconds"])
+        assert 100 < row["peak_mb"] < 10_000
+    assert out.with_suffix(".png").stat().st_size > 5000
+    assert "share_of_cores" in capfd.readouterr().out
+
+
 def test_help_comes_without_loading_ray_or_torch() -> None:
     code = ("import sys, snr_ray.cli as c\ntry: c.main(['train', '--help'])\n"
             "except SystemExit: pass\nprint({'ray', 'torch'} & set(sys.modules))")  # fmt: skip

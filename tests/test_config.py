@@ -65,6 +65,12 @@ def test_later_sources_win_and_set_wins_over_all(tmp_path: Path) -> None:
         ("train.batch_size=35", r"multiple of 2 x workers = 2, .*nearest is 36"),
         ("model.noise_channels=[4,4]", r"one entry per level of model\.channels \(3\), but got 2"),
         ("sweep.triplet=[2,1]", r"low <= high"),
+        ("noise.n_views=[113]", r"n_views must be at most 4 x images\.size = 112, but got 113"),
+        ("noise.angle_range=200", r"above 0 and at most 180 degrees, but got 200"),
+        ("noise.photons=-1", r"noise\.photons must not be negative, but got -1"),
+        ("images.window=[5,5]", r"images\.window must be \[low, high\]"),
+        ("images.crop=64", r"images\.crop must be from 8 to images\.size = 28, but got 64"),
+        ("loss.sigma_own=0.5", r"loss\.sigma_own must be at least 1, but got 0\.5"),
         ("sweep.triplet=[2]", r"list of 2 numbers"),
     ],
 )
@@ -76,6 +82,11 @@ def test_mistake_gets_a_sentence(override: str, sentence: str) -> None:
 def test_physics_of_large_images_is_refused() -> None:
     with pytest.raises(InputError, match=r"at most 64 pixels, but images\.size is 96"):
         configs.load(["physics"], ["images.size=96"])
+
+
+def test_physics_of_crops_is_refused() -> None:
+    with pytest.raises(InputError, match=r"physics needs whole images, but images\.crop is set"):
+        configs.load(["physics"], ["images.crop=16"])
 
 
 def test_more_levels_than_the_image_halves_is_refused() -> None:
