@@ -159,8 +159,8 @@ class LossConfig:
     sigma_ratio: float = 2.5
     """Largest learned sigma allowed, as a multiple of the smallest."""
     sigma_own: float = 2.5
-    """Each image has a sigma of its own, its root mean square error, at most by this factor above
-    or below that of its pair; 1: the same for all images of a pair."""
+    """An image that is to be clean has a sigma of its own, its root mean square error, at most by
+    this factor above or below that of its pair; 1: the same for all images of a pair."""
     triplet: float = 1.0
     """Weight of the triplet loss on the noise code."""
     triplet_form: Literal["drawn", "symmetric"] = "symmetric"

@@ -61,9 +61,10 @@ class Likelihood(nn.Module):
 
     Cleaning an image of few views leaves errors many times those of reconstructing a clean one,
     and images of one kind differ as much; with one sigma for all, the hard images alone would
-    decide how exact the easy ones get. So an image's sigma is its own root mean square error,
-    where the likelihood is largest, within a factor of that learned for its pair of noise ids
-    (seen, wanted). The gradient is then that of the logarithm of the error, which PSNR is.
+    decide how exact the easy ones get. So there is a learned sigma for each pair of noise ids
+    (seen, wanted), and an image that is to be clean has its own: its root mean square error, where
+    the likelihood is largest, within a factor of that of its pair. The gradient is then that of the
+    logarithm of the error, which PSNR is.
 
     Source: Rybkin et al., Simple and effective VAE training with calibrated decoders (2021), who
     take one such sigma per batch.
@@ -90,7 +91,10 @@ class Likelihood(nn.Module):
         pair = self.sigma()[seen, wanted]  # [B], learns from errors that do not learn from it
         fit = error.detach() / (2 * pair.square()) + pair.log()
         near = pair.detach()
-        sigma = error.detach().sqrt().clamp(near / self.own, near * self.own)
+        own = error.detach().sqrt().clamp(near / self.own, near * self.own)
+        # Noisy targets keep the sigma of their pair: with their own, the strong streaks of few
+        # views, hardest of all, would weigh so little that they were never learned.
+        sigma = torch.where(wanted == 0, own, near)
         return error / (2 * sigma.square()) + sigma.log() + fit - fit.detach()
 
 

@@ -338,3 +338,13 @@ def test_unet_has_as_many_weights_as_the_hvae(preset: str) -> None:
         return sum(p.numel() for p in build_model(configs.load([*names])).parameters())
 
     assert count(preset, "unet") == pytest.approx(count(preset), rel=0.12)
+
+
+def test_noisy_targets_keep_the_sigma_of_their_pair(tiny: Config) -> None:
+    config = configs.replace(tiny, {"loss.sigma": 0.1, "loss.sigma_own": 5.0})
+    likelihood = Likelihood(config.loss, 1)
+    image = torch.full((2, 1, 8, 8), 0.05, requires_grad=True)
+    wanted = torch.tensor([0, 1])
+    likelihood(image, torch.zeros_like(image), torch.zeros_like(wanted), wanted).sum().backward()
+    assert image.grad is not None
+    np.testing.assert_allclose(image.grad.sum((1, 2, 3)), [1 / 0.05, 0.05 / 0.1**2], rtol=1e-4)
