@@ -1,6 +1,7 @@
 """What SRC may name: ids, splits, reading, and the sentences for what it may not."""
 
 import io
+import pickle
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from snr_ray.collection import SPLITS
+from snr_ray.collection import SPLITS, Source
 from snr_ray.config import ImagesConfig, InputError
 from snr_ray.sources import open_source
 
@@ -265,3 +266,29 @@ def test_null_row_is_one_bad_image(tmp_path: Path) -> None:
 def test_empty_text_is_refused() -> None:
     with pytest.raises(InputError, match="but is empty"):
         open_source(" ")
+
+
+def test_rows_that_are_read_together_stay_together(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(out, format="png")
+    table = pa.table({"bytes": [out.getvalue()] * 60, "label": [k // 10 for k in range(60)]})
+    for name in ("a", "b"):
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=10)
+    source = open_source(str(tmp_path))
+    rows = source.select("train")
+    gathered = source.gathered(rows)
+    assert sorted(gathered) == sorted(rows)
+    chunk = gathered // 10
+    assert np.count_nonzero(np.diff(chunk)) == len(set(chunk)) - 1  # each comes once
+    assert list(dict.fromkeys(chunk)) != sorted(set(chunk))  # and not in the order of the files
+    assert list(source.labels) == [str(k // 10) for k in range(60)] * 2
+
+
+def test_a_source_is_small_on_the_way_to_workers(tmp_path: Path) -> None:
+    names = [f"{k:07d}" for k in range(100_000)]
+    source = Source("many", names, len)
+    source.select("train")  # what it computes stays behind
+    assert len(pickle.dumps(source)) < 15 * len(names)
+    assert pickle.loads(pickle.dumps(source)).ids[99_999] == "0099999"
+    assert source.ids[2:4] == ["0000002", "0000003"]
+    assert source.ids != names[1:]
