@@ -23,7 +23,7 @@ from scipy import fft
 
 from snr_ray.config import FILTERS, InputError, NoiseConfig, check
 from snr_ray.hashing import fingerprint
-from snr_ray.rows import Block, Rows, compiled, to_columns, to_rows
+from snr_ray.rows import Block, Rows, compiled, scratch, to_columns, to_rows
 
 Array = npt.NDArray[np.float32]
 
@@ -31,7 +31,7 @@ MIN_SIZE = 4
 """Smaller images have no rays to speak of."""
 VIEWS_PER_PIXEL = 4
 """Views per pixel of the longer side, at most: more add nothing but memory."""
-BLOCK_BYTES = 128 * 2**20
+BLOCK_BYTES = 64 * 2**20
 """Memory for the pixels of the images that go through the products together, at most."""
 MIN_BLOCK, MAX_BLOCK = 16, 128
 """Images of a block: fewer leave the loop along the block too short, more gain nothing."""
@@ -120,6 +120,7 @@ class RadonNoise:
         self.n_bins = int(np.ceil(np.sqrt(2) * side))
         angles = np.deg2rad(spec.theta)
         self.order = _tiles(height, width)
+        self._places = np.argsort(self.order)
         self.projection = _projection(height, width, self.n_bins, angles, self.order)
         kernel = _filter(self.n_bins, spec.filter) * (np.pi / (2 * spec.n_views))
         self.filter = Rows.dense(kernel)
@@ -161,7 +162,7 @@ class RadonNoise:
                     rng = np.random.default_rng([seed, plane, self.spec.n_views])
                     sinogram[:, column] = self._measured(sinogram[:, column], rng)
                 offset = np.zeros_like(offset)
-            to_rows(self._back_project(sinogram), self.order, offset, out[rows])
+            to_rows(self._back_project(sinogram), offset, self._places, out[rows])
         return out.reshape(images.shape)
 
     @property
@@ -180,7 +181,7 @@ class RadonNoise:
         flat, n_rays = self._flatten(images), self.projection.n_rows
         out, order = np.empty((len(flat), n_rays), np.float32), np.arange(n_rays)
         for rows in self._blocks(len(flat)):
-            to_rows(self._project(flat[rows], OFFSET), order, self._flat_sinogram, out[rows])
+            to_rows(self._project(flat[rows], OFFSET), self._flat_sinogram, order, out[rows])
         sinogram = out.reshape(-1, self.spec.n_views, self.n_bins).swapaxes(1, 2)
         return sinogram.reshape(*images.shape[:-2], self.n_bins, self.spec.n_views)
 
@@ -191,7 +192,7 @@ class RadonNoise:
         identity, nothing = np.eye(n_pixels, dtype=np.float32), np.zeros(n_pixels, np.float32)
         for rows in self._blocks(n_pixels):
             columns = self._back_project(self._project(identity[rows], 0.0))
-            to_rows(columns, self.order, nothing, out[rows])
+            to_rows(columns, nothing, self._places, out[rows])
         return out.T
 
     def _flatten(self, images: npt.NDArray[np.floating]) -> Array:
@@ -216,19 +217,19 @@ class RadonNoise:
 
     def _project(self, flat: Array, offset: float) -> Block:
         """Sinograms [A*N, B] of images [B, H*W] less an offset."""
-        pixels = np.empty((flat.shape[1], len(flat)), np.float32)
-        to_columns(flat, self.order, np.float32(offset), pixels)
-        sinogram = np.empty((self.projection.n_rows, len(flat)), np.float32)
+        pixels = scratch("pixels", flat.shape[1], len(flat))
+        to_columns(flat, offset, self.order, pixels)
+        sinogram = scratch("sinogram", self.projection.n_rows, len(flat))
         self.projection.times(pixels, sinogram)
         return sinogram
 
     def _back_project(self, sinogram: Block) -> Block:
         """Images [H*W, B] of sinograms [A*N, B], filtered before."""
-        filtered = np.empty_like(sinogram)
+        filtered = scratch("filtered", *sinogram.shape)
         for start in range(0, len(sinogram), self.n_bins):
             view = slice(start, start + self.n_bins)
             self.filter.times(sinogram[view], filtered[view])
-        pixels = np.empty((self.back.n_rows, sinogram.shape[1]), np.float32)
+        pixels = scratch("pixels", self.back.n_rows, sinogram.shape[1])
         self.back.times(filtered, pixels)
         return pixels
 

@@ -4,6 +4,8 @@ Built for the noise operator, where one small matrix meets millions of images: t
 block are images, so each weight is read once per block and the inner loop runs along the block.
 """
 
+import math
+import threading
 from dataclasses import dataclass
 
 import numba
@@ -88,26 +90,42 @@ def _product(starts, columns, weights, x, out):  # type: ignore[no-untyped-def]
             k += 1
 
 
-LANES = 16
-"""Images whose rows are open at once where a block is turned: all of them would share few cache
-lines, since rows are often a power of two apart."""
+_local = threading.local()
 
 
-@compiled
-def to_columns(rows, order, offset, out):  # type: ignore[no-untyped-def]
-    """out [P, B]: entry order[p] of each of the rows [B, P] becomes row p, less `offset`."""
-    n, width = rows.shape
-    for first in range(0, n, LANES):
-        for p in range(width):
-            for b in range(first, min(first + LANES, n)):
-                out[p, b] = rows[b, order[p]] - offset
+def scratch(name: str, *shape: int) -> Block:
+    """An array of this thread, uninitialised; the next call with the same name gets it again.
+
+    Fresh memory of some megabytes comes from the system page by page, which takes as long as the
+    products themselves.
+    """
+    size = math.prod(shape)
+    kept = _local.__dict__.get(name)
+    if kept is None or kept.size < size:
+        kept = _local.__dict__[name] = np.empty(size, np.float32)
+    return kept[:size].reshape(shape)
 
 
-@compiled
-def to_rows(columns, order, offset, out):  # type: ignore[no-untyped-def]
-    """out [B, P]: row p of the columns [P, B] becomes entry order[p], plus `offset` [P] there."""
-    width, n = columns.shape
-    for first in range(0, n, LANES):
-        for p in range(width):
-            for b in range(first, min(first + LANES, n)):
-                out[b, order[p]] = columns[p, b] + offset[order[p]]
+def to_columns(images: Block, offset: float, order: npt.NDArray[np.int64], out: Block) -> None:
+    """Entry order[p] of each of the rows [B, P], less `offset`, becomes row p of `out` [P, B]."""
+    wide, turned = _wide(images.shape), scratch("turned", *out.shape)
+    np.subtract(images, np.float32(offset), out=wide)
+    np.copyto(turned, wide.T)
+    np.take(turned, order, axis=0, out=out, mode="clip")
+
+
+def to_rows(
+    columns: Block, offset: npt.NDArray[np.floating], order: npt.NDArray[np.int64], out: Block
+) -> None:
+    """Row order[p] of the columns [P, B] becomes entry p of each row of `out` [B, P], plus
+    offset[p]."""
+    wide, sorted_ = _wide(out.shape), scratch("turned", *columns.shape)
+    np.take(columns, order, axis=0, out=sorted_, mode="clip")
+    np.copyto(wide, sorted_.T)
+    np.add(wide, offset, out=out, casting="same_kind")
+
+
+def _wide(shape: tuple[int, ...]) -> Block:
+    """An array whose rows are a little apart: where they are a power of two apart, all of them fall
+    into the same few lines of the cache, and turning a block takes five times as long."""
+    return scratch("wide", shape[0], shape[1] + 16)[:, : shape[1]]
