@@ -7,6 +7,8 @@ always lies beside the settings that made it.
 from dataclasses import dataclass, field
 from typing import Literal
 
+VIEWS_PER_PIXEL = 4
+"""Views per pixel of the longer side of an image, at most: more add memory and nothing else."""
 FILTERS = ("ramp", "shepp-logan", "cosine", "hamming", "hann", "none")
 
 
@@ -299,9 +301,9 @@ class Config:
             f"model.channels has {len(self.model.channels)} levels, each halving the image, but "
             f"images have only {self.images.side} pixels; use fewer levels or larger images.",
         )
-        most = 4 * self.images.size
+        most = VIEWS_PER_PIXEL * self.images.size
         check(
             max(self.noise.n_views) <= most,
-            f"noise.n_views must be at most 4 x images.size = {most}, but got "
+            f"noise.n_views must be at most {VIEWS_PER_PIXEL} x images.size = {most}, but got "
             f"{max(self.noise.n_views)}; more views add memory and nothing else.",
         )

@@ -20,7 +20,7 @@ from snr_ray import configfile as configs
 from snr_ray.batches import Pairs
 from snr_ray.collection import Source
 from snr_ray.config import Config, InputError
-from snr_ray.datafolder import DataFolder, Failure, noisy_column, row_bytes, tensors
+from snr_ray.datafolder import DataFolder, Failure, image_columns, row_bytes, tensors
 from snr_ray.simulate import stream
 from snr_ray.sources import open_source
 
@@ -44,6 +44,12 @@ class Origin:
         """The source, listed once."""
         return open_source(str(self.images))
 
+    @functools.cached_property
+    def folder(self) -> DataFolder:
+        """The data folder, checked once; its path is absolute, for workers."""
+        assert self.data is not None
+        return DataFolder.open(self.data.absolute())
+
     @property
     def name(self) -> str:
         """What the user typed."""
@@ -58,7 +64,7 @@ def settle(config: Config, origin: Origin) -> Config:
     """
     if origin.data is None:
         return config
-    settled = DataFolder.open(origin.data).settle(config)
+    settled = origin.folder.settle(config)
     mine, stored = configs.to_dict(config), configs.to_dict(settled)
     for section in ("images", "noise"):
         for key, value in stored[section].items():
@@ -80,7 +86,7 @@ def count_rows(config: Config, origin: Origin, split: str) -> int:
     if origin.images is not None:
         count = len(origin.source.select(split, config.images.limit))
     else:
-        count = sum(pq.read_metadata(path).num_rows for path in _shards(origin, split))
+        count = sum(pq.read_metadata(path).num_rows for path in origin.folder.shards(split))
     if not count:
         raise InputError(
             f"The {split} split must hold images, but that of {origin.name} is empty; splits are "
@@ -97,15 +103,10 @@ def open_rows(
         rows = origin.source.select(split, config.images.limit)[:limit]
         return stream(origin.source, origin.source.gathered(rows), config)
     # One shard per task: the reader of Ray would pack small shards into a single one.
-    paths = [{"path": str(path.absolute())} for path in _shards(origin, split)]
+    paths = [{"path": str(path)} for path in origin.folder.shards(split)]
     items = ray.data.from_items(paths, override_num_blocks=len(paths))
     dataset = items.map_batches(_read_shard, batch_size=1, batch_format="pyarrow")
     return dataset if limit is None else dataset.limit(limit)
-
-
-def _shards(origin: Origin, split: str) -> list[Path]:
-    assert origin.data is not None
-    return sorted((origin.data / split).glob("*.parquet"))
 
 
 def fits_in_memory(config: Config, count: int) -> bool:
@@ -133,13 +134,11 @@ def gather(batches: Iterator[pa.Table], config: Config) -> tuple[Pairs, list[Fai
         if len(table):
             blocks.append(table)
     ids = [i for table in blocks for i in table["id"].to_pylist()]
+    clean, *noisy = ([tensors(t[name]) for t in blocks] for name in image_columns(config))
     pairs = Pairs(
         ids=ids,
-        clean=[tensors(table["clean"]) for table in blocks],
-        noisy=[
-            [tensors(table[noisy_column(n_views)]) for table in blocks]
-            for n_views in config.noise.n_views
-        ],
+        clean=clean,
+        noisy=noisy,
     )
     return pairs, failures
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import fft
 
-from snr_ray.config import FILTERS, InputError, NoiseConfig, check
+from snr_ray.config import FILTERS, VIEWS_PER_PIXEL, InputError, NoiseConfig, check
 from snr_ray.hashing import fingerprint
 from snr_ray.rows import Block, Rows, compiled, scratch, to_columns, to_rows
 
@@ -29,8 +29,6 @@ Array = npt.NDArray[np.float32]
 
 MIN_SIZE = 4
 """Smaller images have no rays to speak of."""
-VIEWS_PER_PIXEL = 4
-"""Views per pixel of the longer side, at most: more add nothing but memory."""
 BLOCK_BYTES = 64 * 2**20
 """Memory for the pixels of the images that go through the products together, at most."""
 MIN_BLOCK, MAX_BLOCK = 16, 128
@@ -115,7 +113,12 @@ class RadonNoise:
             min(height, width) >= MIN_SIZE,
             f"Images must be at least {MIN_SIZE} pixels high and wide, but got {height}x{width}.",
         )
-        check_views(spec.n_views, side)
+        most = VIEWS_PER_PIXEL * side
+        check(
+            spec.n_views <= most,
+            f"n_views must be at most {VIEWS_PER_PIXEL} x the image size = {most}, but got "
+            f"{spec.n_views}; more views add memory and nothing else.",
+        )
         self.spec, self.height, self.width = spec, height, width
         self.n_bins = int(np.ceil(np.sqrt(2) * side))
         angles = np.deg2rad(spec.theta)
@@ -247,15 +250,6 @@ class RadonNoise:
 def operator(spec: NoiseSpec, height: int, width: int) -> RadonNoise:
     """The operator of one spec and shape, built at the first call in each process."""
     return RadonNoise(spec, height, width)
-
-
-def check_views(n_views: int, side: int) -> None:
-    """Raise InputError where images of `side` pixels cannot use so many views."""
-    check(
-        n_views <= VIEWS_PER_PIXEL * side,
-        f"n_views must be at most {VIEWS_PER_PIXEL} x the image size = {VIEWS_PER_PIXEL * side}, "
-        f"but got {n_views}; more views add memory and nothing else.",
-    )
 
 
 def _tiles(height: int, width: int) -> npt.NDArray[np.int64]:

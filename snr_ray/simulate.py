@@ -80,11 +80,17 @@ def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False)
         overwrite=overwrite,
         inputs=source.folder,
     )
+    manifest = out / "manifest.json"
+    if manifest.is_file() and (out / "plan.json").is_file():
+        plan = _plan(config, source, out)
+        if all(whole(out / shard["path"]) for shard in plan):
+            counts = json.loads(manifest.read_text())
+            return Outcome(out, counts["images"], counts["failed"])
     with connected():
         plan = _plan(config, source, out)
         todo = [shard for shard in plan if not whole(out / shard["path"])]
         if todo:
-            (out / "manifest.json").unlink(missing_ok=True)
+            manifest.unlink(missing_ok=True)
             _write_shards(plan, todo, source, config, out)
     return _finish(config, source, out, plan)
 

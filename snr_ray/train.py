@@ -31,7 +31,7 @@ from snr_ray.batches import PairFeed, Share
 from snr_ray.checkpoint import load_checkpoint, save_checkpoint, save_model
 from snr_ray.cluster import connected, cpus, gpus
 from snr_ray.config import Config, InputError
-from snr_ray.datafolder import DataFolder, Failure, write_failures
+from snr_ray.datafolder import Failure, write_failures
 from snr_ray.dataset import (
     Origin,
     count_rows,
@@ -99,7 +99,7 @@ def train(
                 "config": config,
                 "out": out,
                 "origin": name,
-                "data": None if in_memory else origin.data,
+                "data": None if in_memory else origin.folder,
                 "failures": failures,
             }
             _fit_on_ray(job, datasets)
@@ -146,7 +146,7 @@ def _worker(job: dict[str, Any]) -> None:
     failures = job["failures"] + val_failures
     feed: PairFeed | ShardFeed
     if job["data"]:
-        feed, donors = ShardFeed(DataFolder.open(job["data"]), config, share), val
+        feed, donors = ShardFeed(job["data"], config, share), val
     else:
         donors, train_failures = gather(_tables("train"), config)
         failures += train_failures
