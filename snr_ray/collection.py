@@ -54,13 +54,6 @@ class Texts(Sequence[str]):
     def __hash__(self) -> int:
         return id(self)
 
-    def twice(self) -> str | None:
-        """A string that is there more than once, if there is one."""
-        if pc.count_distinct(self.array).as_py() == len(self):
-            return None
-        values, counts = pc.value_counts(self.array).flatten()
-        return values[int(np.argmax(counts))].as_py()
-
 
 @dataclass(frozen=True)
 class Source:
@@ -93,12 +86,14 @@ class Source:
                 f"A source must hold at least one image ({' '.join(SUFFIXES)}) or Parquet file, "
                 f"but {self.name} holds none."
             )
-        twice = self.ids.twice()
-        if twice is not None:
-            times = sum(name == twice for name in self.ids)
+        ordered = np.sort(self._hashes)
+        if (ordered[1:] == ordered[:-1]).any():
+            names, counts = pc.value_counts(self.ids.array).flatten()
+            most = int(np.argmax(counts))
             raise InputError(
-                f"Every image needs an id of its own, but {self.name} holds {times} images named "
-                f"{twice!r}, which would get the same output name; rename them or drop the copies."
+                f"Every image needs an id of its own, but {self.name} holds {counts[most]} images "
+                f"named {names[most].as_py()!r}, which would get the same output name; rename them "
+                "or drop the copies."
             )
 
     def read(self, index: int, config: ImagesConfig | None = None) -> Decoded:
@@ -123,13 +118,12 @@ class Source:
         The split of an image is a hash of its group (80 / 10 / 10 %), so it never changes when
         images are added, and `limit` keeps the same images whatever the split asked for.
         """
-        hashes, splits = self._drawn
-        order = np.argsort(hashes, kind="stable")[:limit]
-        return order[splits[order] == SPLITS.index(split)]
+        order = np.argsort(self._hashes, kind="stable")[:limit]
+        return order[self._splits[order] == SPLITS.index(split)]
 
     def split(self, index: int) -> str:
         """Split of one image."""
-        return SPLITS[self._drawn[1][index]]
+        return SPLITS[self._splits[index]]
 
     def gathered(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The same indices, those of one chunk together; chunks in an order by hash.
@@ -140,7 +134,7 @@ class Source:
             return rows
         chunk = np.searchsorted(self.chunks, rows, side="right") - 1
         keys = np.array([hash64(f"chunk/{k}") for k in range(len(self.chunks))], np.uint64)
-        return rows[np.lexsort((self._drawn[0][rows], chunk, keys[chunk]))]
+        return rows[np.lexsort((self._hashes[rows], chunk, keys[chunk]))]
 
     def file(self, index: int) -> tuple[str, bytes]:
         """File name and bytes of one image (NPY where there is no file). Raises InputError."""
@@ -152,18 +146,20 @@ class Source:
         return self.ids[index] + ".npy", out.getvalue()
 
     @functools.cached_property
-    def _drawn(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int8]]:
-        """Hash and split of every image."""
-        hashes, splits = np.empty(len(self.ids), np.uint64), np.empty(len(self.ids), np.int8)
-        for k, name in enumerate(self.ids):
-            hashes[k] = hash64(name)
-            share = hash64("split/" + self.group(name)) / 2**64
-            splits[k] = 0 if share < 0.8 else 1 if share < 0.9 else 2
-        return hashes, splits
+    def _hashes(self) -> npt.NDArray[np.uint64]:
+        return np.fromiter(map(hash64, self.ids), np.uint64, len(self.ids))
+
+    @functools.cached_property
+    def _splits(self) -> npt.NDArray[np.int64]:
+        """Place in SPLITS of the split of every image."""
+        hashes = (hash64("split/" + self.group(name)) for name in self.ids)
+        share = np.fromiter(hashes, np.uint64, len(self.ids)) / 2.0**64
+        return np.searchsorted([0.8, 0.9], share, side="right")
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what only the driver needs."""
-        return {name: value for name, value in self.__dict__.items() if name != "_drawn"}
+        drawn = ("_hashes", "_splits")
+        return {name: value for name, value in self.__dict__.items() if name not in drawn}
 
     def _raw(self, index: int) -> Raw:
         try:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -113,17 +114,12 @@ def _parquet(
         # Ids of a data folder are those of its source already.
         stem = "" if is_tensor and id_column else path[len(prefix) :].removesuffix(".parquet") + "/"
         for group in range(file.num_row_groups):
-            n_rows = file.metadata.row_group(group).num_rows
-            keys: list[Any] = [None] * n_rows
-            if id_column:
-                keys = file.read_row_group(group, [id_column]).column(0).to_pylist()
-                keys = [key["path"] if isinstance(key, dict) else key for key in keys]
-            names = [f"{stem}{key or f'{group}-{i:06d}'}" for i, key in enumerate(keys)]
+            names = _names(file, group, id_column)
             if "label" in file.schema_arrow.names:
                 column_of_classes = file.read_row_group(group, ["label"]).column(0)
                 classes.append(column_of_classes.cast(pa.string()).combine_chunks())
-            chunks.append(chunks[-1] + n_rows)
-            ids.append(pa.array(names, pa.string()))
+            chunks.append(chunks[-1] + len(names))
+            ids.append(pc.binary_join_element_wise(stem, names, ""))
             groups.append((path, group))
     starts = np.array(chunks[:-1], np.int64)
     every = sum(map(len, classes)) == chunks[-1]
@@ -136,6 +132,20 @@ def _parquet(
         folder=folder,
         chunks=starts,
     )
+
+
+def _names(file: pq.ParquetFile, group: int, id_column: str) -> pa.StringArray:
+    """What identifies each row of a row group: its id, or its place where it has none."""
+    keys = pa.nulls(file.metadata.row_group(group).num_rows, pa.string())
+    if id_column:
+        keys = file.read_row_group(group, [id_column]).column(0).combine_chunks()
+        if pa.types.is_struct(keys.type):
+            keys = keys.field("path")
+        keys = keys.cast(pa.string())
+    unnamed = pc.equal(pc.fill_null(keys, ""), "")
+    if not pc.any(unnamed).as_py():
+        return keys
+    return pc.if_else(unnamed, [f"{group}-{i:06d}" for i in range(len(keys))], keys)
 
 
 def _columns(schema: pa.Schema, path: str, wanted: str) -> tuple[str, str]:
