@@ -3,7 +3,6 @@
 import fnmatch
 import functools
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt

@@ -23,7 +23,7 @@ from scipy import fft
 
 from snr_ray.config import FILTERS, VIEWS_PER_PIXEL, InputError, NoiseConfig, check
 from snr_ray.hashing import fingerprint
-from snr_ray.rows import Block, Rows, compiled, scratch, to_columns, to_rows
+from snr_ray.rows import LANES, Block, Rows, compiled, scratch, to_columns, to_rows
 
 Array = npt.NDArray[np.float32]
 
@@ -31,8 +31,8 @@ MIN_SIZE = 4
 """Smaller images have no rays to speak of."""
 BLOCK_BYTES = 64 * 2**20
 """Memory for the pixels of the images that go through the products together, at most."""
-MIN_BLOCK, MAX_BLOCK = 16, 128
-"""Images of a block: fewer leave the loop along the block too short, more gain nothing."""
+MIN_BLOCK, MAX_BLOCK = LANES, 4 * LANES
+"""Images of a block: weights and the sums of so many stay in registers."""
 PART, TILE = 32, 8
 """Pixels are stored by squares of squares: a part of the projection reads the pixels of one larger
 square, which stay in cache for all views; pixels of one smaller square share rays."""
@@ -123,7 +123,6 @@ class RadonNoise:
         self.n_bins = int(np.ceil(np.sqrt(2) * side))
         angles = np.deg2rad(spec.theta)
         self.order = _tiles(height, width)
-        self._places = np.argsort(self.order)
         self.projection = _projection(height, width, self.n_bins, angles, self.order)
         kernel = _filter(self.n_bins, spec.filter) * (np.pi / (2 * spec.n_views))
         self.filter = Rows.dense(kernel)
@@ -159,13 +158,13 @@ class RadonNoise:
             offset = self._flat_image
             if self.spec.photons:
                 sinogram += self._flat_sinogram[:, None]
-                for column in range(sinogram.shape[1]):
+                for column in range(len(flat[rows])):
                     place, plane = divmod(rows.start + column, n_planes)
                     seed = place if seeds is None else seeds[place]
                     rng = np.random.default_rng([seed, plane, self.spec.n_views])
                     sinogram[:, column] = self._measured(sinogram[:, column], rng)
                 offset = np.zeros_like(offset)
-            to_rows(self._back_project(sinogram), offset, self._places, out[rows])
+            to_rows(self._back_project(sinogram), offset, self.order, out[rows])
         return out.reshape(images.shape)
 
     @property
@@ -195,7 +194,7 @@ class RadonNoise:
         identity, nothing = np.eye(n_pixels, dtype=np.float32), np.zeros(n_pixels, np.float32)
         for rows in self._blocks(n_pixels):
             columns = self._back_project(self._project(identity[rows], 0.0))
-            to_rows(columns, nothing, self._places, out[rows])
+            to_rows(columns, nothing, self.order, out[rows])
         return out.T
 
     def _flatten(self, images: npt.NDArray[np.floating]) -> Array:
@@ -219,19 +218,18 @@ class RadonNoise:
         return [slice(k, min(k + self.block, n)) for k in range(0, n, self.block)]
 
     def _project(self, flat: Array, offset: float) -> Block:
-        """Sinograms [A*N, B] of images [B, H*W] less an offset."""
-        pixels = scratch("pixels", flat.shape[1], len(flat))
-        to_columns(flat, offset, self.order, pixels)
-        sinogram = scratch("sinogram", self.projection.n_rows, len(flat))
+        """Sinograms [A*N, B] of images [n, H*W] less an offset; B fills n up to vectors."""
+        n_columns = -(-len(flat) // LANES) * LANES
+        pixels = scratch("pixels", flat.shape[1], n_columns)
+        to_columns(flat, np.float32(offset), self.order, pixels)
+        sinogram = scratch("sinogram", self.projection.n_rows, n_columns)
         self.projection.times(pixels, sinogram)
         return sinogram
 
     def _back_project(self, sinogram: Block) -> Block:
         """Images [H*W, B] of sinograms [A*N, B], filtered before."""
         filtered = scratch("filtered", *sinogram.shape)
-        for start in range(0, len(sinogram), self.n_bins):
-            view = slice(start, start + self.n_bins)
-            self.filter.times(sinogram[view], filtered[view])
+        self.filter.times(sinogram, filtered)
         pixels = scratch("pixels", self.back.n_rows, sinogram.shape[1])
         self.back.times(filtered, pixels)
         return pixels

@@ -1,7 +1,7 @@
 """Sparse matrices by rows, and their product with a block of columns: one compiled loop.
 
 Built for the noise operator, where one small matrix meets millions of images: the columns of a
-block are images, so each weight is read once per block and the inner loop runs along the block.
+block are images, so each weight is read once per block and meets whole vectors of images.
 """
 
 import math
@@ -11,9 +11,20 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from scipy import sparse
 
 Block = npt.NDArray[np.float32]
+
+LANES = 16
+"""Images of one vector; the widest registers there are hold 16 float32 numbers."""
+
+TURNED = 8
+"""Images turned together: one line of the cache of each stays there, though images are often a
+power of two apart, where 8 lines is all that it holds."""
 
 compiled = numba.njit(cache=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True)
 """Compile at the first call and keep the result on disk. Sums keep their order."""
@@ -48,8 +59,17 @@ class Rows:
         return self.starts.nbytes + self.columns.nbytes + self.weights.nbytes
 
     def times(self, block: Block, out: Block) -> None:
-        """out [n_rows, B] = matrix @ block [n_columns, B]; both contiguous, B any number."""
-        _product(self.starts, self.columns, self.weights, block, out)
+        """out [c n_rows, B] = matrix @ each of c equal parts of a block [c n_columns, B].
+
+        Both are contiguous, and B is a multiple of LANES.
+        """
+        # The compiled code reads and writes memory without looking.
+        assert block.flags.c_contiguous
+        assert out.flags.c_contiguous
+        assert block.shape[1] == out.shape[1]
+        assert block.shape[1] % LANES == 0
+        copies = len(block) // self.n_columns
+        _product(self.starts, self.columns, self.weights, copies, block, out)
 
     def scipy(self) -> sparse.csr_array:
         """The same matrix for SciPy."""
@@ -63,31 +83,72 @@ class Rows:
         return sparse.coo_array(entries, shape=(self.n_rows, self.n_columns)).tocsr()
 
 
+def _accumulate(n_vectors: int):  # type: ignore[no-untyped-def]
+    """A compiled call: out[row] += sum of weights[k] * x[columns[k]], k in [start, end), for
+    `n_vectors` vectors of images from `lane` on, whose sums stay in registers.
+
+    Numba itself has no vectors: its loop along the images loads and stores the sums again for
+    every few weights, which takes as long as the arithmetic.
+    """
+    vector, index = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
+
+    @intrinsic
+    def call(typing, x, columns, weights, start, end, out, row, lane):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            kinds = signature.args
+            x, columns, weights, out = (
+                context.make_array(kinds[k])(context, builder, args[k]) for k in (0, 1, 2, 5)
+            )
+            start, end, row, lane = (args[k] for k in (3, 4, 6, 7))
+            n_images = cgutils.unpack_tuple(builder, x.shape, 2)[1]
+
+            def vectors(array, row):  # type: ignore[no-untyped-def]
+                first = builder.add(builder.mul(row, n_images), lane)
+                place = builder.bitcast(builder.gep(array.data, [first]), vector.as_pointer())
+                return [builder.gep(place, [index(k)]) for k in range(n_vectors)]
+
+            targets = vectors(out, row)
+            sums = [cgutils.alloca_once(builder, vector) for _ in targets]
+            for total, target in zip(sums, targets, strict=True):
+                builder.store(builder.load(target, align=4), total)
+            with cgutils.for_range_slice(builder, start, end, index(1), index) as (k, _):
+                column = builder.sext(builder.load(builder.gep(columns.data, [k])), index)
+                weight = builder.load(builder.gep(weights.data, [k]))
+                same = builder.insert_element(vector(ir.Undefined), weight, ir.IntType(32)(0))
+                everywhere = ir.VectorType(ir.IntType(32), LANES)([0] * LANES)
+                same = builder.shuffle_vector(same, vector(ir.Undefined), everywhere)
+                for total, values in zip(sums, vectors(x, column), strict=True):
+                    term = builder.fmul(same, builder.load(values, align=4), flags=["contract"])
+                    more = builder.fadd(builder.load(total), term, flags=["contract"])
+                    builder.store(more, total)
+            for total, target in zip(sums, targets, strict=True):
+                builder.store(builder.load(total), target, align=4)
+            return context.get_dummy_value()
+
+        return types.void(x, columns, weights, start, end, out, row, lane), generate
+
+    return call
+
+
+_one, _four = _accumulate(1), _accumulate(4)
+
+
 @compiled
-def _product(starts, columns, weights, x, out):  # type: ignore[no-untyped-def]
-    # Eight weights share one pass over a row of `out`: loading and storing it for each would
-    # take as long as the sums.
-    n = x.shape[1]
+def _product(starts, columns, weights, copies, x, out):  # type: ignore[no-untyped-def]
+    n_rows, n_columns, n_images = len(out) // copies, len(x) // copies, x.shape[1]
     out[:] = 0
-    for row in range(len(starts) - 1):
-        sums = out[row % len(out)]
-        k, end = starts[row], starts[row + 1]
-        while k + 8 <= end:
-            w0, w1, w2, w3 = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
-            w4, w5, w6, w7 = weights[k + 4], weights[k + 5], weights[k + 6], weights[k + 7]
-            x0, x1, x2, x3 = x[columns[k]], x[columns[k + 1]], x[columns[k + 2]], x[columns[k + 3]]
-            x4, x5 = x[columns[k + 4]], x[columns[k + 5]]
-            x6, x7 = x[columns[k + 6]], x[columns[k + 7]]
-            for b in range(n):
-                sums[b] += ((w0 * x0[b] + w1 * x1[b]) + (w2 * x2[b] + w3 * x3[b])) + (
-                    (w4 * x4[b] + w5 * x5[b]) + (w6 * x6[b] + w7 * x7[b])
-                )
-            k += 8
-        while k < end:
-            w0, x0 = weights[k], x[columns[k]]
-            for b in range(n):
-                sums[b] += w0 * x0[b]
-            k += 1
+    for copy in range(copies):
+        block = x[copy * n_columns : (copy + 1) * n_columns]
+        for first in range(0, len(starts) - 1, n_rows):  # of each part
+            for k in range(n_rows):
+                start, end = starts[first + k], starts[first + k + 1]
+                row, lane = copy * n_rows + k, 0
+                while lane + 4 * LANES <= n_images:
+                    _four(block, columns, weights, start, end, out, row, lane)
+                    lane += 4 * LANES
+                while lane < n_images:
+                    _one(block, columns, weights, start, end, out, row, lane)
+                    lane += LANES
 
 
 _local = threading.local()
@@ -106,26 +167,24 @@ def scratch(name: str, *shape: int) -> Block:
     return kept[:size].reshape(shape)
 
 
-def to_columns(images: Block, offset: float, order: npt.NDArray[np.int64], out: Block) -> None:
-    """Entry order[p] of each of the rows [B, P], less `offset`, becomes row p of `out` [P, B]."""
-    wide, turned = _wide(images.shape), scratch("turned", *out.shape)
-    np.subtract(images, np.float32(offset), out=wide)
-    np.copyto(turned, wide.T)
-    np.take(turned, order, axis=0, out=out, mode="clip")
+@compiled
+def to_columns(images, offset, order, out):  # type: ignore[no-untyped-def]
+    """Entry order[p] of each of the rows [n, P], less `offset`, becomes row p of `out` [P, B];
+    columns from n on become 0."""
+    n = len(images)
+    out[:, n:] = 0
+    for first in range(0, n, TURNED):
+        for p in range(len(order)):
+            for k in range(first, min(first + TURNED, n)):
+                out[p, k] = images[k, order[p]] - offset
 
 
-def to_rows(
-    columns: Block, offset: npt.NDArray[np.floating], order: npt.NDArray[np.int64], out: Block
-) -> None:
-    """Row order[p] of the columns [P, B] becomes entry p of each row of `out` [B, P], plus
-    offset[p]."""
-    wide, sorted_ = _wide(out.shape), scratch("turned", *columns.shape)
-    np.take(columns, order, axis=0, out=sorted_, mode="clip")
-    np.copyto(wide, sorted_.T)
-    np.add(wide, offset, out=out, casting="same_kind")
-
-
-def _wide(shape: tuple[int, ...]) -> Block:
-    """An array whose rows are a little apart: where they are a power of two apart, all of them fall
-    into the same few lines of the cache, and turning a block takes five times as long."""
-    return scratch("wide", shape[0], shape[1] + 16)[:, : shape[1]]
+@compiled
+def to_rows(columns, offset, order, out):  # type: ignore[no-untyped-def]
+    """Row p of the columns [P, B] becomes entry order[p] of each row of `out` [n, P], plus the
+    offset of that entry; columns from n on are left out."""
+    n = len(out)
+    for first in range(0, n, TURNED):
+        for p in range(len(order)):
+            for k in range(first, min(first + TURNED, n)):
+                out[k, order[p]] = columns[p, k] + offset[order[p]]

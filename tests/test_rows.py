@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from snr_ray.rows import Rows, to_columns, to_rows
+from snr_ray.rows import LANES, Rows, to_columns, to_rows
 
 
 def cut(matrix: np.ndarray, n_parts: int) -> Rows:
@@ -26,17 +26,17 @@ def cut(matrix: np.ndarray, n_parts: int) -> Rows:
     shape=st.tuples(st.integers(1, 40), st.integers(1, 60)),
     density=st.sampled_from([0.0, 0.1, 0.7, 1.0]),
     n_parts=st.integers(1, 4),
-    block=st.sampled_from([1, 3, 16, 33]),
+    n_vectors=st.integers(1, 6),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_product_equals_scipy(
-    shape: tuple[int, int], density: float, n_parts: int, block: int, seed: int
+    shape: tuple[int, int], density: float, n_parts: int, n_vectors: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     matrix = rng.standard_normal(shape) * (rng.random(shape) < density)
     rows = cut(matrix, n_parts)
-    x = rng.standard_normal((shape[1], block)).astype(np.float32)
-    out = np.full((shape[0], block), np.nan, np.float32)
+    x = rng.standard_normal((shape[1], n_vectors * LANES)).astype(np.float32)
+    out = np.full((shape[0], n_vectors * LANES), np.nan, np.float32)
     rows.times(x, out)
     np.testing.assert_allclose(out, matrix @ x, atol=1e-4)
     np.testing.assert_allclose(rows.scipy().toarray(), matrix.astype(np.float32))
@@ -44,12 +44,18 @@ def test_product_equals_scipy(
 
 
 @settings(max_examples=30, deadline=None)
-@given(n=st.integers(1, 40), width=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
-def test_turning_a_block_and_back_changes_nothing(n: int, width: int, seed: int) -> None:
+@given(
+    n=st.integers(1, 40),
+    more=st.integers(0, 20),
+    width=st.integers(1, 50),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_turning_a_block_and_back_changes_nothing(n: int, more: int, width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     images, order = rng.random((n, width), dtype=np.float32), rng.permutation(width)
-    columns, back = np.empty((width, n), np.float32), np.empty((n, width), np.float32)
-    to_columns(images, 0.5, order, columns)
-    np.testing.assert_array_equal(columns, images.T[order] - np.float32(0.5))
-    to_rows(columns, np.full(width, 0.5), np.argsort(order), back)
+    columns, back = np.empty((width, n + more), np.float32), np.empty((n, width), np.float32)
+    to_columns(images, np.float32(0.5), order, columns)
+    np.testing.assert_array_equal(columns[:, :n], images.T[order] - np.float32(0.5))
+    assert not columns[:, n:].any()
+    to_rows(columns, np.full(width, 0.5), order, back)
     np.testing.assert_allclose(back, images, atol=1e-6)
