@@ -123,6 +123,7 @@ class RadonNoise:
         self.n_bins = int(np.ceil(np.sqrt(2) * side))
         angles = np.deg2rad(spec.theta)
         self.order = _tiles(height, width)
+        self._places = np.argsort(self.order)
         self.projection = _projection(height, width, self.n_bins, angles, self.order)
         kernel = _filter(self.n_bins, spec.filter) * (np.pi / (2 * spec.n_views))
         self.filter = Rows.dense(kernel)
@@ -164,7 +165,7 @@ class RadonNoise:
                     rng = np.random.default_rng([seed, plane, self.spec.n_views])
                     sinogram[:, column] = self._measured(sinogram[:, column], rng)
                 offset = np.zeros_like(offset)
-            to_rows(self._back_project(sinogram), offset, self.order, out[rows])
+            to_rows(self._back_project(sinogram), offset, self._places, out[rows])
         return out.reshape(images.shape)
 
     @property
@@ -194,7 +195,7 @@ class RadonNoise:
         identity, nothing = np.eye(n_pixels, dtype=np.float32), np.zeros(n_pixels, np.float32)
         for rows in self._blocks(n_pixels):
             columns = self._back_project(self._project(identity[rows], 0.0))
-            to_rows(columns, nothing, self.order, out[rows])
+            to_rows(columns, nothing, self._places, out[rows])
         return out.T
 
     def _flatten(self, images: npt.NDArray[np.floating]) -> Array:
@@ -221,7 +222,7 @@ class RadonNoise:
         """Sinograms [A*N, B] of images [n, H*W] less an offset; B fills n up to vectors."""
         n_columns = -(-len(flat) // LANES) * LANES
         pixels = scratch("pixels", flat.shape[1], n_columns)
-        to_columns(flat, np.float32(offset), self.order, pixels)
+        to_columns(flat, offset, self.order, pixels)
         sinogram = scratch("sinogram", self.projection.n_rows, n_columns)
         self.projection.times(pixels, sinogram)
         return sinogram

@@ -22,10 +22,6 @@ Block = npt.NDArray[np.float32]
 LANES = 16
 """Images of one vector; the widest registers there are hold 16 float32 numbers."""
 
-TURNED = 8
-"""Images turned together: one line of the cache of each stays there, though images are often a
-power of two apart, where 8 lines is all that it holds."""
-
 compiled = numba.njit(cache=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True)
 """Compile at the first call and keep the result on disk. Sums keep their order."""
 
@@ -167,24 +163,28 @@ def scratch(name: str, *shape: int) -> Block:
     return kept[:size].reshape(shape)
 
 
-@compiled
-def to_columns(images, offset, order, out):  # type: ignore[no-untyped-def]
+def to_columns(images: Block, offset: float, order: npt.NDArray[np.int64], out: Block) -> None:
     """Entry order[p] of each of the rows [n, P], less `offset`, becomes row p of `out` [P, B];
     columns from n on become 0."""
-    n = len(images)
-    out[:, n:] = 0
-    for first in range(0, n, TURNED):
-        for p in range(len(order)):
-            for k in range(first, min(first + TURNED, n)):
-                out[p, k] = images[k, order[p]] - offset
+    wide, turned = _wide(out.T.shape), scratch("turned", *out.shape)
+    np.subtract(images, np.float32(offset), out=wide[: len(images)])
+    wide[len(images) :] = 0
+    np.copyto(turned, wide.T)
+    np.take(turned, order, axis=0, out=out, mode="clip")
 
 
-@compiled
-def to_rows(columns, offset, order, out):  # type: ignore[no-untyped-def]
-    """Row p of the columns [P, B] becomes entry order[p] of each row of `out` [n, P], plus the
-    offset of that entry; columns from n on are left out."""
-    n = len(out)
-    for first in range(0, n, TURNED):
-        for p in range(len(order)):
-            for k in range(first, min(first + TURNED, n)):
-                out[k, order[p]] = columns[p, k] + offset[order[p]]
+def to_rows(
+    columns: Block, offset: npt.NDArray[np.floating], order: npt.NDArray[np.int64], out: Block
+) -> None:
+    """Row order[p] of the columns [P, B] becomes entry p of each row of `out` [n, P], plus
+    offset[p]; columns from n on are left out."""
+    wide, sorted_ = _wide(columns.T.shape), scratch("turned", *columns.shape)
+    np.take(columns, order, axis=0, out=sorted_, mode="clip")
+    np.copyto(wide, sorted_.T)
+    np.add(wide[: len(out)], offset, out=out, casting="same_kind")
+
+
+def _wide(shape: tuple[int, ...]) -> Block:
+    """An array whose rows are a little apart: where they are a power of two apart, all of them fall
+    into the same few lines of the cache, and turning a block takes five times as long."""
+    return scratch("wide", shape[0], shape[1] + 16)[:, : shape[1]]
