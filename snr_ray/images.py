@@ -10,12 +10,12 @@ import io
 import re
 import warnings
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from posixpath import splitext
 
 import numpy as np
 import numpy.typing as npt
 import tifffile
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from snr_ray.config import ImagesConfig, InputError
 
@@ -56,7 +56,7 @@ def decode(
     if not data:
         raise InputError(f"An image file must hold pixels, but {name} is empty (0 bytes).")
     try:
-        stored = _read(data, PurePosixPath(name).suffix.lower(), name)
+        stored = _read(data, splitext(name)[1].lower(), name)
     except InputError:
         raise
     except Exception as error:  # decoders raise anything on damaged bytes
@@ -108,10 +108,10 @@ def scale(
         )
     else:
         top = white
-    pixels = np.moveaxis(stored, 2, 0).astype(np.float32) / np.float32(top)
-    if not np.isfinite(pixels).all():
+    pixels = np.ascontiguousarray(stored.transpose(2, 0, 1), np.float32) / np.float32(top)
+    if depth.kind == "f" and not np.isfinite(pixels).all():
         raise InputError(f"Pixels must be finite, but {name} holds NaN or infinity.")
-    return Decoded(np.ascontiguousarray(pixels), depth, span or (0.0, top))
+    return Decoded(pixels, depth, span or (0.0, top))
 
 
 def encode(pixels: Array, name: str, *, depth: np.dtype, span: Span | None = None) -> bytes:
@@ -120,7 +120,7 @@ def encode(pixels: Array, name: str, *, depth: np.dtype, span: Span | None = Non
     `span` says which stored values mean 0 and 1; by default those are 0 and 1, or 255 of integers.
     JPEG, BMP and WebP hold 8 bits; JPEG is written at quality 95 without chroma subsampling.
     """
-    suffix = PurePosixPath(name).suffix.lower()
+    suffix = splitext(name)[1].lower()
     image = np.moveaxis(np.clip(pixels, 0, 1), 0, 2)
     low, high = span or (0.0, 1.0 if depth.kind == "f" else 255.0)
     stored = image * np.float32(high - low) + np.float32(low)
@@ -199,7 +199,8 @@ def _read(data: bytes, suffix: str, name: str) -> npt.NDArray[np.generic]:
         frames = getattr(file, "n_frames", 1)
         if frames > 1:
             raise InputError(f"A file must hold one image, but {name} holds {frames}; split it.")
-        image: Image.Image = ImageOps.exif_transpose(file)
+        turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        image: Image.Image = ImageOps.exif_transpose(file) if turned else file
         if image.mode == "P" or (image.mode in ("L", "RGB") and "transparency" in image.info):
             image = image.convert("RGBA" if "transparency" in image.info else "RGB")
         if image.mode in ("LA", "RGBA", "PA", "La", "RGBa"):
