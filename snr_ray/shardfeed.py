@@ -7,6 +7,7 @@ is a pure function: resuming needs no state, and any number of workers sees the 
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,57 +23,68 @@ WINDOW_BYTES = 128 * 2**20
 the one before where a batch spans both, and the next, which is read meanwhile."""
 
 
+@dataclass
+class Window:
+    """Row groups, mixed; its arrays are whole once `reading` is done."""
+
+    clean: Array
+    """[n, C, H, W]"""
+    noisy: Array
+    """[n, n_ids, C, H, W]"""
+    reading: list[Future[None]]
+
+
 class ShardFeed:
-    """Batches of the train split; counterpart of `PairFeed` for sets in files."""
+    """Batches of the train split; counterpart of `PairFeed` for sets in files.
+
+    Row groups are read by train.cpus_per_worker threads, ahead of the batches.
+    """
 
     def __init__(self, folder: DataFolder, config: Config, share: Share) -> None:
         self.columns, self.seed, self.share = image_columns(config), config.seed, share
         self.batch_size = config.train.batch_size
+        self.shape = (config.images.channels, config.images.side, config.images.side)
         self.groups = [
-            (shard, group, metadata.row_group(group).num_rows)
+            (shard, group)
             for shard in folder.shards("train")
-            for metadata in [pq.read_metadata(shard)]
-            for group in range(metadata.num_row_groups)
+            for group in range(pq.read_metadata(shard).num_row_groups)
         ]
-        sizes = np.array([n_rows for *_, n_rows in self.groups])
-        self.starts = np.cumsum(sizes) - sizes  # row number at which each group begins
-        self.n_rows = int(sizes.sum())
+        self.sizes = np.array(
+            [pq.read_metadata(shard).row_group(group).num_rows for shard, group in self.groups]
+        )
+        self.n_rows = int(self.sizes.sum())
         self.steps_per_epoch = self.n_rows // self.batch_size
-        mean_bytes = row_bytes(config.images, len(config.noise.n_views)) * sizes.mean()
+        mean_bytes = row_bytes(config.images, len(config.noise.n_views)) * self.sizes.mean()
         self.groups_per_window = max(1, round(WINDOW_BYTES / mean_bytes))
         self._epoch = -1
-        self._order = np.empty(0, np.int64)
-        self._windows: list[npt.NDArray[np.int64]] = []  # groups of each window of the epoch
-        self._ends = np.empty(0, np.int64)  # position in the order at which each window ends
-        self._loading: dict[tuple[int, int], Future[dict[int, list[Array]]]] = {}
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._drawn: list[npt.NDArray[np.int64]] = []  # groups of each window of the epoch
+        self._ends = np.empty(0, np.int64)  # position in the epoch at which each window ends
+        self._windows: dict[tuple[int, int], Window] = {}
+        self._readers = ThreadPoolExecutor(config.train.cpus_per_worker, "shards")
 
     def batch(self, step: int) -> Batch:
         """This worker's part of the global batch of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._shuffle(epoch)
-        first = position * self.batch_size
-        rows = self._order[first : first + self.batch_size][self.share.slice(self.batch_size)]
-        begin, end = np.searchsorted(self._ends, [first, first + self.batch_size - 1], "right")
-        groups: dict[int, list[Array]] = {}
-        for window in range(begin, end + 1):
-            groups |= self._window(epoch, window).result()
-        if end + 1 < len(self._windows):
-            self._window(epoch, end + 1)  # read while the step runs
-        for old in [key for key in self._loading if key < (epoch, begin)]:
-            del self._loading[old]
-        group_of = np.searchsorted(self.starts, rows, side="right") - 1
-        places = rows - self.starts[group_of]
-        shape = groups[int(group_of[0])][0].shape[1:]
-        clean = np.empty((len(rows), *shape), np.float32)
-        noisy = np.empty((len(rows), len(self.columns) - 1, *shape), np.float32)
-        for group in np.unique(group_of):
-            mine = group_of == group
-            clean[mine] = groups[group][0][places[mine]]
-            for k, version in enumerate(groups[group][1:]):
-                noisy[mine, k] = version[places[mine]]
-        return Batch(torch.from_numpy(clean), torch.from_numpy(noisy))
+        share = self.share.slice(self.batch_size)
+        first, end = (position * self.batch_size + place for place in (share.start, share.stop))
+        from_, to = np.searchsorted(self._ends, [first, end - 1], "right")
+        clean, noisy = [], []
+        for number in range(from_, to + 1):
+            window = self._window(epoch, number)
+            for reading in window.reading:
+                reading.result()
+            rows = slice(*(np.array([first, end]) - self._begin(number)).clip(0))
+            clean.append(torch.from_numpy(window.clean[rows]))
+            noisy.append(torch.from_numpy(window.noisy[rows]))
+        if to + 1 < len(self._drawn):
+            self._window(epoch, to + 1)  # read while the step runs
+        for old in [key for key in self._windows if key < (epoch, from_)]:
+            del self._windows[old]
+        if from_ < to:
+            clean, noisy = [torch.cat(clean)], [torch.cat(noisy)]
+        return Batch(clean[0], noisy[0])
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Batches from step `start` on, without end."""
@@ -82,33 +94,38 @@ class ShardFeed:
             step += 1
 
     def _shuffle(self, epoch: int) -> None:
-        rng = np.random.default_rng([self.seed, epoch])
-        drawn = rng.permutation(len(self.groups))
-        self._windows = [
-            drawn[i : i + self.groups_per_window]
-            for i in range(0, len(drawn), self.groups_per_window)
-        ]
-        mixed = [
-            rng.permutation(
-                np.concatenate([self.starts[g] + np.arange(self.groups[g][2]) for g in window])
-            )
-            for window in self._windows
-        ]
-        self._order, self._ends = np.concatenate(mixed), np.cumsum([len(rows) for rows in mixed])
+        drawn = np.random.default_rng([self.seed, epoch]).permutation(len(self.groups))
+        edges = range(self.groups_per_window, len(drawn), self.groups_per_window)
+        self._drawn = np.split(drawn, edges)
+        self._ends = np.cumsum([self.sizes[groups].sum() for groups in self._drawn])
         self._epoch = epoch
 
-    def _window(self, epoch: int, window: int) -> "Future[dict[int, list[Array]]]":
-        key = (epoch, window)
-        if key not in self._loading:
-            self._loading[key] = self._reader.submit(self._read, self._windows[window])
-        return self._loading[key]
+    def _begin(self, window: int) -> int:
+        """Position in the epoch at which a window begins."""
+        return int(self._ends[window - 1]) if window else 0
 
-    def _read(self, groups: npt.NDArray[np.int64]) -> dict[int, list[Array]]:
-        """Clean images and every noisy version of row groups: [n, C, H, W] each."""
-        found = {}
-        for number in groups:
-            shard, group, _ = self.groups[number]
-            with pq.ParquetFile(shard) as file:
-                table = file.read_row_group(group, self.columns, use_threads=False)
-            found[int(number)] = [tensors(table[name]) for name in self.columns]
-        return found
+    def _window(self, epoch: int, number: int) -> Window:
+        """A window, read or being read."""
+        key = (epoch, number)
+        if key not in self._windows:
+            groups = self._drawn[number]
+            n_rows = int(self._ends[number]) - self._begin(number)
+            clean = np.empty((n_rows, *self.shape), np.float32)
+            noisy = np.empty((n_rows, len(self.columns) - 1, *self.shape), np.float32)
+            mixed = np.random.default_rng([self.seed, epoch, number]).permutation(n_rows)
+            places = np.split(mixed, np.cumsum(self.sizes[groups])[:-1])
+            self._windows[key] = Window(clean, noisy, [])
+            self._windows[key].reading = [
+                self._readers.submit(self._read, group, clean, noisy, place)
+                for group, place in zip(groups, places, strict=True)
+            ]
+        return self._windows[key]
+
+    def _read(self, number: int, clean: Array, noisy: Array, places: npt.NDArray[np.int64]) -> None:
+        """Put the rows of a row group at their places in a window."""
+        shard, group = self.groups[number]
+        with pq.ParquetFile(shard) as file:
+            for k, name in enumerate(self.columns):
+                column = file.read_row_group(group, [name], use_threads=False)[name]
+                target = clean if k == 0 else noisy[:, k - 1]
+                target[places] = tensors(column)

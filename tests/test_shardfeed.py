@@ -62,7 +62,7 @@ def test_an_epoch_has_every_row_once_with_its_noisy_versions(
             np.testing.assert_array_equal(noisy, rows[clean.tobytes()])
             seen.add(clean.tobytes())
     assert len(seen) == feed.steps_per_epoch * 16 > feed.n_rows - 16
-    assert len(feed._loading) <= 3  # old windows are let go
+    assert len(feed._windows) <= 3  # old windows are let go
 
 
 def test_epochs_differ_and_mix_row_groups(config: Config, folder: DataFolder) -> None:
