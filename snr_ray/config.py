@@ -147,7 +147,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
-    beta: float = 0.02
+    beta: float = 0.002
     """Weight of the KL divergence against the reconstruction term."""
     free_bits: float = 0.0
     """Nats per image and code (content and noise of each level) that the KL gives for free."""
@@ -158,7 +158,7 @@ class LossConfig:
     sigma_learned: bool = True
     """Learn one sigma per pair of noise ids (seen, wanted), so that the images of few views do not
     decide how exact the others get."""
-    sigma_ratio: float = 2.5
+    sigma_ratio: float = 4.0
     """Largest learned sigma allowed, as a multiple of the smallest."""
     sigma_own: float = 2.5
     """An image that is to be clean has a sigma of its own, its root mean square error, at most by
@@ -170,7 +170,7 @@ class LossConfig:
     pulls together and pushes the others away."""
     margin: float = 1.0
     """Distance beyond which the triplet loss stops pushing."""
-    content_kl: float = 0.02
+    content_kl: float = 0.002
     """Weight of the symmetric KL between the content codes of an image and its noisy version."""
     swap_probability: float = 0.95
     """Share of images trained on the swap itself, noise code and target exchanged: clean for noisy
@@ -202,7 +202,8 @@ class TrainConfig:
     optimizer: Literal["muon", "adam"] = "muon"
     """`muon`: orthogonal steps of the kernels, Adam for the rest. `adam`: Adam for all."""
     lr: float = 6e-3
-    """Peak learning rate; linear warm-up, then cosine to 2 %."""
+    """Peak learning rate of a run of 1000 steps or fewer; that of a longer one falls with the square
+    root of its length. Linear warm-up, then cosine to 2 %."""
     warmup_steps: int = 100
     """Steps of the learning-rate warm-up."""
     grad_clip: float = 5.0
@@ -252,7 +253,7 @@ class SweepConfig:
     """Search range of model.content_channels, drawn for each level."""
     triplet: tuple[float, float] = (0.1, 10.0)
     """Search range of loss.triplet, on a logarithmic scale."""
-    content_kl: tuple[float, float] = (0.01, 1.0)
+    content_kl: tuple[float, float] = (0.0005, 0.5)
     """Search range of loss.content_kl, on a logarithmic scale; unused where the base sets it 0."""
 
     def __post_init__(self) -> None:

@@ -28,6 +28,10 @@ from snr_ray.unet import UNet, regress
 
 LOG_EVERY_STEPS = 25
 SCORE_BATCH = 256
+LR_STEPS = 1000
+"""Steps of the run that train.lr was chosen for. A rate that is best for it is too high for one of
+several times the length, as with any optimizer whose steps do not shrink by themselves: the best is
+about that of the square root."""
 
 Metrics = dict[str, float]
 
@@ -159,12 +163,13 @@ class Learner:
         self.step, self.skipped = state["step"], state["skipped"]
 
     def _schedule(self) -> float:
-        """Share of the peak rate: linear warm-up, then cosine to 2 %."""
+        """Share of train.lr: linear warm-up to the peak of this run, then cosine to 2 % of it."""
         config = self.config.train
+        peak = math.sqrt(min(1.0, LR_STEPS / config.steps))
         if self.step < config.warmup_steps:
-            return (self.step + 1) / config.warmup_steps
+            return peak * (self.step + 1) / config.warmup_steps
         done = (self.step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-        return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 def fit(
