@@ -35,8 +35,9 @@ UNSEEN_VIEWS = (30, 15)
 EXTRA_SIGMA = 0.01
 """Standard deviation of Gaussian noise added to the noisy image, for the rows about it."""
 TASKS = ("remove", "make", "remove_grainy", "remove_unseen")
-"""What is scored against what: cleaned images against clean ones, whose noise is as in training,
-with Gaussian noise on top, or of an unseen view count; made noisy images against noisy ones."""
+"""What is scored. `remove`: cleaned images against clean ones, whose noise is as in training, with
+Gaussian noise on top, or of an unseen view count. `make`: images decoded from codes against those
+that they are meant to give."""
 METHODS = ("noisy", "tv", "sart", "lmmse", "unet", "swap", "swap_random", "swap_flips",
            "swap_detected", "hdn", "recon_clean", "recon", "authority", "inject",
            "no_inject")  # fmt: skip
@@ -82,9 +83,7 @@ class Scorer:
     def run(self) -> dict[Row, Any]:
         """By row of the table: PSNR, SSIM, seconds per image, and which rows they are of."""
         model, noise = self.trained.model, self.trained.config.noise
-        self.score(
-            Row("remove", "recon_clean", 0), lambda: swap(model, self.clean, None), self.clean
-        )
+        self.score(Row("make", "recon_clean", 0), lambda: swap(model, self.clean, None), self.clean)
         for noise_id, spec in enumerate(radon.specs(noise), start=1):
             self.noise_level(noise_id, spec)
         for views in UNSEEN_VIEWS:
