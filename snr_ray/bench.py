@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -163,7 +164,7 @@ def _copy_rate() -> float:
 
 def _simulate(config: Config) -> Rows:
     """The whole simulate job on a generated set of images.limit images and on a twentieth of it:
-    rate beside one core that does the same work in one process, and memory over time.
+    rate beside processes that do the same work without it, and memory over time.
 
     Memory is that of all processes, where what they share counts once.
     """
@@ -181,7 +182,7 @@ def _simulate(config: Config) -> Rows:
             for file in files:
                 (part / file.name).symlink_to(file)
             command += ["--config", f"{folder}/c.yaml", "--images", str(part), "--out", str(out)]
-            before = _bare_rate(config, part)
+            before = _bare_rates(config, part)
             since, curve = time.perf_counter(), []
             job = subprocess.Popen([*command, "--overwrite"])
             while job.poll() is None:
@@ -190,15 +191,17 @@ def _simulate(config: Config) -> Rows:
             elapsed = time.perf_counter() - since
             if job.returncode:
                 raise InputError(f"snr simulate ended with {job.returncode}; see above.")
-            bare = (before + _bare_rate(config, part)) / 2
-            total = len(files) * GENERATED_ROWS
+            alone, together = np.mean([before, _bare_rates(config, part)], axis=0)
+            total, cores = len(files) * GENERATED_ROWS, os.cpu_count() or 1
             rows.append(
                 {
                     "images": total,
                     "seconds": elapsed,
                     "images_per_s": total / elapsed,
-                    "one_core_images_per_s": bare,
-                    "share_of_cores": total / elapsed / bare / (os.cpu_count() or 1),
+                    "one_core_images_per_s": alone,
+                    "all_cores_images_per_s": together,
+                    "share_of_one_core_x_cores": total / elapsed / alone / cores,
+                    "share_of_all_cores": total / elapsed / together,
                     "peak_mb": max(mb for _, mb in curve),
                     CURVE: curve,
                 }
@@ -226,16 +229,38 @@ def _generate(n_images: int, config: Config, folder: Path) -> None:
         pq.write_table(table, folder / f"{first:07d}.parquet", row_group_size=1000)
 
 
-def _bare_rate(config: Config, images: Path) -> float:
-    """Images per second of one core and one process: decode, noise, encode; nothing else."""
+def _bare_rates(config: Config, images: Path) -> tuple[float, float]:
+    """Images per second of decode, noise and encode and nothing else: of one process, and of as
+    many at once as there are cores, which get in each other's way in memory."""
+    context = multiprocessing.get_context("spawn")
+    sums = []
+    for n_processes in (1, os.cpu_count() or 1):
+        rates, start = context.SimpleQueue(), context.Barrier(n_processes, timeout=600)
+        processes = [
+            context.Process(target=_bare_loop, args=(config, images, start, rates))
+            for _ in range(n_processes)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+            if process.exitcode:
+                raise InputError("The loop beside the job ended with an error; see above.")
+        sums.append(sum(rates.get() for _ in processes))
+    return sums[0], sums[1]
+
+
+def _bare_loop(config: Config, images: Path, start: Any, rates: Any) -> None:
+    """A process of its own: the work of the job's tasks, without the job."""
     source = open_source(str(images))
-    rows = source.gathered(source.select("train"))[: 4 * BULK_IMAGES]
+    rows = source.gathered(source.select("train"))[: 8 * BULK_IMAGES]
     simulate_rows(source, rows[:10], config)
+    start.wait()
     since = time.perf_counter()
-    for start in range(0, len(rows), BULK_IMAGES):
-        table, _ = simulate_rows(source, rows[start : start + BULK_IMAGES], config)
+    for first in range(0, len(rows), BULK_IMAGES // 2):
+        table, _ = simulate_rows(source, rows[first : first + BULK_IMAGES // 2], config)
         parquet_bytes(table)
-    return len(rows) / (time.perf_counter() - since)
+    rates.put(len(rows) / (time.perf_counter() - since))
 
 
 def _memory(pid: int) -> float:

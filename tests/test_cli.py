@@ -149,8 +149,9 @@ def test_bench_simulate_measures_a_real_job(
     for row in rows:
         assert row["images_per_s"] == pytest.approx(row["images"] / row["seconds"])
         assert 100 < row["peak_mb"] < 10_000
+        assert row["one_core_images_per_s"] > 0 < row["all_cores_images_per_s"]
     assert out.with_suffix(".png").stat().st_size > 5000
-    assert "share_of_cores" in capfd.readouterr().out
+    assert "share_of_all_cores" in capfd.readouterr().out
 
 
 def test_help_comes_without_loading_ray_or_torch() -> None:
