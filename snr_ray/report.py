@@ -1,6 +1,7 @@
 """Results to look at: the picture grid and tables of an evaluation, the page of a denoising job."""
 
 import base64
+import heapq
 import html
 import io
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 from snr_ray.collection import Source
 from snr_ray.config import ImagesConfig, InputError
+from snr_ray.hashing import hash64
 from snr_ray.images import decode
 from snr_ray.scores import Row
 
@@ -228,12 +230,15 @@ def denoise_report(
     *,
     images: ImagesConfig,
 ) -> str:
-    """A self-contained HTML page: counts, failures, and the first images before and after."""
+    """A self-contained HTML page: counts, failures, and some images before and after.
+
+    Neighbours by name are often alike, so these are drawn by the hash of their names.
+    """
     index = {name: k for k, name in enumerate(source.ids)}
+    found = [row for row in rows if row["id"] in index]
+    drawn = heapq.nsmallest(PAGE_IMAGES, found, key=lambda row: hash64(f"page/{row['id']}"))
     figures = []
-    for row in rows[:PAGE_IMAGES]:
-        if row["id"] not in index:
-            continue
+    for row in sorted(drawn, key=lambda row: str(row["id"])):
         name = html.escape(row["id"])
         try:
             stored = source.read(index[row["id"]], images)
@@ -271,7 +276,7 @@ td, th {{ text-align: left; padding: .2rem .8rem .2rem 0; vertical-align: top }}
 </style>
 <h1>{html.escape(title)}</h1>
 <p>{len(rows):,} images from {html.escape(source.name)}, {rate}. Left before, right after;
-the first {len(figures)} by name. Full list: manifest.parquet.</p>
+{len(figures)} drawn at random. Full list: manifest.parquet.</p>
 <main>{"".join(figures)}</main>{table}</html>
 """
 
