@@ -38,13 +38,15 @@ Metrics = dict[str, float]
 
 def build_model(config: Config) -> HVAE | UNet:
     """An untrained model; the same weights for the same seed."""
-    network = UNet if config.model.kind == "unet" else HVAE
+    channels, one_pass = config.images.channels, config.loss.swap_probability > 0
     inverse = None
     if config.model.physics:
         inverse = LinearInverse(len(config.noise.n_views), config.images.size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return network(config.model, config.images.channels, inverse)
+        if config.model.kind == "unet":
+            return UNet(config.model, channels, inverse)
+        return HVAE(config.model, channels, inverse, one_pass=one_pass)
 
 
 def build_objective(config: Config) -> Objective | Regression:

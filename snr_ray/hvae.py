@@ -6,7 +6,8 @@
 
 Only codes reach the decoder: there is no skip around them, so exchanging codes exchanges all there
 is to know. The content posterior of a level is inferred against the top-down state that the noise
-codes in use produced; with a donor's noise codes this is the swap, in one pass.
+codes in use produced; with a donor's noise codes this is the swap, in one pass. A model that was
+never trained on that infers content against its own noise codes, and they are exchanged afterwards.
 """
 
 import itertools
@@ -59,11 +60,17 @@ class HVAE(nn.Module):
     """The model. `channels` is 1 (grey) or 3 (RGB); images of any size from 1 pixel on."""
 
     def __init__(
-        self, config: ModelConfig, channels: int, inverse: LinearInverse | None = None
+        self,
+        config: ModelConfig,
+        channels: int,
+        inverse: LinearInverse | None = None,
+        *,
+        one_pass: bool = True,
     ) -> None:
-        """`inverse` gives the second input of a model with model.physics."""
+        """`inverse` gives the second input of a model with model.physics; `one_pass` says that the
+        swap is trained, and so how it is done."""
         super().__init__()
-        self.channels = channels
+        self.channels, self.one_pass = channels, one_pass
         widths = (config.stem_channels, *config.channels)
         self.stem = Stem(config, channels, inverse)
         self.down = nn.ModuleList(
@@ -159,7 +166,8 @@ class HVAE(nn.Module):
         state = self.top.expand(batch, -1, *codes.content[-1].shape[-2:])
         for level in reversed(range(len(self.levels))):
             layer = self._level(level)
-            state = layer.advance(state, codes.content[level], codes.noise[level])
+            noise = codes.noise[level].expand(batch, -1, -1, -1)
+            state = layer.advance(state, codes.content[level], noise)
             finer = codes.content[level - 1].shape[-2:] if level else torch.Size(codes.size)
             state = self._upsample(level, state, finer)
         return self._image(state)

@@ -3,6 +3,8 @@
 A clean donor's noise code removes noise, a noisy donor's injects it.
 """
 
+import dataclasses
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,6 +96,9 @@ def swap(
 ) -> Array:
     """Images [B, C, H, W] with other noise codes, or their own where `noise` is None.
 
+    Content is inferred as it was in training: against the new noise codes where the swap was
+    trained, else against those of the image itself (`HVAE.one_pass`).
+
     A grey model takes RGB channel by channel; an RGB model takes grey repeated and answers with
     the mean of its channels.
 
@@ -117,8 +122,12 @@ def swap(
     if noise is not None:  # a single code serves all; otherwise each image lends to its channels
         noise = [code.repeat_interleave(apart, 0) if len(code) > 1 else code for code in noise]
     ids = None if noise_ids is None else torch.from_numpy(noise_ids.repeat(apart)).to(x.device)
-    result = model(x, noise=noise, normal=normal, noise_ids=ids, prior_levels=prior_levels)
-    image = result.image.cpu().numpy()
+    infer = functools.partial(model, x, normal=normal, noise_ids=ids, prior_levels=prior_levels)
+    if noise is None or model.one_pass:
+        decoded = infer(noise=noise).image
+    else:
+        decoded = model.decode(dataclasses.replace(infer().codes, noise=noise))
+    image = decoded.cpu().numpy()
     if apart > 1:
         return image.reshape(images.shape)
     return image if have == model.channels else image.mean(1, keepdims=True)

@@ -92,6 +92,21 @@ def test_noise_code_does_not_depend_on_the_other_images(any_code: Config) -> Non
         torch.testing.assert_close(a[0, 2], b[0, 0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_content_is_inferred_as_it_was_in_training(any_code: Config, share: float) -> None:
+    model = model_of(configs.replace(any_code, {"loss.swap_probability": share}))
+    x, donor = images(3), [code + 2 for code in noise_code(model, images(1, 20, 16))]
+    with torch.inference_mode():
+        seen = torch.from_numpy(x)
+        one_pass = model(seen, noise=donor).image
+        codes = model.encode(seen)
+        codes.noise = donor
+        afterwards = model.decode(codes)
+    assert (one_pass - afterwards).abs().max() > 1e-3
+    expected = one_pass if share else afterwards
+    torch.testing.assert_close(torch.from_numpy(swap(model, x, donor)), expected)
+
+
 def test_donor_of_another_size_fits(any_code: Config) -> None:
     model = model_of(any_code)
     donor = noise_code(model, images(1, 30, 25))
