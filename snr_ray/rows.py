@@ -22,6 +22,9 @@ Block = npt.NDArray[np.float32]
 LANES = 16
 """Images of one vector; the widest registers there are hold 16 float32 numbers."""
 
+SUMMED = 8
+"""Weights whose sum is made before it joins that of their row: short sums round less."""
+
 compiled = numba.njit(cache=True, fastmath={"contract", "nsz"}, error_model="numpy", nogil=True)
 """Compile at the first call and keep the result on disk. Sums keep their order."""
 
@@ -103,20 +106,36 @@ def _accumulate(n_vectors: int):  # type: ignore[no-untyped-def]
                 place = builder.bitcast(builder.gep(array.data, [first]), vector.as_pointer())
                 return [builder.gep(place, [index(k)]) for k in range(n_vectors)]
 
-            targets = vectors(out, row)
-            sums = [cgutils.alloca_once(builder, vector) for _ in targets]
-            for total, target in zip(sums, targets, strict=True):
-                builder.store(builder.load(target, align=4), total)
-            with cgutils.for_range_slice(builder, start, end, index(1), index) as (k, _):
+            def terms(k):  # type: ignore[no-untyped-def]
                 column = builder.sext(builder.load(builder.gep(columns.data, [k])), index)
                 weight = builder.load(builder.gep(weights.data, [k]))
                 same = builder.insert_element(vector(ir.Undefined), weight, ir.IntType(32)(0))
                 everywhere = ir.VectorType(ir.IntType(32), LANES)([0] * LANES)
                 same = builder.shuffle_vector(same, vector(ir.Undefined), everywhere)
-                for total, values in zip(sums, vectors(x, column), strict=True):
-                    term = builder.fmul(same, builder.load(values, align=4), flags=["contract"])
-                    more = builder.fadd(builder.load(total), term, flags=["contract"])
-                    builder.store(more, total)
+                values = [builder.load(place, align=4) for place in vectors(x, column)]
+                return [builder.fmul(same, value, flags=["contract"]) for value in values]
+
+            # One fused instruction adds the new terms to the sum so far.
+            def plus(some, others):  # type: ignore[no-untyped-def]
+                pairs = zip(some, others, strict=True)
+                return [builder.fadd(one, other, flags=["contract"]) for one, other in pairs]
+
+            def add(parts):  # type: ignore[no-untyped-def]
+                for total, part in zip(sums, parts, strict=True):
+                    builder.store(builder.fadd(builder.load(total), part), total)
+
+            targets = vectors(out, row)
+            sums = [cgutils.alloca_once(builder, vector) for _ in targets]
+            for total, target in zip(sums, targets, strict=True):
+                builder.store(builder.load(target, align=4), total)
+            whole = builder.sub(end, builder.srem(builder.sub(end, start), index(SUMMED)))
+            with cgutils.for_range_slice(builder, start, whole, index(SUMMED), index) as (k, _):
+                parts = terms(k)
+                for more in range(1, SUMMED):
+                    parts = plus(terms(builder.add(k, index(more))), parts)
+                add(parts)
+            with cgutils.for_range_slice(builder, whole, end, index(1), index) as (k, _):
+                add(terms(k))
             for total, target in zip(sums, targets, strict=True):
                 builder.store(builder.load(total), target, align=4)
             return context.get_dummy_value()
