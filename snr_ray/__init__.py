@@ -7,7 +7,8 @@ The modules form four layers; a module imports only from its own layer or the on
                metrics  baselines
     2 torch    torchradon  physics  blocks  hvae  unet  batches  shardfeed  losses  muon  fit
                checkpoint  swap  fileswap  scores  probes
-    3 ray      cluster  simulate  dataset  train  sweep  denoise  evaluate  report  bench  demo  cli
+    3 ray      cluster  simulate  dataset  train  sweep  denoise  evaluate  report  bench  benchjob
+               demo  cli
 
 Layers 1 and 2 run without Ray: in a notebook, in tests, on a lone GPU machine.
 """

@@ -4,16 +4,8 @@ Two things that are compared run side by side in one process or one job, so that
 slows both; ratios carry over to other machines, absolute rates do not.
 """
 
-import contextlib
-import io
 import itertools
 import json
-import math
-import multiprocessing
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from skimage.transform import iradon, radon
 
 from snr_ray import configfile as configs
 from snr_ray.batches import PairFeed, Pairs, Share
+from snr_ray.benchjob import CURVE, Rows, measure_job
 from snr_ray.checkpoint import load_model, save_model
 from snr_ray.cluster import connected
-from snr_ray.config import Config, InputError
-from snr_ray.datafolder import DataFolder, parquet_bytes
+from snr_ray.config import Config
+from snr_ray.datafolder import DataFolder
 from snr_ray.dataset import Origin, collect_pairs, open_rows
 from snr_ray.denoise import denoise
 from snr_ray.fit import Learner, donor_codes, fit
@@ -43,19 +33,13 @@ from snr_ray.outputs import write_atomic
 from snr_ray.radon import NoiseSpec, RadonNoise
 from snr_ray.report import memory_plot
 from snr_ray.shardfeed import ShardFeed
-from snr_ray.simulate import simulate, simulate_rows
+from snr_ray.simulate import simulate
 from snr_ray.sources import open_source
 from snr_ray.swap import swap
 from snr_ray.sweep import sweep
 
-Rows = list[dict[str, Any]]
-
 RADON_SIZES = ((28, 10), (32, 20), (64, 20), (128, 30), (256, 60), (512, 90))
 """(size, n_views) of the published table."""
-CURVE = "memory_mb"
-"""Column of a measurement over time, [seconds, value]; for the file and a plot, not the table."""
-GENERATED_ROWS = 10_000
-"""Rows of a generated Parquet file."""
 STEPS = 10
 BULK_IMAGES = 1000
 FEED_IMAGES = 3000
@@ -68,7 +52,7 @@ def bench(config: Config, name: str, *, out: Path | None) -> int:
     """Run one measurement, print its table and write its JSON. Returns the exit code."""
     measures: dict[str, Callable[[Config], Rows]] = {
         "radon": _radon,
-        "simulate": _simulate,
+        "simulate": measure_job,
         "data": _data,
         "train": _train,
         "denoise": _denoise,
@@ -160,118 +144,6 @@ def _copy_rate() -> float:
     source = np.zeros(2**26, np.uint8)
     target = np.empty_like(source)
     return 2 * source.nbytes / _seconds(lambda: np.copyto(target, source))
-
-
-def _simulate(config: Config) -> Rows:
-    """The whole simulate job on a generated set of images.limit images and on a twentieth of it:
-    rate beside processes that do the same work without it, and memory over time.
-
-    Memory is that of all processes, where what they share counts once.
-    """
-    n_images = config.images.limit or 100_000
-    rows: Rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        images, out = Path(folder) / "images", Path(folder) / "data"
-        _generate(n_images, config, images)
-        for count in (n_images // 20, n_images):
-            command = [sys.executable, "-m", "snr_ray.cli", "simulate"]
-            configs.save(configs.replace(config, {"images.limit": None}), Path(folder) / "c.yaml")
-            files = sorted(images.iterdir())[: math.ceil(count / GENERATED_ROWS)]
-            part = Path(folder) / f"part{count}"
-            part.mkdir()
-            for file in files:
-                (part / file.name).symlink_to(file)
-            command += ["--config", f"{folder}/c.yaml", "--images", str(part), "--out", str(out)]
-            before = _bare_rates(config, part)
-            since, curve = time.perf_counter(), []
-            job = subprocess.Popen([*command, "--overwrite"])
-            while job.poll() is None:
-                curve.append([round(time.perf_counter() - since, 1), _memory(job.pid)])
-                time.sleep(1)
-            elapsed = time.perf_counter() - since
-            if job.returncode:
-                raise InputError(f"snr simulate ended with {job.returncode}; see above.")
-            alone, together = np.mean([before, _bare_rates(config, part)], axis=0)
-            total, cores = len(files) * GENERATED_ROWS, os.cpu_count() or 1
-            rows.append(
-                {
-                    "images": total,
-                    "seconds": elapsed,
-                    "images_per_s": total / elapsed,
-                    "one_core_images_per_s": alone,
-                    "all_cores_images_per_s": together,
-                    "share_of_one_core_x_cores": total / elapsed / alone / cores,
-                    "share_of_all_cores": total / elapsed / together,
-                    "peak_mb": max(mb for _, mb in curve),
-                    CURVE: curve,
-                }
-            )
-            shutil.rmtree(out)
-    return rows
-
-
-def _generate(n_images: int, config: Config, folder: Path) -> None:
-    """Parquet files of PNG images: letters, each shifted and shaded in a way of its own."""
-    source, rng = open_source("glyphs"), np.random.default_rng(config.seed)
-    letters = np.stack([source.load(k, config.images) for k in range(0, len(source.ids), 8)])
-    folder.mkdir()
-    for first in range(0, n_images, GENERATED_ROWS):
-        files = []
-        for _ in range(GENERATED_ROWS):
-            letter = letters[rng.integers(len(letters))]
-            shifted = np.roll(letter, rng.integers(-4, 5, 2), axis=(1, 2)) * rng.uniform(0.5, 1)
-            pixels = np.moveaxis((shifted * 255).astype(np.uint8), 0, 2)
-            out = io.BytesIO()
-            Image.fromarray(pixels.squeeze()).save(out, format="png", compress_level=1)
-            files.append(out.getvalue())
-        names = [f"{first + k:07d}.png" for k in range(GENERATED_ROWS)]
-        table = pa.table({"bytes": files, "path": names})
-        pq.write_table(table, folder / f"{first:07d}.parquet", row_group_size=1000)
-
-
-def _bare_rates(config: Config, images: Path) -> tuple[float, float]:
-    """Images per second of decode, noise and encode and nothing else: of one process, and of as
-    many at once as there are cores, which get in each other's way in memory."""
-    context = multiprocessing.get_context("spawn")
-    sums = []
-    for n_processes in (1, os.cpu_count() or 1):
-        rates, start = context.SimpleQueue(), context.Barrier(n_processes, timeout=600)
-        processes = [
-            context.Process(target=_bare_loop, args=(config, images, start, rates))
-            for _ in range(n_processes)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-            if process.exitcode:
-                raise InputError("The loop beside the job ended with an error; see above.")
-        sums.append(sum(rates.get() for _ in processes))
-    return sums[0], sums[1]
-
-
-def _bare_loop(config: Config, images: Path, start: Any, rates: Any) -> None:
-    """A process of its own: the work of the job's tasks, without the job."""
-    source = open_source(str(images))
-    rows = source.gathered(source.select("train"))[: 8 * BULK_IMAGES]
-    simulate_rows(source, rows[:10], config)
-    start.wait()
-    since = time.perf_counter()
-    for first in range(0, len(rows), BULK_IMAGES // 2):
-        table, _ = simulate_rows(source, rows[first : first + BULK_IMAGES // 2], config)
-        parquet_bytes(table)
-    rates.put(len(rows) / (time.perf_counter() - since))
-
-
-def _memory(pid: int) -> float:
-    """Megabytes of a process and all that it started; shared pages count once."""
-    total = 0
-    with contextlib.suppress(psutil.NoSuchProcess):
-        main = psutil.Process(pid)
-        for process in [main, *main.children(recursive=True)]:
-            with contextlib.suppress(psutil.Error):
-                total += process.memory_full_info().pss
-    return total / 2**20
 
 
 def _pairs(config: Config) -> Pairs:

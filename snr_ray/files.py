@@ -113,7 +113,7 @@ def _parquet(
         # Ids of a data folder are those of its source already.
         stem = "" if is_tensor and id_column else path[len(prefix) :].removesuffix(".parquet") + "/"
         for group in range(file.num_row_groups):
-            names = _names(file, group, id_column)
+            names = _names(file, path, group, id_column)
             if "label" in file.schema_arrow.names:
                 column_of_classes = file.read_row_group(group, ["label"]).column(0)
                 classes.append(column_of_classes.cast(pa.string()).combine_chunks())
@@ -133,14 +133,20 @@ def _parquet(
     )
 
 
-def _names(file: pq.ParquetFile, group: int, id_column: str) -> pa.StringArray:
+def _names(file: pq.ParquetFile, path: str, group: int, id_column: str) -> pa.StringArray:
     """What identifies each row of a row group: its id, or its place where it has none."""
     keys = pa.nulls(file.metadata.row_group(group).num_rows, pa.string())
     if id_column:
         keys = file.read_row_group(group, [id_column]).column(0).combine_chunks()
-        if pa.types.is_struct(keys.type):
+        if id_column.endswith(".path"):  # a leaf comes in its struct
             keys = keys.field("path")
-        keys = keys.cast(pa.string())
+        try:
+            keys = keys.cast(pa.string())
+        except pa.ArrowException as error:
+            raise InputError(
+                f"Ids of images must be text or numbers, but those of {path} are {keys.type} "
+                f"({error}); name them in another column, or drop this one."
+            ) from None
     unnamed = pc.equal(pc.fill_null(keys, ""), "")
     if not pc.any(unnamed).as_py():
         return keys

@@ -87,7 +87,8 @@ def _accumulate(n_vectors: int):  # type: ignore[no-untyped-def]
     `n_vectors` vectors of images from `lane` on, whose sums stay in registers.
 
     Numba itself has no vectors: its loop along the images loads and stores the sums again for
-    every few weights, which takes as long as the arithmetic.
+    every few weights, which takes as long as the arithmetic. Here SUMMED weights make a sum of
+    their own, which then joins that of the row.
     """
     vector, index = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
 
@@ -115,14 +116,14 @@ def _accumulate(n_vectors: int):  # type: ignore[no-untyped-def]
                 values = [builder.load(place, align=4) for place in vectors(x, column)]
                 return [builder.fmul(same, value, flags=["contract"]) for value in values]
 
-            # One fused instruction adds the new terms to the sum so far.
             def plus(some, others):  # type: ignore[no-untyped-def]
+                # Fused with the product where one of the two is that of `terms`.
                 pairs = zip(some, others, strict=True)
                 return [builder.fadd(one, other, flags=["contract"]) for one, other in pairs]
 
             def add(parts):  # type: ignore[no-untyped-def]
-                for total, part in zip(sums, parts, strict=True):
-                    builder.store(builder.fadd(builder.load(total), part), total)
+                for total, more in zip(sums, plus(parts, map(builder.load, sums)), strict=True):
+                    builder.store(more, total)
 
             targets = vectors(out, row)
             sums = [cgutils.alloca_once(builder, vector) for _ in targets]

@@ -44,14 +44,13 @@ class ShardFeed:
         self.columns, self.seed, self.share = image_columns(config), config.seed, share
         self.batch_size = config.train.batch_size
         self.shape = (config.images.channels, config.images.side, config.images.side)
-        self.groups = [
-            (shard, group)
-            for shard in folder.shards("train")
-            for group in range(pq.read_metadata(shard).num_row_groups)
-        ]
-        self.sizes = np.array(
-            [pq.read_metadata(shard).row_group(group).num_rows for shard, group in self.groups]
-        )
+        self.groups, sizes = [], []
+        for shard in folder.shards("train"):
+            metadata = pq.read_metadata(shard)
+            for group in range(metadata.num_row_groups):
+                self.groups.append((shard, group))
+                sizes.append(metadata.row_group(group).num_rows)
+        self.sizes = np.array(sizes)
         self.n_rows = int(self.sizes.sum())
         self.steps_per_epoch = self.n_rows // self.batch_size
         mean_bytes = row_bytes(config.images, len(config.noise.n_views)) * self.sizes.mean()

@@ -139,9 +139,9 @@ def test_bench_simulate_measures_a_real_job(
 ) -> None:
     import json
 
-    from snr_ray import bench
+    from snr_ray import benchjob
 
-    monkeypatch.setattr(bench, "GENERATED_ROWS", 100)
+    monkeypatch.setattr(benchjob, "GENERATED_ROWS", 100)
     out = tmp_path / "b.json"
     assert main(["bench", "simulate", "--set", "images.limit=400", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["results"]

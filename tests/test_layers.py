@@ -13,11 +13,11 @@ LAYERS = [
     {"torchradon", "physics", "blocks", "hvae", "unet", "batches", "shardfeed", "losses", "muon",
      "fit", "checkpoint", "swap", "fileswap", "scores", "probes"},
     {"cluster", "simulate", "dataset", "train", "sweep", "denoise", "evaluate", "report", "bench",
-     "demo", "cli"},
+     "benchjob", "demo", "cli"},
 ]  # fmt: skip
 FOREIGN = {  # first layer that may import a package
-    "numpy": 1, "scipy": 1, "numba": 1, "skimage": 1, "pyarrow": 1, "PIL": 1, "matplotlib": 1,
-    "tifffile": 1, "pydicom": 1,
+    "numpy": 1, "scipy": 1, "numba": 1, "llvmlite": 1, "skimage": 1, "pyarrow": 1, "PIL": 1,
+    "matplotlib": 1, "tifffile": 1, "pydicom": 1,
     "torch": 2, "safetensors": 2, "ray": 3, "optuna": 3, "tensorboard": 3,
 }  # fmt: skip
 EXCEPTIONS = {("sources", "torchvision")}  # downloads, imported where they are used

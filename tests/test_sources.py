@@ -292,3 +292,10 @@ def test_a_source_is_small_on_the_way_to_workers(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(source)).ids[99_999] == "0099999"
     assert source.ids[2:4] == ["0000002", "0000003"]
     assert source.ids != names[1:]
+
+
+def test_ids_that_are_no_text_get_a_sentence(tmp_path: Path) -> None:
+    table = pa.table({"bytes": [b"x"], "id": pa.array([{"a": [1]}])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"must be text or numbers, but those of .*a\.parquet"):
+        open_source(str(tmp_path))
