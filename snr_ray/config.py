@@ -203,7 +203,7 @@ class TrainConfig:
     """`muon`: orthogonal steps of the kernels, Adam for the rest. `adam`: Adam for all."""
     lr: float = 6e-3
     """Peak learning rate of a run of at most 1000 steps; that of longer ones falls with the square
-    root of their length. Linear warm-up, then cosine to 2 %."""
+    root of their length, but for a U-Net. Linear warm-up, then cosine to 2 %."""
     warmup_steps: int = 100
     """Steps of the learning-rate warm-up."""
     grad_clip: float = 5.0

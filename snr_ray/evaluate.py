@@ -55,11 +55,6 @@ class Beside:
     folder: Path
     config: Config
 
-    @property
-    def recipe(self) -> Config:
-        """What models that differ only by their seed share."""
-        return dataclasses.replace(self.config, seed=0)
-
 
 def evaluate(
     config: Config,
@@ -83,7 +78,7 @@ def evaluate(
         out: output folder.
         baselines: names out of BASELINES.
         beside: other model folders for the same table, supervised U-Nets or HVAEs of the same
-            images and noise; those that differ only by their seed share a row.
+            images and noise; those that differ only by their seed share a row, also with `model`.
         limit: score at most this many test images.
         overwrite: replace an earlier evaluation.
 
@@ -186,7 +181,7 @@ def evaluate(
         "n_views": list(trained.config.noise.n_views),
         "physics": trained.config.model.physics,
         "per_channel": per_channel,
-        "results": _means(scores, others),
+        "results": _means(scores, trained.config, others),
         "donors": probes.SPREAD_DONORS,
         "donor_std_db": donor_std_db,
         "probes": accuracies,
@@ -286,16 +281,16 @@ def _score_block(table: pa.Table, *, work: "ray.ObjectRef") -> pa.Table:
     return pa.Table.from_pylist(rows, schema)
 
 
-def _means(scores: pa.Table, others: list[Beside]) -> list[dict[str, Any]]:
+def _means(scores: pa.Table, config: Config, others: list[Beside]) -> list[dict[str, Any]]:
     """A dictionary for each row and view count, in the order of TASKS and METHODS.
 
-    Models of --beside that differ only by their seed are one: the mean of their means, and the
-    standard deviation of these.
+    Models that differ only by their seed are one, that of `config` among them: the mean of their
+    means, and the standard deviation of these.
     """
     first: dict[Config, str] = {}
-    for other in others:
-        first.setdefault(other.recipe, other.label)
-    label = {"": ""} | {other.label: first[other.recipe] for other in others}
+    label = {}
+    for name, its in [("", config), *((other.label, other.config) for other in others)]:
+        label[name] = first.setdefault(dataclasses.replace(its, seed=0), name)
     columns = [("psnr", "mean"), ("ssim", "mean"), ("seconds", "mean")]
     means = scores.group_by(list(Row._fields)).aggregate(columns).to_pylist()
     pooled: dict[Row, list[dict[str, Any]]] = {}

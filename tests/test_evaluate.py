@@ -24,12 +24,16 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 def beside(
     model_folder: Path, unet_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, ...]:
-    """A U-Net, and the model itself twice under other seeds: these two share a row."""
+    """A U-Net; the model under another seed, which shares its row; two seeds of another recipe,
+    which share one of their own."""
     root = tmp_path_factory.mktemp("beside")
     folders = [str(unet_folder)]
-    for seed in (1, 2):
-        other = shutil.copytree(model_folder, root / f"seed{seed}" / "model")
-        text = (other / "config.yaml").read_text().replace("seed: 0", f"seed: {seed}")
+    for name, seed, margin in (("twin", 1, 1.0), ("wide1", 1, 2.0), ("wide2", 2, 2.0)):
+        other = shutil.copytree(model_folder, root / name / "model")
+        text = (other / "config.yaml").read_text()
+        assert "seed: 0" in text
+        assert "margin: 1.0" in text
+        text = text.replace("seed: 0", f"seed: {seed}").replace("margin: 1.0", f"margin: {margin}")
         (other / "config.yaml").write_text(text)
         folders.append(str(other))
     return tuple(folders)
@@ -57,20 +61,20 @@ KNOWN_VIEWS = [
     "swap_flips",
     "hdn",
     "unet:unet",
-    "swap:seed1",
+    "swap:wide1",
     "recon",
     "authority",
     "inject",
     "no_inject",
-    "inject:seed1",
+    "inject:wide1",
     "noisy_grainy",
     "tv_grainy",
     "lmmse_grainy",
     "swap_grainy",
     "unet_grainy:unet",
-    "swap_grainy:seed1",
+    "swap_grainy:wide1",
 ]
-UNSEEN_VIEWS = ["noisy_unseen", "swap_unseen", "unet_unseen:unet", "swap_unseen:seed1"]
+UNSEEN_VIEWS = ["noisy_unseen", "swap_unseen", "unet_unseen:unet", "swap_unseen:wide1"]
 
 
 def test_metrics_follow_the_contract(report: Path) -> None:
@@ -85,8 +89,10 @@ def test_metrics_follow_the_contract(report: Path) -> None:
     expected |= {(name, views) for name in UNSEEN_VIEWS for views in (30, 15)}
     assert set(cells) == expected | {("recon_clean", 0)}
     assert len(cells) == len(metrics["results"])
-    other, mine = cells["swap:seed1", 12], cells["swap", 12]
+    other, mine = cells["swap:wide1", 12], cells["swap", 12]
     assert (other["seeds"], other["psnr_std"], other["psnr"]) == (2, 0, mine["psnr"])
+    assert (mine["seeds"], cells["inject", 12]["seeds"]) == (2, 2)
+    assert "seeds" not in cells["recon", 12]
     assert cells["authority", 12]["psnr"] == pytest.approx(cells["recon", 12]["psnr"], abs=1e-3)
     assert {v for u in metrics["uncertainty"].values() for v in u} == {
         "scale", "correlation", "calibration_error", "curve"}  # fmt: skip
@@ -124,10 +130,10 @@ def test_grid_has_seven_pictures_a_row_and_the_table_a_row_a_method(report: Path
     text = (report / "metrics.md").read_text()
     assert "| noisy input |" in text
     assert "| linear MMSE, knows the operator and its view count |" in text
-    assert "| model `seed1`: **noise removed**, mean clean noise code (2 seeds) |" in text
+    assert "| model `wide1`: **noise removed**, mean clean noise code (2 seeds) |" in text
     assert "± 0.00" in text
     assert "| clean image as it is, against the true noisy image, unclipped |" in text
-    assert "| model `seed1`: **noise injected**, against the true noisy" in text
+    assert "| model `wide1`: **noise injected**, against the true noisy" in text
     assert " nan" not in text
     with Image.open(report / "calibration.png") as image:
         assert image.width > 300

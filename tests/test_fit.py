@@ -77,18 +77,23 @@ def test_training_learns_letters(tiny: Config, pairs: Pairs) -> None:
     assert set(after) == {"swap_psnr", "swap_psnr_12", "swap_psnr_6", "recon_clean_psnr"}
 
 
-def test_rate_rises_to_a_peak_that_falls_with_the_length_of_the_run(
-    tiny: Config, pairs: Pairs
+@pytest.mark.parametrize(
+    ("kind", "steps", "peak"),
+    [("hvae", 500, 1.0), ("hvae", 1000, 1.0), ("hvae", 4000, 0.5), ("hvae", 100_000, 0.1),
+     ("unet", 4000, 1.0)],
+)  # fmt: skip
+def test_rate_rises_to_a_peak_that_falls_with_the_length_of_the_run_but_for_a_unet(
+    tiny: Config, pairs: Pairs, kind: str, steps: int, peak: float
 ) -> None:
     batch = PairFeed(pairs, tiny.train.batch_size, seed=0, share=Share()).batch(0)
-    for steps, peak in ((500, 1.0), (1000, 1.0), (4000, 0.5), (100_000, 0.1)):
-        config = configs.replace(tiny, {"train.steps": steps, "train.warmup_steps": 50})
-        learner, rates = Learner(config), []
-        for step in (0, 49, 50, (50 + steps) // 2, steps):
-            learner.step = step
-            learner.train_step(batch)
-            rates.append(learner.optimizers[0].param_groups[0]["lr"] / config.train.lr)
-        assert rates == pytest.approx([peak / 50, peak, peak, 0.51 * peak, 0.02 * peak], rel=1e-3)
+    changes = {"model.kind": kind, "train.steps": steps, "train.warmup_steps": 50}
+    config = configs.replace(tiny, changes)
+    learner, rates = Learner(config), []
+    for step in (0, 49, 50, (50 + steps) // 2, steps):
+        learner.step = step
+        learner.train_step(batch)
+        rates.append(learner.optimizers[0].param_groups[0]["lr"] / config.train.lr)
+    assert rates == pytest.approx([peak / 50, peak, peak, 0.51 * peak, 0.02 * peak], rel=1e-3)
 
 
 def test_resumed_run_equals_an_unbroken_one(tiny: Config, pairs: Pairs, tmp_path: Path) -> None:
