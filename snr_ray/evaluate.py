@@ -288,9 +288,12 @@ def _means(scores: pa.Table, config: Config, others: list[Beside]) -> list[dict[
     means, and the standard deviation of these.
     """
     first: dict[Config, str] = {}
-    label = {}
+    label, seen = {}, set()
     for name, its in [("", config), *((other.label, other.config) for other in others)]:
-        label[name] = first.setdefault(dataclasses.replace(its, seed=0), name)
+        # Equal seeds are no spread: such models were trained on something else, or are copies.
+        recipe = dataclasses.replace(its, seed=0)
+        label[name] = name if its in seen else first.setdefault(recipe, name)
+        seen.add(its)
     columns = [("psnr", "mean"), ("ssim", "mean"), ("seconds", "mean")]
     means = scores.group_by(list(Row._fields)).aggregate(columns).to_pylist()
     pooled: dict[Row, list[dict[str, Any]]] = {}
