@@ -19,7 +19,7 @@ from snr_ray.physics import LinearInverse
 Array = npt.NDArray[np.float32]
 
 WIDTH = 1.25
-"""Widths of the levels over those of the HVAE: with it, both have as many weights within 12 %."""
+"""Widths of the levels over those of the HVAE: with it, both have as many weights within 13 %."""
 
 
 class UNet(nn.Module):
