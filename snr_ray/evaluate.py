@@ -25,7 +25,7 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray import probes, radon
-from snr_ray.baselines import FIT_IMAGES, Lmmse, best_tv_weight, tv
+from snr_ray.baselines import best_tv_weight, tv
 from snr_ray.batches import Pairs
 from snr_ray.checkpoint import TrainedModel, TrainedUNet, load_any, load_model, model_path
 from snr_ray.cluster import connected, shared
@@ -34,6 +34,7 @@ from snr_ray.config import Config, InputError, NoiseConfig
 from snr_ray.datafolder import parquet_bytes, write_failures
 from snr_ray.dataset import Origin, collect_pairs, count_rows, gather, open_rows
 from snr_ray.hashing import fingerprint
+from snr_ray.lmmse import FIT_IMAGES, ImagePrior, Lmmse
 from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.report import calibration, evaluation_table, grid, row_text
 from snr_ray.scores import BASELINES, METHODS, TASKS, Restore, Row, Scorer
@@ -243,10 +244,9 @@ def _fit_baselines(
         fitted["tv"] = [functools.partial(tv, weight=weight) for weight in weights]
     if "lmmse" in baselines:
         train, _ = collect_pairs(open_rows(config, origin, "train", FIT_IMAGES), config)
-        clean = train.take(np.arange(len(train)), 0)
-        side = config.images.size
+        prior, side = ImagePrior(train.take(np.arange(len(train)), 0)), config.images.size
         fitted["lmmse"] = [
-            Lmmse(clean, radon.operator(spec, side, side)) for spec in radon.specs(config.noise)
+            Lmmse(prior, radon.operator(spec, side, side)) for spec in radon.specs(config.noise)
         ]
     return fitted
 

@@ -5,8 +5,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from snr_ray.baselines import Lmmse
 from snr_ray.config import InputError
+from snr_ray.lmmse import ImagePrior, Lmmse
 from snr_ray.radon import RadonNoise
 
 Array = npt.NDArray[np.float32]
@@ -32,8 +32,9 @@ class LinearInverse(nn.Module):
 
     def fit(self, clean: Array, noise: list[RadonNoise]) -> None:
         """Fit to clean images [B, C, H, W] and the noise operator of each noisy id."""
+        prior = ImagePrior(clean)
         for k, operator in enumerate(noise):
-            estimate = Lmmse(clean, operator)
+            estimate = Lmmse(prior, operator)
             self.gain[k].copy_(torch.from_numpy(estimate.gain))
             self.bias[k].copy_(torch.from_numpy(estimate.mean - estimate.gain @ estimate.offset))
 

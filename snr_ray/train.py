@@ -26,7 +26,6 @@ import ray.train.torch
 import torch
 
 from snr_ray import configfile as configs
-from snr_ray.baselines import FIT_IMAGES
 from snr_ray.batches import PairFeed, Share
 from snr_ray.checkpoint import load_checkpoint, save_checkpoint, save_model
 from snr_ray.cluster import connected, cpus, gpus
@@ -42,6 +41,7 @@ from snr_ray.dataset import (
 )
 from snr_ray.fit import Learner, Metrics, fit
 from snr_ray.hashing import fingerprint
+from snr_ray.lmmse import FIT_IMAGES
 from snr_ray.outputs import Progress, claim
 from snr_ray.shardfeed import ShardFeed
 from snr_ray.simulate import Outcome, simulate

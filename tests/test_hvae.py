@@ -6,12 +6,12 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray import radon
-from snr_ray.baselines import Lmmse
 from snr_ray.batches import Batch, Share, StepNormal
 from snr_ray.blocks import Gaussian, kl, standard
 from snr_ray.config import Config, InputError
 from snr_ray.fit import build_model
 from snr_ray.hvae import HVAE, Codes
+from snr_ray.lmmse import ImagePrior, Lmmse
 from snr_ray.losses import Likelihood, Objective, Regression, triplet_loss
 from snr_ray.swap import NoiseCodes, collect, noise_code, swap
 from snr_ray.unet import UNet, regress
@@ -305,7 +305,8 @@ def test_linear_inverse_is_the_baseline_for_every_id(tiny: Config) -> None:
     estimate = inverse(torch.from_numpy(x), torch.from_numpy(ids)).numpy()
     np.testing.assert_array_equal(estimate[0], clean[0])
     for k, operator in enumerate(noise, start=1):
-        np.testing.assert_allclose(estimate[k], Lmmse(clean, operator)(x[k]), atol=1e-3)
+        expected = Lmmse(ImagePrior(clean), operator)(x[k])
+        np.testing.assert_allclose(estimate[k], expected, atol=1e-3)
 
 
 def test_physics_model_uses_the_id_and_only_codes_reach_the_decoder(tiny: Config) -> None:

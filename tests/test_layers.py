@@ -9,7 +9,7 @@ PACKAGE = Path(snr_ray.__file__).parent
 LAYERS = [
     {"config", "configfile", "hashing", "outputs"},
     {"rows", "radon", "images", "samples", "collection", "files", "sources",
-     "datafolder", "metrics", "baselines"},
+     "datafolder", "metrics", "baselines", "lmmse"},
     {"torchradon", "physics", "blocks", "hvae", "unet", "batches", "shardfeed", "losses", "muon",
      "fit", "checkpoint", "swap", "fileswap", "scores", "probes"},
     {"cluster", "simulate", "dataset", "train", "sweep", "denoise", "evaluate", "report", "bench",
