@@ -155,6 +155,26 @@ def fit_code(code: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(code, size=tuple(size), mode="nearest")
 
 
-def upsample(h: Tensor, size: torch.Size) -> Tensor:
-    """Nearest-neighbour doubling, cut to the size of the finer level (odd sizes)."""
-    return F.interpolate(h, scale_factor=2.0, mode="nearest")[..., : size[0], : size[1]]
+class Up(nn.Conv2d):
+    """Features of a level at the size of the next finer one: [B, wide, h, w] -> [B, narrow, *size].
+
+    With "shuffle" each of the four finer pixels gets channels of its own; with "nearest" all get
+    the same, and the layers behind must tell them apart by what lies around.
+    Source: Shi et al., Real-time single image and video super-resolution using an efficient
+    sub-pixel convolutional neural network (2016).
+    """
+
+    def __init__(self, wide: int, narrow: int, upsampling: str, stride: int = 2) -> None:
+        """`stride` 1 where the finer level has the same size."""
+        shuffles = upsampling == "shuffle" and stride == 2
+        super().__init__(wide, 4 * narrow if shuffles else narrow, 1)
+        self.shuffles = shuffles
+
+    def at(self, h: Tensor, size: torch.Size) -> Tensor:
+        """The features at a size of at most twice that of `h`; odd ones cut the last row."""
+        h = self(h)
+        if self.shuffles:
+            h = F.pixel_shuffle(h, 2)
+        elif h.shape[-2:] != size:
+            h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+        return h[..., : size[0], : size[1]].contiguous(memory_format=torch.channels_last)

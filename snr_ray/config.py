@@ -120,6 +120,9 @@ class ModelConfig:
     """`vector`: one noise vector per level, broadcast over space; `map`: a spatial noise code."""
     blocks: int = 1
     """Residual blocks per level in each direction."""
+    upsampling: Literal["shuffle", "nearest"] = "shuffle"
+    """`shuffle`: on the way to a finer level, each of four pixels gets channels of its own;
+    `nearest`: all four get the same."""
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
@@ -163,6 +166,9 @@ class LossConfig:
     sigma_own: float = 2.5
     """An image that is to be clean has a sigma of its own, its root mean square error, at most by
     this factor above or below that of its pair; 1: the same for all images of a pair."""
+    bounds: bool = True
+    """An image that is to be clean may leave [0, 1] where its target is 0 or 1: results are cut to
+    that range anyhow."""
     triplet: float = 1.0
     """Weight of the triplet loss on the noise code."""
     triplet_form: Literal["drawn", "symmetric"] = "symmetric"

@@ -200,6 +200,8 @@ class FileSwapper:
                     for _ in range(self.samples)
                 ]
             )
+            if not self.inject:
+                drawn = np.clip(drawn, 0, 1)  # as their mean will be
             means.append(drawn.mean(0))
             deviations.append(drawn.std(0))
         return np.stack(means), np.stack(deviations)
@@ -207,7 +209,9 @@ class FileSwapper:
     def _write(
         self, file: ImageFile, decoded: Decoded, result: Array, deviation: Array | None
     ) -> None:
-        data = encode(result, file.output, depth=decoded.depth, span=decoded.span)
+        # Noise leaves the range of clean images; float files can hold that.
+        whole = self.inject and decoded.depth.kind == "f"
+        data = encode(result, file.output, depth=decoded.depth, span=decoded.span, clip=not whole)
         write_atomic(self.out / file.output, data)
         if deviation is not None:
             name = file.output + ".std.npy"

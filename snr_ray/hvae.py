@@ -24,8 +24,8 @@ from snr_ray.blocks import (
     Normal,
     Stem,
     TopDownLevel,
+    Up,
     residual_blocks,
-    upsample,
 )
 from snr_ray.config import ModelConfig
 from snr_ray.physics import LinearInverse
@@ -92,7 +92,8 @@ class HVAE(nn.Module):
             )
         )
         self.up = nn.ModuleList(
-            nn.Conv2d(wide, narrow, 1) for narrow, wide in itertools.pairwise(widths)
+            Up(wide, narrow, config.upsampling, config.finest_stride if k == 0 else 2)
+            for k, (narrow, wide) in enumerate(itertools.pairwise(widths))
         )
         self.top = nn.Parameter(torch.zeros(1, widths[-1], 1, 1))
         self.head = nn.Sequential(
@@ -152,7 +153,7 @@ class HVAE(nn.Module):
             z.insert(0, (p if level < prior_levels else q).sample(normal))
             state = layer.advance(state, z[0], noise[level])
             finer = features[level - 1].shape if level else x.shape
-            state = self._upsample(level, state, finer[-2:])
+            state = self._up(level, state, finer[-2:])
         codes = Codes(z, noise, (x.shape[-2], x.shape[-1]))
         return Inference(self._image(state), codes, content, posteriors)
 
@@ -169,12 +170,13 @@ class HVAE(nn.Module):
             noise = codes.noise[level].expand(batch, -1, -1, -1)
             state = layer.advance(state, codes.content[level], noise)
             finer = codes.content[level - 1].shape[-2:] if level else torch.Size(codes.size)
-            state = self._upsample(level, state, finer)
+            state = self._up(level, state, finer)
         return self._image(state)
 
-    def _upsample(self, level: int, state: Tensor, size: torch.Size) -> Tensor:
-        state = self.up[level](state)
-        return state if state.shape[-2:] == size else upsample(state, size)
+    def _up(self, level: int, state: Tensor, size: torch.Size) -> Tensor:
+        up = self.up[level]
+        assert isinstance(up, Up)
+        return up.at(state, size)
 
     def _level(self, level: int) -> TopDownLevel:
         layer = self.levels[level]

@@ -114,14 +114,17 @@ def scale(
     return Decoded(pixels, depth, span or (0.0, top))
 
 
-def encode(pixels: Array, name: str, *, depth: np.dtype, span: Span | None = None) -> bytes:
-    """File bytes of pixels [C, H, W], clipped to [0, 1], in the format of `name` and given depth.
+def encode(
+    pixels: Array, name: str, *, depth: np.dtype, span: Span | None = None, clip: bool = True
+) -> bytes:
+    """File bytes of pixels [C, H, W] in the format of `name` and given depth.
 
+    `clip` cuts them to [0, 1] first; formats of integers need that.
     `span` says which stored values mean 0 and 1; by default those are 0 and 1, or 255 of integers.
     JPEG, BMP and WebP hold 8 bits; JPEG is written at quality 95 without chroma subsampling.
     """
     suffix = splitext(name)[1].lower()
-    image = np.moveaxis(np.clip(pixels, 0, 1), 0, 2)
+    image = np.moveaxis(np.clip(pixels, 0, 1) if clip else pixels, 0, 2)
     low, high = span or (0.0, 1.0 if depth.kind == "f" else 255.0)
     stored = image * np.float32(high - low) + np.float32(low)
     if depth.kind == "f":

@@ -16,6 +16,8 @@ from snr_ray.hvae import HVAE
 from snr_ray.unet import UNet
 
 SIGMA_FLOOR = 0.01
+ERROR_FLOOR = 1e-8
+"""Mean squared error taken for none: its root has no gradient at zero."""
 ROOT_EPSILON = 1e-6
 WITHHELD = 0.125
 """Share of images that a model with model.physics sees without their noise id."""
@@ -66,13 +68,16 @@ class Likelihood(nn.Module):
     the likelihood is largest, within a factor of that of its pair. The gradient is then that of the
     logarithm of the error, which PSNR is.
 
+    Clean pixels of 0 and 1 are bounds, not values, with loss.bounds: all that would be cut to them
+    is right, so nothing is spent on meeting them exactly.
+
     Source: Rybkin et al., Simple and effective VAE training with calibrated decoders (2021), who
     take one such sigma per batch.
     """
 
     def __init__(self, config: LossConfig, n_ids: int) -> None:
         super().__init__()
-        self.ratio, self.own = config.sigma_ratio, config.sigma_own
+        self.ratio, self.own, self.bounds = config.sigma_ratio, config.sigma_own, config.bounds
         log_sigma = torch.full((n_ids + 1, n_ids + 1), config.sigma).log()
         self.log_sigma = nn.Parameter(log_sigma, requires_grad=config.sigma_learned)
 
@@ -87,7 +92,12 @@ class Likelihood(nn.Module):
 
     def forward(self, image: Tensor, target: Tensor, seen: Tensor, wanted: Tensor) -> Tensor:
         """Negative log-likelihood of each image per pixel, without its constant: [B]."""
-        error = (image - target).square().flatten(1).mean(1)
+        difference = image - target
+        if self.bounds:
+            beyond = ((target <= 0) & (image < 0)) | ((target >= 1) & (image > 1))
+            cleaned = (wanted == 0)[:, None, None, None]
+            difference = difference.masked_fill(beyond & cleaned, 0.0)
+        error = difference.square().flatten(1).mean(1) + ERROR_FLOOR
         pair = self.sigma()[seen, wanted]  # [B], learns from errors that do not learn from it
         fit = error.detach() / (2 * pair.square()) + pair.log()
         near = pair.detach()

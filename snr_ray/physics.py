@@ -52,9 +52,10 @@ class LinearInverse(nn.Module):
         if noise_ids is None:
             return x
         out = x.clone()
-        for k in range(len(self.gain)):
-            rows = noise_ids == k + 1
-            if rows.any():
-                flat = x[rows].flatten(2)  # [b, C, H*W]
-                out[rows] = (flat @ self.gain[k].T + self.bias[k]).reshape(x[rows].shape)
+        with torch.autocast(x.device.type, enabled=False):  # large weights cancel in these sums
+            for k in range(len(self.gain)):
+                rows = noise_ids == k + 1
+                if rows.any():
+                    flat = x[rows].flatten(2)  # [b, C, H*W]
+                    out[rows] = (flat @ self.gain[k].T + self.bias[k]).reshape(x[rows].shape)
         return out

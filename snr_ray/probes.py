@@ -199,7 +199,7 @@ def _sampled(trained: TrainedModel, pairs: Pairs, noise_id: int) -> tuple[Array,
         swap(
             trained.model, noisy, trained.codes.mean(0), noise_ids=ids,
             normal=lambda shape: torch.randn(shape, generator=generator),
-        )
+        ).clip(0, 1)
         for _ in range(SAMPLES)
     ]  # fmt: skip
     error = np.mean(drawn, axis=0) - pairs.take(rows, 0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snr_ray.blocks import Stem, residual_blocks, upsample
+from snr_ray.blocks import Stem, Up, residual_blocks
 from snr_ray.config import ModelConfig
 from snr_ray.physics import LinearInverse
 
@@ -47,7 +47,7 @@ class UNet(nn.Module):
         )
         self.middle = residual_blocks(widths[-1], config.blocks)
         self.up = nn.ModuleList(
-            nn.Conv2d(wide, narrow, 1) for narrow, wide in itertools.pairwise(widths)
+            Up(wide, narrow, config.upsampling) for narrow, wide in itertools.pairwise(widths)
         )
         self.merge = nn.ModuleList(
             nn.Sequential(
@@ -70,7 +70,9 @@ class UNet(nn.Module):
         h = self.middle(skips.pop())
         for level in reversed(range(len(self.up))):
             skip = skips[level]
-            h = upsample(self.up[level](h), skip.shape[-2:])
+            up = self.up[level]
+            assert isinstance(up, Up)
+            h = up.at(h, skip.shape[-2:])
             h = self.merge[level](torch.cat([skip, h], dim=1))
         return estimate + self.head(F.silu(h)).float()
 

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from snr_ray.checkpoint import load_model
+from snr_ray.config import ImagesConfig
 from snr_ray.fileswap import MANIFEST_SCHEMA, FileSwapper, ImageFile
 
 
@@ -76,3 +77,21 @@ def test_physics_model_takes_the_given_or_the_detected_view_count(
     assert all(row["n_views"] in (0, 12, 6) for row in rows)
     rows = swapper(physics_folder, tmp_path / "injected", inject=True).run(files[:3])
     assert [row["n_views"] for row in rows] == [None] * 3
+
+
+def test_injected_noise_leaves_the_range_in_float_files_alone(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    out = io.BytesIO()
+    np.save(out, np.full((16, 16), 0.5, np.float32))
+    files = [ImageFile("a", "a.npy", "a.npy", out.getvalue())]
+
+    class Wild(FileSwapper):
+        def _write(self, file, decoded, result, deviation):  # type: ignore[no-untyped-def]
+            super()._write(file, decoded, result * 0 - 2, deviation)
+
+    trained = load_model(model_folder)
+    pool = [level[1].numpy() for level in trained.codes.donors]
+    for inject, lowest in ((True, -2.0), (False, 0.0)):
+        Wild(trained, pool, tmp_path, inject=inject, images=ImagesConfig(white=1.0)).run(files)
+        assert np.load(tmp_path / "a.npy").min() == lowest

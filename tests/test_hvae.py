@@ -7,7 +7,7 @@ import torch
 from snr_ray import configfile as configs
 from snr_ray import radon
 from snr_ray.batches import Batch, Share, StepNormal
-from snr_ray.blocks import Gaussian, kl, standard
+from snr_ray.blocks import Gaussian, Up, kl, standard
 from snr_ray.config import Config, InputError
 from snr_ray.fit import build_model
 from snr_ray.hvae import HVAE, Codes
@@ -364,3 +364,40 @@ def test_noisy_targets_keep_the_sigma_of_their_pair(tiny: Config) -> None:
     likelihood(image, torch.zeros_like(image), torch.zeros_like(wanted), wanted).sum().backward()
     assert image.grad is not None
     np.testing.assert_allclose(image.grad.sum((1, 2, 3)), [1 / 0.05, 0.05 / 0.1**2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("upsampling", ["shuffle", "nearest"])
+def test_up_gives_the_size_asked_for(upsampling: str) -> None:
+    up = Up(6, 4, upsampling)
+    for size in ((8, 6), (7, 5), (8, 5)):
+        assert up.at(torch.ones(2, 6, 4, 3), torch.Size(size)).shape == (2, 4, *size)
+    same = Up(6, 4, upsampling, stride=1)
+    assert same.at(torch.ones(2, 6, 4, 3), torch.Size((4, 3))).shape == (2, 4, 4, 3)
+
+
+def test_shuffle_tells_the_four_finer_pixels_apart() -> None:
+    finer = {
+        how: Up(6, 4, how).at(torch.ones(1, 6, 1, 1), torch.Size((2, 2))).flatten(2)
+        for how in ("shuffle", "nearest")
+    }
+    assert (finer["nearest"].std(2) == 0).all()
+    assert (finer["shuffle"].std(2) > 0.01).all()
+
+
+def test_clean_pixels_at_the_bounds_may_be_passed(tiny: Config) -> None:
+    target = torch.tensor([0.0, 1.0, 0.5]).reshape(1, 1, 1, 3).repeat(4, 1, 1, 1)
+    image = target + torch.tensor([-0.2, 0.2, -0.2, 0.2]).reshape(4, 1, 1, 1)
+    image.requires_grad_(True)
+    wanted = torch.tensor([0, 0, 1, 1])
+
+    def moved(bounds: bool) -> torch.Tensor:
+        config = configs.replace(tiny, {"loss.bounds": bounds})
+        likelihood = Likelihood(config.loss, 1)
+        loss = likelihood(image, target, torch.zeros_like(wanted), wanted).sum()
+        return torch.autograd.grad(loss, image)[0].flatten(1) != 0
+
+    everywhere = torch.ones(4, 3, dtype=torch.bool)
+    assert torch.equal(moved(False), everywhere)
+    expected = everywhere.clone()
+    expected[0, 0] = expected[1, 1] = False  # below 0 and above 1, of images to be clean
+    assert torch.equal(moved(True), expected)
