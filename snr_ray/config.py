@@ -122,7 +122,7 @@ class ModelConfig:
     """Residual blocks per level in each direction."""
     upsampling: Literal["shuffle", "nearest"] = "shuffle"
     """`shuffle`: on the way to a finer level, each of four pixels gets channels of its own;
-    `nearest`: all four get the same."""
+    `nearest`: all four get the same. Of the HVAE alone."""
 
     def __post_init__(self) -> None:
         levels = len(self.channels)

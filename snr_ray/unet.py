@@ -25,6 +25,7 @@ WIDTH = 1.25
 class UNet(nn.Module):
     """x + f(x), where f is a U-Net with one skip per level; images of any size.
 
+    Features rise by repeating pixels: the skips hold what is finer (pixel shuffle: no better).
     Source: Ronneberger, Fischer and Brox, U-Net: convolutional networks for biomedical image
     segmentation (2015); the residual form for sparse-view streaks is that of Jin et al., Deep
     convolutional neural network for inverse problems in imaging (2017).
@@ -47,7 +48,7 @@ class UNet(nn.Module):
         )
         self.middle = residual_blocks(widths[-1], config.blocks)
         self.up = nn.ModuleList(
-            Up(wide, narrow, config.upsampling) for narrow, wide in itertools.pairwise(widths)
+            Up(wide, narrow, "nearest") for narrow, wide in itertools.pairwise(widths)
         )
         self.merge = nn.ModuleList(
             nn.Sequential(
