@@ -37,7 +37,7 @@ METHOD_TEXT = {
     "unet": "supervised U-Net",
     "swap": "**noise removed**, mean clean noise code",
     "swap_random": "**noise removed**, random clean donor",
-    "swap_flips": "noise removed, mean over the image and its mirror images",
+    "swap_mirror": "noise removed, mean over the image and its mirror image at the diagonal",
     "swap_detected": "noise removed, view count detected",
     "hdn": "finest content from the prior, no swap (HDN mode)",
     "recon_clean": "reconstruction of the clean image",

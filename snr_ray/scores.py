@@ -38,7 +38,7 @@ TASKS = ("remove", "make", "remove_grainy", "remove_unseen")
 """What is scored. `remove`: cleaned images against clean ones, whose noise is as in training, with
 Gaussian noise on top, or of an unseen view count. `make`: images decoded from codes against those
 that they are meant to give."""
-METHODS = ("noisy", "tv", "sart", "lmmse", "unet", "swap", "swap_random", "swap_flips",
+METHODS = ("noisy", "tv", "sart", "lmmse", "unet", "swap", "swap_random", "swap_mirror",
            "swap_detected", "hdn", "recon_clean", "recon", "authority", "inject",
            "no_inject")  # fmt: skip
 
@@ -104,7 +104,7 @@ class Scorer:
         donors = codes.pick(0, np.array([hash64(name) % codes.n_donors for name in self.ids]))
         cleaned: dict[str, Callable[[], Array]] = {
             "swap_random": lambda: swap(model, noisy, donors, noise_ids=ids),
-            "swap_flips": lambda: self.flipped(noisy, ids),
+            "swap_mirror": lambda: self.mirrored(noisy, ids),
             "hdn": lambda: swap(model, noisy, None, noise_ids=ids, prior_levels=1),
         }
         if self.trained.config.model.physics:
@@ -161,14 +161,16 @@ class Scorer:
         for row, clean in methods.items():
             self.score(row, clean, self.clean)
 
-    def flipped(self, noisy: Array, ids: npt.NDArray[np.int64]) -> Array:
-        """Mean of the swap over the image and its mirror images, flipped back."""
+    def mirrored(self, noisy: Array, ids: npt.NDArray[np.int64]) -> Array:
+        """Mean of the swap over the image and its mirror image at the diagonal, mirrored back.
+
+        That turns a projection into one of the same scan where n_views is even. Mirrored left to
+        right, the centre of rotation of an even number of pixels moves by one, and so the noise is
+        another.
+        """
         model, codes = self.trained.model, self.trained.codes.mean(0)
-        views = [(), (3,), (2,), (2, 3)]
-        return np.mean(
-            [np.flip(swap(model, np.flip(noisy, v), codes, noise_ids=ids), v) for v in views],
-            axis=0,
-        )
+        other = swap(model, noisy.swapaxes(2, 3), codes, noise_ids=ids).swapaxes(2, 3)
+        return 0.5 * (swap(model, noisy, codes, noise_ids=ids) + other)
 
     @torch.inference_mode()
     def exchanged(self, noisy: Array, ids: npt.NDArray[np.int64]) -> Array:

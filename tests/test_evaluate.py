@@ -59,7 +59,7 @@ KNOWN_VIEWS = [
     "lmmse",
     "swap",
     "swap_random",
-    "swap_flips",
+    "swap_mirror",
     "hdn",
     "unet:unet",
     "swap:copy",

@@ -204,3 +204,12 @@ def test_photon_noise_belongs_to_the_image_and_not_to_its_place() -> None:
 def test_other_shape_is_refused() -> None:
     with pytest.raises(InputError, match="24x24 images, but got 24x25"):
         operator(NoiseSpec(6), 24, 24)(np.zeros((1, 24, 25)))
+
+
+@pytest.mark.parametrize("n_views", [10, 24])
+def test_mirroring_at_the_diagonal_mirrors_the_noise(n_views: int) -> None:
+    # Of an even number of views; mirroring left to right moves the centre of even sizes.
+    x = np.random.default_rng(0).random((1, 20, 20), dtype=np.float32)
+    noise = operator(NoiseSpec(n_views), 20, 20)
+    np.testing.assert_allclose(noise(x.swapaxes(1, 2)), noise(x).swapaxes(1, 2), atol=2e-3)
+    assert np.abs(noise(x[..., ::-1]) - noise(x)[..., ::-1]).max() > 0.1
