@@ -19,6 +19,7 @@ from snr_ray.baselines import sart
 from snr_ray.batches import Pairs
 from snr_ray.checkpoint import TrainedModel, TrainedUNet
 from snr_ray.hashing import hash64
+from snr_ray.hvae import HVAE
 from snr_ray.images import with_channels
 from snr_ray.metrics import psnr, ssim
 from snr_ray.swap import detect, swap
@@ -125,9 +126,12 @@ class Scorer:
                 )
         for row, make in made.items():
             self.score(row, make, noisy, clip=False)
-        others = with_channels(noisy, model.channels)[::-1]
-        authority = Row("make", "authority", views)
-        self.score(authority, lambda: self.exchanged(noisy, ids), others, clip=False)
+        for label, other in {"": self.trained, **self.beside}.items():
+            if isinstance(other, TrainedModel):
+                row = Row("make", "authority", views, label)
+                exchange = functools.partial(exchanged, other.model, noisy, ids)
+                others = with_channels(noisy, other.model.channels)[::-1]
+                self.score(row, exchange, others, clip=False)
         some = np.array([hash64(name) % SART_EVERY == 0 for name in self.ids])
         if "sart" in self.baselines and some.any():
             operator, measured = radon.operator(spec, *noisy.shape[2:]), self.clean[some]
@@ -172,16 +176,6 @@ class Scorer:
         other = swap(model, noisy.swapaxes(2, 3), codes, noise_ids=ids).swapaxes(2, 3)
         return 0.5 * (swap(model, noisy, codes, noise_ids=ids) + other)
 
-    @torch.inference_mode()
-    def exchanged(self, noisy: Array, ids: npt.NDArray[np.int64]) -> Array:
-        """All codes of image n - 1 - i decoded in the place of image i."""
-        model = self.trained.model
-        x = torch.from_numpy(with_channels(noisy, model.channels))
-        codes = model(x, noise_ids=torch.from_numpy(ids)).codes
-        codes.content = [level.flip(0) for level in codes.content]
-        codes.noise = [level.flip(0) for level in codes.noise]
-        return model.decode(codes).numpy()
-
     def score(
         self,
         row: Row,
@@ -198,3 +192,13 @@ class Scorer:
         self.scores[row] = (
             psnr(image, truth, clip=clip), ssim(image, truth, clip=clip), seconds, which
         )  # fmt: skip
+
+
+@torch.inference_mode()
+def exchanged(model: HVAE, noisy: Array, ids: npt.NDArray[np.int64]) -> Array:
+    """All codes of image n - 1 - i decoded in the place of image i: [B, C, H, W]."""
+    x = torch.from_numpy(with_channels(noisy, model.channels))
+    codes = model(x, noise_ids=torch.from_numpy(ids)).codes
+    codes.content = [level.flip(0) for level in codes.content]
+    codes.noise = [level.flip(0) for level in codes.noise]
+    return model.decode(codes).numpy()

@@ -68,6 +68,8 @@ KNOWN_VIEWS = [
     "authority",
     "inject",
     "no_inject",
+    "authority:copy",
+    "authority:wide1",
     "inject:copy",
     "inject:wide1",
     "noisy_grainy",
@@ -103,7 +105,8 @@ def test_metrics_follow_the_contract(report: Path) -> None:
     assert (other["seeds"], other["psnr_std"], other["psnr"]) == (2, 0, mine["psnr"])
     assert (mine["seeds"], cells["inject", 12]["seeds"]) == (2, 2)
     assert not {"seeds"} & (set(cells["recon", 12]) | set(cells["swap:copy", 12]))
-    assert cells["authority", 12]["psnr"] == pytest.approx(cells["recon", 12]["psnr"], abs=1e-3)
+    for row in ("authority", "authority:copy"):
+        assert cells[row, 12]["psnr"] == pytest.approx(cells["recon", 12]["psnr"], abs=1e-3)
     assert {v for u in metrics["uncertainty"].values() for v in u} == {
         "scale", "correlation", "calibration_error", "curve"}  # fmt: skip
     assert all(0.3 <= share <= 1 for share in metrics["injected_or_true"].values())
