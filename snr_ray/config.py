@@ -202,6 +202,9 @@ class LossConfig:
 class TrainConfig:
     steps: int = 9000
     """Optimizer steps of the whole run."""
+    start: str | None = None
+    """Model folder, or name of a model that comes with snr_ray, whose weights the run begins with;
+    it decides the model section. With model.physics it may be one without."""
     batch_size: int = 8
     """Clean images per step over all workers; each comes with all of its noisy versions. Must be a
     multiple of 2 x workers, so that every image finds a partner on its worker."""

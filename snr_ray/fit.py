@@ -107,6 +107,18 @@ class Learner:
         inverse.fit(pairs.take(np.arange(len(pairs)), 0), noise)
         average.load_state_dict(inverse.state_dict())
 
+    def start_from(self, other: HVAE | UNet) -> None:
+        """Begin with the weights of a trained model of the same network.
+
+        It may lack model.physics: what reads the linear estimate then begins at zero.
+        """
+        weights = {k: v for k, v in other.state_dict().items() if "stem.inverse." not in k}
+        known = weights["stem.conv.weight"]
+        for model in (self.objective.model, self.average):
+            kernel = torch.zeros_like(model.stem.conv.weight)
+            kernel[:, : known.shape[1]] = known
+            model.load_state_dict({**weights, "stem.conv.weight": kernel}, strict=False)
+
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step; returns the loss and its parts.
 

@@ -58,6 +58,11 @@ def sweep(
             "A sweep searches the split of the codes, but model.kind=unet has no codes; "
             "leave the preset unet out."
         )
+    if config.train.start:
+        raise InputError(
+            f"A sweep searches the sizes of the network, but train.start={config.train.start} "
+            "fixes them; leave it out."
+        )
     config = settle(config, origin)
     config = configs.replace(config, {"train.steps": config.sweep.steps})
     out = out.absolute()

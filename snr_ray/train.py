@@ -27,9 +27,16 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray.batches import PairFeed, Share
-from snr_ray.checkpoint import load_checkpoint, save_checkpoint, save_model
+from snr_ray.checkpoint import (
+    WEIGHTS_FILE,
+    load_any,
+    load_checkpoint,
+    model_path,
+    save_checkpoint,
+    save_model,
+)
 from snr_ray.cluster import connected, cpus, gpus
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config, InputError, check
 from snr_ray.datafolder import Failure, write_failures
 from snr_ray.dataset import (
     Origin,
@@ -65,7 +72,7 @@ def train(
     Raises:
         InputError: for a source, folder or setting the user can put right.
     """
-    config = settle(config, origin)
+    config = settle_start(settle(config, origin))
     out = out.absolute()
     counts = {split: count_rows(config, origin, split) for split in ("train", "val")}
     if counts["train"] < config.train.batch_size:
@@ -99,6 +106,7 @@ def train(
                 "config": config,
                 "out": out,
                 "origin": name,
+                "start": config.train.start and model_path(config.train.start).absolute(),
                 "data": None if in_memory else origin.folder,
                 "failures": failures,
             }
@@ -164,6 +172,8 @@ def _worker(job: dict[str, Any]) -> None:
         known, _ = gather(_tables("physics"), config)
         learner.fit_physics(known)
     checkpoint = ray.train.get_checkpoint()
+    if job["start"] and not checkpoint:
+        learner.start_from(load_any(job["start"], learner.device).model)
     if checkpoint:
         with checkpoint.as_directory() as folder:
             load_checkpoint(Path(folder), learner)
@@ -275,6 +285,34 @@ class _Watch:
             self.progress.update(int(new[-1]["step"]), note, per_unit=self.batch_size)
 
 
+def settle_start(config: Config) -> Config:
+    """The config with the model section of train.start, if there is one.
+
+    Raises:
+        InputError: if that is no model folder, or of a model that cannot begin this run.
+    """
+    start = config.train.start
+    if start is None:
+        return config
+    its = load_any(start).config
+    for key, mine, theirs in (
+        ("images.channels", config.images.channels, its.images.channels),
+        ("model.kind", config.model.kind, its.model.kind),
+    ):
+        check(
+            mine == theirs,
+            f"train.start needs a model of the same {key}, but {start} has {theirs} where this run "
+            f"has {mine}; set {key}={theirs}, or start from another.",
+        )
+    mine, stored = configs.to_dict(config)["model"], configs.to_dict(its)["model"]
+    stored["physics"] = stored["physics"] or mine["physics"]
+    for key, value in stored.items():
+        if mine[key] != value:
+            print(f"{start} has model.{key}={value}, which is used in place of {mine[key]}.",
+                  file=sys.stderr)  # fmt: skip
+    return configs.replace(config, {f"model.{key}": value for key, value in stored.items()})
+
+
 def identity(config: Config, origin: Origin) -> dict[str, Any]:
     """All that decides what a run learns, flat: what its folder is known by."""
     what = configs.to_dict(config)
@@ -290,6 +328,9 @@ def identity(config: Config, origin: Origin) -> dict[str, Any]:
     data = {}
     if origin.data:
         data["data"] = fingerprint((origin.data / "manifest.json").read_bytes())
+    if config.train.start:
+        weights = model_path(config.train.start) / WEIGHTS_FILE
+        data["start"] = fingerprint(weights.read_bytes())
     return {"stage": "train", "source": origin.name, **data, "seed": config.seed, **flat}
 
 

@@ -121,6 +121,32 @@ def test_same_seed_same_weights_and_another_seed_others(tiny: Config, pairs: Pai
     assert not torch.equal(runs[0], runs[2])
 
 
+def test_start_gives_the_images_of_the_model_it_is(
+    tiny: Config, pairs: Pairs, model_folder: Path
+) -> None:
+    # With the linear estimate too, whose weights are still zero, and after no step.
+    trained, noisy = load_model(model_folder), pairs.take(np.arange(4), 2)
+    expected = swap(trained.model, noisy, trained.codes.mean(0))
+    for physics in (False, True):
+        learner = Learner(configs.replace(tiny, {"model.physics": physics, "seed": 5}))
+        if physics:
+            learner.fit_physics(pairs)
+        learner.start_from(trained.model)
+        for model in (learner.average, learner.objective.model):
+            image = swap(model, noisy, trained.codes.mean(0), noise_ids=np.full(4, 2))
+            np.testing.assert_allclose(image, expected, atol=1e-5)
+
+
+def test_what_reads_the_estimate_learns_from_the_start(
+    tiny: Config, pairs: Pairs, model_folder: Path
+) -> None:
+    learner = Learner(configs.replace(tiny, {"model.physics": True}))
+    learner.fit_physics(pairs)
+    learner.start_from(load_model(model_folder).model)
+    learner.train_step(PairFeed(pairs, 16, seed=0, share=Share()).batch(0))
+    assert (learner.objective.model.stem.conv.weight[:, 1] != 0).any()
+
+
 def test_step_with_bad_numbers_is_skipped(tiny: Config, pairs: Pairs) -> None:
     learner = Learner(tiny)
     batch = PairFeed(pairs, tiny.train.batch_size, seed=0, share=Share()).batch(0)

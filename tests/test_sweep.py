@@ -98,3 +98,9 @@ def test_unet_has_no_split_to_search(tiny: Config, tmp_path: Path) -> None:
     config = configs.replace(tiny, {"model.kind": "unet"})
     with pytest.raises(InputError, match=r"model\.kind=unet has no codes"):
         sweep(config, origin=GLYPHS, out=tmp_path / "s", trials=1)
+
+
+def test_start_leaves_no_sizes_to_search(tiny: Config, tmp_path: Path) -> None:
+    config = configs.replace(tiny, {"train.start": "notmnist"})
+    with pytest.raises(InputError, match=r"train\.start=notmnist fixes them"):
+        sweep(config, origin=GLYPHS, out=tmp_path / "s", trials=1)

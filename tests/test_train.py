@@ -128,3 +128,33 @@ def test_bad_setups_are_refused_before_any_worker_starts(
     with pytest.raises(InputError, match=r"batch_size = 32\), but the train split .* holds 19;"):
         train(configs.replace(tiny, {"train.batch_size": 32}),
               origin=Origin(images=str(image_folder)), out=tmp_path / "few")  # fmt: skip
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_run_may_start_from_a_model(
+    tiny: Config, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A rate of next to nothing leaves the model as it was, whatever its sizes are called here.
+    changes = {"train.start": str(model_folder), "train.lr": 1e-9, "train.steps": 2}
+    wider = configs.replace(tiny, {**changes, "model.channels": [16, 16]})
+    run = train(wider, origin=GLYPHS, out=tmp_path / "run").out
+    assert (
+        "has model.channels=[8, 8], which is used in place of [16, 16]" in capsys.readouterr().err
+    )
+    np.testing.assert_allclose(weights(run), weights(model_folder.parent), atol=1e-5)
+
+
+def test_start_from_another_kind_is_refused(
+    tiny: Config, model_folder: Path, unet_folder: Path, tmp_path: Path
+) -> None:
+    def run(start: Path, **changes: object) -> None:
+        dotted = {key.replace("__", "."): value for key, value in changes.items()}
+        config = configs.replace(tiny, {"train.start": str(start), **dotted})
+        train(config, origin=GLYPHS, out=tmp_path / "run")
+
+    with pytest.raises(InputError, match=r"same model\.kind, but .* has unet where .* has hvae"):
+        run(unet_folder)
+    with pytest.raises(InputError, match=r"same images\.channels, but .* set images\.channels=1"):
+        run(model_folder, images__channels=3)
+    with pytest.raises(InputError, match="A model folder holds"):
+        run(tmp_path)
