@@ -168,7 +168,8 @@ def uncertainty(trained: TrainedModel, fit: Pairs, test: Pairs) -> dict[str, dic
     Per view count: `scale`, the factor on the standard deviation that makes its mean square on
     `fit` that of the error; `curve`, pairs of (scaled deviation, root mean square error) in
     BINS equally filled bins of test pixels; `correlation` of the two over all test pixels;
-    `calibration_error`, the mean over bins of |deviation - error| / error.
+    `calibration_error`, the mean over bins of |deviation - error| as a share of the root mean
+    square error of all pixels (not of the bin: where a pixel is surely black, both are next to 0).
     """
     result: dict[str, dict[str, Any]] = {}
     for noise_id, n_views in enumerate(trained.config.noise.n_views, start=1):
@@ -184,7 +185,9 @@ def uncertainty(trained: TrainedModel, fit: Pairs, test: Pairs) -> dict[str, dic
         result[str(n_views)] = {
             "scale": round(scale, 3),
             "correlation": round(float(np.corrcoef(deviation, np.abs(error))[0, 1]), 4),
-            "calibration_error": round(float(np.mean([abs(d / e - 1) for d, e in curve])), 4),
+            "calibration_error": round(
+                float(np.mean([abs(d - e) for d, e in curve]) / np.sqrt(np.mean(error**2))), 4
+            ),
             "curve": [(round(d, 5), round(e, 5)) for d, e in curve],
         }
     return result

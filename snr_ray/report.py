@@ -146,7 +146,8 @@ def evaluation_table(metrics: dict[str, Any]) -> str:
         f"images |{uncertain('scale', '.2f')}",
         "| uncertainty: correlation of scaled deviation and true error, per pixel "
         f"|{uncertain('correlation', '.2f')}",
-        "| uncertainty: mean relative distance from the true error, over tenths of the pixels "
+        "| uncertainty: mean distance from the true error over tenths of the pixels, as a share of "
+        "that of all "
         f"|{uncertain('calibration_error', '.1%')}",
         "",
         "`calibration.png` draws the last line, `grid.png` shows images.",

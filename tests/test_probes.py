@@ -65,6 +65,20 @@ def test_uncertainty_finds_the_factor(
         assert found["correlation"] > 0.3
 
 
+def test_pixels_that_are_surely_black_do_not_spoil_the_calibration(
+    trained: TrainedModel, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+
+    def sampled(*_: object) -> tuple[np.ndarray, np.ndarray]:
+        deviation = rng.uniform(0.01, 0.1, 40_000) * (np.arange(40_000) % 2)
+        return deviation, deviation * rng.standard_normal(40_000) + 1e-4
+
+    monkeypatch.setattr(probes, "_sampled", sampled)
+    for found in probes.uncertainty(trained, pairs, pairs).values():
+        assert found["calibration_error"] < 0.05
+
+
 def test_perfect_injection_fools_the_classifier_and_none_does_not(
     trained: TrainedModel, pairs: Pairs, tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
