@@ -1,6 +1,7 @@
-"""Building blocks of the HVAE: Gaussians, residual blocks, noise head, top-down level."""
+"""Building blocks of the HVAE: Gaussians, residual blocks, noise head, top-down levels."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,9 @@ from snr_ray.physics import LinearInverse
 LOGVAR_RANGE = (-10.0, 4.0)
 PIXEL_OFFSET = 0.4
 """Subtracted from pixels before the network and added after it: images are centred, not clipped."""
+
+PIXEL_SCALE = 4.0
+"""Units of a content code per unit of the pixels it holds: the finest code spreads as others do."""
 
 Normal = Callable[[tuple[int, ...]], Tensor]
 """Draws standard normal values of a shape; who calls decides seed, device and share of a batch."""
@@ -117,24 +121,41 @@ class NoiseHead(nn.Module):
         return gaussian(self.out(h))
 
 
+@dataclass
+class BottomUp:
+    """What the encoder sees of images before any code is known."""
+
+    levels: list[Tensor]
+    """Features [B, C_l, H/2^l, W/2^l] per level, finest first."""
+    pixels: Tensor
+    """Features [B, C_stem, H, W] at full resolution."""
+    estimate: Tensor
+    """[B, C, H, W] the images, or the linear estimates of a model with model.physics."""
+
+
 class TopDownLevel(nn.Module):
     """One level of the top-down pass: content prior and posterior, then z into the state."""
 
-    def __init__(self, channels: int, content_channels: int, noise_channels: int, n_blocks: int):
+    def __init__(self, config: ModelConfig, level: int, n_pixels: int = 0) -> None:
+        """`n_pixels` are channels of the content code beyond those of the configuration."""
         super().__init__()
-        self.prior = nn.Conv2d(channels, 2 * content_channels, 3, padding=1)
+        self.level, channels = level, config.channels[level]
+        n_content = n_pixels + config.content_channels[level]
+        self.merges_noise = config.decoder == "network"
+        n_noise = config.noise_channels[level] if self.merges_noise else 0
+        self.prior = nn.Conv2d(channels, 2 * n_content, 3, padding=1)
         self.posterior = nn.Sequential(
             nn.Conv2d(2 * channels, channels, 1),
             residual_blocks(channels, 1),
             nn.SiLU(),
-            nn.Conv2d(channels, 2 * content_channels, 1),
+            nn.Conv2d(channels, 2 * n_content, 1),
         )
-        self.merge = nn.Conv2d(content_channels + noise_channels, channels, 3, padding=1)
-        self.blocks = residual_blocks(channels, n_blocks)
+        self.merge = nn.Conv2d(n_content + n_noise, channels, 3, padding=1)
+        self.blocks = residual_blocks(channels, config.blocks)
 
-    def infer(self, state: Tensor, bottom_up: Tensor) -> Gaussian:
+    def infer(self, state: Tensor, seen: BottomUp) -> Gaussian:
         """Content posterior q(z | image, levels above), each tensor [B, C_content, h, w]."""
-        return gaussian(self.posterior(torch.cat([state, bottom_up], dim=1)))
+        return gaussian(self.posterior(torch.cat([state, seen.levels[self.level]], dim=1)))
 
     def expect(self, state: Tensor) -> Gaussian:
         """Content prior p(z | levels above), each tensor [B, C_content, h, w]."""
@@ -142,8 +163,50 @@ class TopDownLevel(nn.Module):
 
     def advance(self, state: Tensor, content: Tensor, noise: Tensor) -> Tensor:
         """The state [B, C, h, w] after this level's content and noise codes."""
-        noise = fit_code(noise, content.shape[-2:])
-        return self.blocks(state + self.merge(torch.cat([content, noise], dim=1)))
+        if self.merges_noise:
+            content = torch.cat([content, fit_code(noise, content.shape[-2:])], dim=1)
+        return self.blocks(state + self.merge(content))
+
+
+class PixelLevel(TopDownLevel):
+    """The finest level of a decoder that knows the noise: its content code holds a clean image.
+
+    A straight way leads pixels into the first channels of the code and out of them, each block of
+    stride x stride pixels at one place. The posterior adds what differs from the clean image, from
+    coarse features merged with those at full resolution, as a U-Net does.
+    """
+
+    def __init__(self, config: ModelConfig, channels: int) -> None:
+        stride, narrow = config.finest_stride, config.stem_channels
+        n_pixels = channels * stride**2
+        super().__init__(config, 0, n_pixels)
+        self.stride, self.n_pixels = stride, n_pixels
+        self.posterior = self.posterior[:-1]
+        self.up = Up(config.channels[0], narrow, "shuffle", stride)
+        self.refine = nn.Sequential(
+            nn.Conv2d(2 * narrow, narrow, 3, padding=1), residual_blocks(narrow, 1), nn.SiLU()
+        )
+        n_content = n_pixels + config.content_channels[0]
+        self.code = nn.Conv2d(stride**2 * narrow, 2 * n_content, 1)
+
+    def infer(self, state: Tensor, seen: BottomUp) -> Gaussian:
+        """Content posterior q(z | image, levels above), each tensor [B, C_content, h, w]."""
+        h = self.posterior(torch.cat([state, seen.levels[0]], dim=1))
+        h = self.up.at(h, seen.pixels.shape[-2:])
+        h = self.refine(torch.cat([seen.pixels, h], dim=1))
+        mu, logvar = gaussian(self.code(self._blocks(h)))
+        pixels = PIXEL_SCALE * self._blocks(seen.estimate - PIXEL_OFFSET)
+        return Gaussian(mu + F.pad(pixels, (0, 0, 0, 0, 0, mu.shape[1] - self.n_pixels)), logvar)
+
+    def pixels(self, content: Tensor, size: tuple[int, int]) -> Tensor:
+        """The pixels [B, C, H, W] that a code [B, C_content, h, w] holds, less PIXEL_OFFSET."""
+        image = F.pixel_shuffle(content[:, : self.n_pixels].float(), self.stride) / PIXEL_SCALE
+        return image[..., : size[0], : size[1]]
+
+    def _blocks(self, h: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C stride^2, h, w]; what odd sizes lack is zero."""
+        height, width = (-side % self.stride for side in h.shape[-2:])
+        return F.pixel_unshuffle(F.pad(h, (0, width, 0, height)), self.stride)
 
 
 def fit_code(code: Tensor, size: torch.Size) -> Tensor:

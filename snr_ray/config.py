@@ -102,6 +102,10 @@ class NoiseConfig:
 class ModelConfig:
     kind: Literal["hvae", "unet"] = "hvae"
     """`hvae`: the model of this project. `unet`: the supervised baseline it is compared with."""
+    decoder: Literal["operator", "network"] = "operator"
+    """`operator`: the decoder makes noise by the noise operator, of the clean image that the
+    content code holds. `network`: it learns to, from noise codes merged at every level; for crops,
+    whose noise comes from beyond them."""
     physics: bool = False
     """Known geometry: the encoder also sees the linear estimate for the image's noise id."""
     stem_channels: int = 16
@@ -150,7 +154,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
-    beta: float = 0.002
+    beta: float = 0.0002
     """Weight of the KL divergence against the reconstruction term."""
     free_bits: float = 0.0
     """Nats per image and code (content and noise of each level) that the KL gives for free."""
@@ -176,14 +180,15 @@ class LossConfig:
     pulls together and pushes the others away."""
     margin: float = 1.0
     """Distance beyond which the triplet loss stops pushing."""
-    content_kl: float = 0.002
+    content_kl: float = 0.0002
     """Weight of the symmetric KL between the content codes of an image and its noisy version."""
-    swap_probability: float = 0.95
+    swap_probability: float = 1.0
     """Share of images trained on the swap itself, noise code and target exchanged: clean for noisy
     ones, noisy (of a random noise id) for clean ones."""
-    injection: float = 1.5
+    injection: float = 0.1
     """Weight of the reconstruction term of clean images whose target is noisy; they are one in
-    1 + n_ids, and the rest have weight 1. More injects better and cleans worse."""
+    1 + n_ids, and the rest have weight 1. More injects better and cleans worse. A decoder that
+    knows the noise needs little; one that learns it 0.3 to 1.5."""
 
     def __post_init__(self) -> None:
         for name in ("beta", "free_bits", "triplet", "content_kl", "margin", "injection"):
@@ -299,6 +304,13 @@ class Config:
             not self.model.physics or self.images.size <= 64,
             f"model.physics needs images of at most 64 pixels, but images.size is "
             f"{self.images.size}; its linear estimate grows with the fourth power of the size.",
+        )
+        check(
+            self.model.kind == "unet"
+            or self.model.decoder == "network"
+            or self.images.crop is None,
+            "model.decoder=operator needs whole images, but images.crop is set; the noise of a "
+            "crop comes from the rest of the image too, so let it be learned: --config network.",
         )
         check(
             not self.model.physics or self.images.crop is None,

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from snr_ray import radon
 from snr_ray.batches import Batch, Pairs, Share, StepNormal
+from snr_ray.blocks import PixelLevel
 from snr_ray.config import Config
 from snr_ray.hvae import HVAE
 from snr_ray.losses import Objective, Regression
@@ -46,7 +47,8 @@ def build_model(config: Config) -> HVAE | UNet:
         torch.manual_seed(config.seed)
         if config.model.kind == "unet":
             return UNet(config.model, channels, inverse)
-        return HVAE(config.model, channels, inverse, one_pass=one_pass)
+        specs = radon.specs(config.noise)
+        return HVAE(config.model, channels, specs, inverse, one_pass=one_pass)
 
 
 def build_objective(config: Config) -> Objective | Regression:
@@ -110,10 +112,16 @@ class Learner:
     def start_from(self, other: HVAE | UNet) -> None:
         """Begin with the weights of a trained model of the same network.
 
-        It may lack model.physics: what reads the linear estimate then begins at zero.
+        It may lack model.physics: what reads the linear estimate then begins at zero, and the
+        content code with the pixels of the estimate.
         """
         weights = {k: v for k, v in other.state_dict().items() if "stem.inverse." not in k}
         known = weights["stem.conv.weight"]
+        finest = self.average.levels[0] if isinstance(self.average, HVAE) else None
+        if other.stem.inverse is None and isinstance(finest, PixelLevel):
+            for name in ("levels.0.code.weight", "levels.0.code.bias"):
+                weights[name] = weights[name].clone()
+                weights[name][: finest.n_pixels] = 0
         for model in (self.objective.model, self.average):
             kernel = torch.zeros_like(model.stem.conv.weight)
             kernel[:, : known.shape[1]] = known

@@ -1,13 +1,17 @@
 """Hierarchical VAE whose latent splits, at every level, in a content code and a noise code.
 
     image --bottom_up--> features of each level --noise heads--> noise codes
-    top level ... finest level: state + features -> content code; (content, noise) -> next state
-    state of the finest level --> image
+    top level ... finest level: state + features -> content code; content -> next state
+    content code and state of the finest level --> clean image --noise codes--> image
 
 Only codes reach the decoder: there is no skip around them, so exchanging codes exchanges all there
-is to know. The content posterior of a level is inferred against the top-down state that the noise
-codes in use produced; with a donor's noise codes this is the swap, in one pass. A model that was
-never trained on that infers content against its own noise codes, and they are exchanged afterwards.
+is to know. The decoder knows the noise operator, so the noise code need only say which noise it is.
+
+With model.decoder=network it learns what noise is: noise codes are merged into the state of every
+level, (content, noise) -> next state, and the last state gives the image. The content posterior of
+a level is then inferred against the state that the noise codes in use produced; with a donor's
+noise codes this is the swap, in one pass. A model that was never trained on that infers content
+against its own noise codes, and they are exchanged afterwards.
 """
 
 import itertools
@@ -19,16 +23,20 @@ from torch.nn import functional as F
 
 from snr_ray.blocks import (
     PIXEL_OFFSET,
+    BottomUp,
     Gaussian,
     NoiseHead,
     Normal,
+    PixelLevel,
     Stem,
     TopDownLevel,
     Up,
     residual_blocks,
 )
 from snr_ray.config import ModelConfig
+from snr_ray.noisemaker import NoiseMaker
 from snr_ray.physics import LinearInverse
+from snr_ray.radon import NoiseSpec
 
 
 @dataclass
@@ -63,14 +71,19 @@ class HVAE(nn.Module):
         self,
         config: ModelConfig,
         channels: int,
+        noise: list[NoiseSpec],
         inverse: LinearInverse | None = None,
         *,
         one_pass: bool = True,
     ) -> None:
-        """`inverse` gives the second input of a model with model.physics; `one_pass` says that the
-        swap is trained, and so how it is done."""
+        """`noise` is what a decoder that knows the operator makes; `inverse` gives the second input
+        of a model with model.physics; `one_pass` says that the swap is trained, and so how it is
+        done."""
         super().__init__()
         self.channels, self.one_pass = channels, one_pass
+        self.noise_maker: NoiseMaker | None = None
+        if config.decoder == "operator":
+            self.noise_maker = NoiseMaker(noise, sum(config.noise_channels))
         widths = (config.stem_channels, *config.channels)
         self.stem = Stem(config, channels, inverse)
         self.down = nn.ModuleList(
@@ -86,34 +99,33 @@ class HVAE(nn.Module):
             for width, n_noise in zip(config.channels, config.noise_channels, strict=True)
         )
         self.levels = nn.ModuleList(
-            TopDownLevel(width, n_content, n_noise, config.blocks)
-            for width, n_content, n_noise in zip(
-                config.channels, config.content_channels, config.noise_channels, strict=True
-            )
+            PixelLevel(config, channels)
+            if self.noise_maker is not None and level == 0
+            else TopDownLevel(config, level)
+            for level in range(len(config.channels))
         )
         self.up = nn.ModuleList(
             Up(wide, narrow, config.upsampling, config.finest_stride if k == 0 else 2)
             for k, (narrow, wide) in enumerate(itertools.pairwise(widths))
         )
         self.top = nn.Parameter(torch.zeros(1, widths[-1], 1, 1))
-        self.head = nn.Sequential(
-            residual_blocks(widths[0], config.blocks),
-            nn.SiLU(),
-            nn.Conv2d(widths[0], channels, 3, padding=1),
-        )
+        self.head = nn.Sequential(nn.Conv2d(widths[0], channels, 3, padding=1))
+        if self.noise_maker is None:
+            refine = residual_blocks(widths[0], config.blocks)
+            self.head = nn.Sequential(refine, nn.SiLU(), *self.head)
 
-    def bottom_up(self, x: Tensor, noise_ids: Tensor | None = None) -> list[Tensor]:
-        """Features of images [B, C, H, W] per level, finest first: [B, C_l, H/2^l, W/2^l]."""
-        h, _ = self.stem(x, noise_ids)
-        features = []
+    def bottom_up(self, x: Tensor, noise_ids: Tensor | None = None) -> BottomUp:
+        """What the encoder sees of images [B, C, H, W] before any code is known."""
+        pixels, estimate = self.stem(x, noise_ids)
+        h, levels = pixels, []
         for down in self.down:
             h = down(h)
-            features.append(h)
-        return features
+            levels.append(h)
+        return BottomUp(levels, pixels, estimate)
 
-    def noise_posteriors(self, features: list[Tensor]) -> list[Gaussian]:
+    def noise_posteriors(self, seen: BottomUp) -> list[Gaussian]:
         """Noise posterior per level from bottom-up features."""
-        return [head(h) for head, h in zip(self.noise_heads, features, strict=True)]
+        return [head(h) for head, h in zip(self.noise_heads, seen.levels, strict=True)]
 
     def forward(
         self,
@@ -136,8 +148,8 @@ class HVAE(nn.Module):
             prior_levels: so many of the finest levels take their content from the prior, not from
                 the image.
         """
-        features = self.bottom_up(x, noise_ids)
-        posteriors = self.noise_posteriors(features)
+        seen = self.bottom_up(x, noise_ids)
+        posteriors = self.noise_posteriors(seen)
         if noise is None:
             noise = [q.sample(normal) for q in posteriors]
         if donors is not None:
@@ -145,17 +157,17 @@ class HVAE(nn.Module):
         noise = [code.expand(len(x), -1, -1, -1) for code in noise]
         content: list[tuple[Gaussian, Gaussian]] = []
         z: list[Tensor] = []
-        state = self.top.expand(len(x), -1, *features[-1].shape[-2:])
+        state = self.top.expand(len(x), -1, *seen.levels[-1].shape[-2:])
         for level in reversed(range(len(self.levels))):
             layer = self._level(level)
-            q, p = layer.infer(state, features[level]), layer.expect(state)
+            q, p = layer.infer(state, seen), layer.expect(state)
             content.insert(0, (q, p))
             z.insert(0, (p if level < prior_levels else q).sample(normal))
             state = layer.advance(state, z[0], noise[level])
-            finer = features[level - 1].shape if level else x.shape
+            finer = seen.levels[level - 1].shape if level else x.shape
             state = self._up(level, state, finer[-2:])
         codes = Codes(z, noise, (x.shape[-2], x.shape[-1]))
-        return Inference(self._image(state), codes, content, posteriors)
+        return Inference(self._image(state, codes), codes, content, posteriors)
 
     def encode(self, x: Tensor, noise: list[Tensor] | None = None) -> Codes:
         """Posterior-mean codes of images [B, C, H, W]; with `noise`, the codes of the swap."""
@@ -164,14 +176,15 @@ class HVAE(nn.Module):
     def decode(self, codes: Codes) -> Tensor:
         """Images [B, C, H, W] of codes, and of nothing else."""
         batch = len(codes.content[-1])
+        noise = [code.expand(batch, -1, -1, -1) for code in codes.noise]
+        codes = Codes(codes.content, noise, codes.size)
         state = self.top.expand(batch, -1, *codes.content[-1].shape[-2:])
         for level in reversed(range(len(self.levels))):
             layer = self._level(level)
-            noise = codes.noise[level].expand(batch, -1, -1, -1)
-            state = layer.advance(state, codes.content[level], noise)
+            state = layer.advance(state, codes.content[level], noise[level])
             finer = codes.content[level - 1].shape[-2:] if level else torch.Size(codes.size)
             state = self._up(level, state, finer)
-        return self._image(state)
+        return self._image(state, codes)
 
     def _up(self, level: int, state: Tensor, size: torch.Size) -> Tensor:
         up = self.up[level]
@@ -183,5 +196,10 @@ class HVAE(nn.Module):
         assert isinstance(layer, TopDownLevel)
         return layer
 
-    def _image(self, state: Tensor) -> Tensor:
-        return self.head(F.silu(state)).float() + PIXEL_OFFSET
+    def _image(self, state: Tensor, codes: Codes) -> Tensor:
+        image = self.head(F.silu(state)).float() + PIXEL_OFFSET
+        if self.noise_maker is None:
+            return image
+        finest = self._level(0)
+        assert isinstance(finest, PixelLevel)
+        return self.noise_maker(image + finest.pixels(codes.content[0], codes.size), codes.noise)

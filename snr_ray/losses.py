@@ -19,6 +19,8 @@ SIGMA_FLOOR = 0.01
 ERROR_FLOOR = 1e-8
 """Mean squared error taken for none: its root has no gradient at zero."""
 ROOT_EPSILON = 1e-6
+NOISE_ID = 0.1
+"""Weight of the cross-entropy of the noise id that a decoder with the operator reads from codes."""
 WITHHELD = 0.125
 """Share of images that a model with model.physics sees without their noise id."""
 
@@ -178,6 +180,9 @@ class Objective(nn.Module):
         loss = recon + warmup * config.beta * paid / n_pixels + config.triplet * triplet
         if config.content_kl:
             loss = loss + warmup * config.content_kl * content_kl.mean() / n_pixels
+        if self.model.noise_maker is not None:
+            logits = self.model.noise_maker.noise_id(result.codes.noise)
+            loss = loss + NOISE_ID * F.cross_entropy(logits, wanted)
         return {
             "loss": loss,
             "recon": recon.detach(),

@@ -11,6 +11,7 @@ from snr_ray.config import Config, InputError
 from snr_ray.fit import build_model
 from snr_ray.hvae import HVAE, Codes
 from snr_ray.lmmse import ImagePrior, Lmmse
+from snr_ray.noisemaker import NoiseMaker
 from snr_ray.swap import NoiseCodes, collect, noise_code, swap
 from snr_ray.unet import UNet, regress
 
@@ -25,20 +26,39 @@ def model_of(config: Config, *, seed: int = 0) -> HVAE:
     return model
 
 
+def only(maker: NoiseMaker, noise_id: int) -> None:
+    """Let every noise code stand for one noise id."""
+    with torch.no_grad():
+        maker.logits.weight.zero_()
+        maker.logits.bias.fill_(-100.0)
+        maker.logits.bias[noise_id] = 0.0
+
+
 def images(n: int = 4, *size: int, channels: int = 1) -> np.ndarray:
     shape = (n, channels, *(size or (16, 16)))
     return np.random.default_rng(sum(shape)).random(shape, dtype=np.float32)
 
 
-@pytest.fixture(params=["vector", "map"])
+@pytest.fixture(params=["operator", "network, vector", "network, map"])
 def any_code(request: pytest.FixtureRequest, tiny: Config) -> Config:
-    return configs.replace(tiny, {"model.noise_code": request.param})
+    decoder, _, code = request.param.partition(", ")
+    return configs.replace(tiny, {"model.decoder": decoder, "model.noise_code": code or "vector"})
 
 
-@pytest.mark.parametrize("size", [(16, 16), (17, 23), (28, 28), (9, 40), (1, 1), (3, 2)])
+@pytest.mark.parametrize("size", [(16, 16), (17, 23), (28, 28), (9, 40), (4, 5)])
 def test_any_size_comes_back_at_its_size(any_code: Config, size: tuple[int, int]) -> None:
     x = images(2, *size)
     assert swap(model_of(any_code), x, None).shape == x.shape
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2)])
+def test_images_too_small_for_the_operator_can_be_cleaned(
+    any_code: Config, size: tuple[int, int]
+) -> None:
+    model, x = model_of(any_code), images(2, *size)
+    if model.noise_maker is not None:
+        only(model.noise_maker, 0)
+    assert swap(model, x, None).shape == x.shape
 
 
 def test_rgb_model_takes_three_channels(tiny: Config) -> None:
@@ -91,8 +111,9 @@ def test_noise_code_does_not_depend_on_the_other_images(any_code: Config) -> Non
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_content_is_inferred_as_it_was_in_training(any_code: Config, share: float) -> None:
-    model = model_of(configs.replace(any_code, {"loss.swap_probability": share}))
+def test_content_is_inferred_as_it_was_in_training(tiny: Config, share: float) -> None:
+    changes = {"model.decoder": "network", "loss.swap_probability": share}
+    model = model_of(configs.replace(tiny, changes))
     x, donor = images(3), [code + 2 for code in noise_code(model, images(1, 20, 16))]
     with torch.inference_mode():
         seen = torch.from_numpy(x)
@@ -103,6 +124,41 @@ def test_content_is_inferred_as_it_was_in_training(any_code: Config, share: floa
     assert (one_pass - afterwards).abs().max() > 1e-3
     expected = one_pass if share else afterwards
     torch.testing.assert_close(torch.from_numpy(swap(model, x, donor)), expected)
+
+
+def test_a_decoder_with_the_operator_makes_the_noise_of_the_clean_image(tiny: Config) -> None:
+    model, x = (
+        model_of(configs.replace(tiny, {"images.channels": 3})),
+        images(3, 17, 20, channels=3),
+    )
+    assert model.noise_maker is not None
+    only(model.noise_maker, 0)
+    clean = swap(model, x, None)
+    for noise_id, spec in enumerate(radon.specs(tiny.noise), start=1):
+        only(model.noise_maker, noise_id)
+        expected = radon.operator(spec, 17, 20)(clean)
+        np.testing.assert_allclose(swap(model, x, None), expected, atol=1e-4)
+
+
+def test_content_does_not_depend_on_the_donor_where_the_operator_is_known(tiny: Config) -> None:
+    model, x = model_of(tiny), torch.from_numpy(images(3))
+    donor = [code + 2 for code in noise_code(model, images(1))]
+    with torch.inference_mode():
+        own, swapped = model.encode(x), model.encode(x, noise=donor)
+    for a, b in zip(own.content, swapped.content, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_pixels_take_a_straight_way_through_the_finest_code(tiny: Config) -> None:
+    # What the network adds is zero here, so each pixel comes back from the code alone.
+    model, x = build_model(tiny).eval(), torch.from_numpy(images(2, 15, 17))
+    assert model.noise_maker is not None
+    only(model.noise_maker, 0)
+    with torch.inference_mode():
+        for weights in (model.levels[0].code, model.head[-1]):
+            weights.weight.zero_()
+            weights.bias.zero_()
+        torch.testing.assert_close(model(x).image, x)
 
 
 def test_donor_of_another_size_fits(any_code: Config) -> None:

@@ -37,3 +37,13 @@ def test_photon_noise_is_refused() -> None:
 def test_other_shape_is_refused() -> None:
     with pytest.raises(InputError, match="16x16 images, but got 16x17"):
         TorchNoise(operator(NoiseSpec(4), 16, 16))(torch.zeros(1, 16, 17))
+
+
+def test_gradients_are_those_of_the_linear_map() -> None:
+    noise = TorchNoise(operator(NoiseSpec(9), 13, 16))
+    x, way, step = torch.rand(3, 2, 13, 16, generator=torch.manual_seed(0))
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad((noise(x) * way).sum(), x)
+    with torch.no_grad():  # affine, so a difference is exact
+        difference = ((noise(x + step) - noise(x)) * way).sum()
+    assert float((gradient * step).sum()) == pytest.approx(float(difference), rel=1e-3)

@@ -1,0 +1,62 @@
+"""The last step of a decoder that knows the noise operator: clean image, noise code -> image.
+
+The noise is a function of the image, so a decoder that holds the function need not learn it: the
+content code is that of a clean image, and the noise code says what was done to it.
+"""
+
+import dataclasses
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from snr_ray import radon
+from snr_ray.radon import NoiseSpec
+from snr_ray.torchradon import TorchNoise
+
+NEGLIGIBLE = 1e-3
+"""Shares of a noise id below it are not made, so cleaning builds no operator."""
+
+
+class NoiseMaker(nn.Module):
+    """image = share_0 clean + sum over noise ids k of share_k noise_k(clean).
+
+    The shares are read from the noise codes of all levels. Photon noise is drawn anew in each image
+    and no function of it: its mean is made.
+    """
+
+    def __init__(self, noise: list[NoiseSpec], noise_channels: int) -> None:
+        """`noise_channels` is the sum over levels."""
+        super().__init__()
+        self.noise = [dataclasses.replace(spec, photons=0) for spec in noise]
+        self.logits = nn.Linear(noise_channels, 1 + len(noise))
+        nn.init.zeros_(self.logits.weight)
+        nn.init.zeros_(self.logits.bias)
+
+    def noise_id(self, codes: list[Tensor]) -> Tensor:
+        """Logits of the noise ids, 0 for clean, by noise codes [B, C, h, w] per level: [B, ids]."""
+        means = torch.cat([code.float().mean((2, 3)) for code in codes], dim=1)
+        with torch.autocast(means.device.type, enabled=False):
+            return self.logits(means)
+
+    def forward(self, clean: Tensor, codes: list[Tensor]) -> Tensor:
+        """Images [B, C, H, W] float32 of clean ones and the noise codes of as many."""
+        shares = self.noise_id(codes).softmax(1)
+        shares = shares * (shares > NEGLIGIBLE)
+        shares = shares / shares.sum(1, keepdim=True)
+        image = clean * shares[:, :1, None, None]
+        with torch.autocast(clean.device.type, enabled=False):
+            for noise_id, spec in enumerate(self.noise, start=1):
+                share = shares[:, noise_id]
+                rows = share.nonzero().squeeze(1)
+                if len(rows):
+                    operator = _operator(spec, clean.shape[-2], clean.shape[-1], clean.device)
+                    noisy = share[rows, None, None, None] * operator(clean[rows])
+                    image = image.index_add(0, rows, noisy)
+        return image
+
+
+@functools.lru_cache(maxsize=16)
+def _operator(spec: NoiseSpec, height: int, width: int, device: torch.device) -> TorchNoise:
+    with torch.inference_mode(mode=False):  # built for a validation, it serves training too
+        return TorchNoise(radon.operator(spec, height, width)).to(device)
