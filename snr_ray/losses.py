@@ -2,7 +2,8 @@
 
 Per pixel:  reconstruction / D + beta KL / D + triplet + content_kl * symmetric KL / D
 with D = C*H*W. The preset `seed` keeps the first two and the triplet loss as drawn; `paired`, the
-default, adds what knowing both the clean and the noisy image allows.
+default, adds what knowing both the clean and the noisy image allows. A decoder that knows the noise
+operator also learns which noise id a noise code stands for.
 """
 
 import torch
@@ -144,7 +145,8 @@ class Objective(nn.Module):
 
         Returns:
             Scalars: loss, recon (per pixel, with the sigma term), kl_content, kl_noise (nats per
-            image), triplet, content_kl (nats per image).
+            image), triplet, content_kl (nats per image), noise_id (nats; 0 for a decoder that
+            learns the noise).
         """
         config = self.config
         n_images, n_versions = len(batch.clean), 1 + self.n_ids
@@ -180,9 +182,11 @@ class Objective(nn.Module):
         loss = recon + warmup * config.beta * paid / n_pixels + config.triplet * triplet
         if config.content_kl:
             loss = loss + warmup * config.content_kl * content_kl.mean() / n_pixels
+        noise_id = torch.zeros_like(loss)
         if self.model.noise_maker is not None:
             logits = self.model.noise_maker.noise_id(result.codes.noise)
-            loss = loss + NOISE_ID * F.cross_entropy(logits, wanted)
+            noise_id = F.cross_entropy(logits, wanted)
+            loss = loss + NOISE_ID * noise_id
         return {
             "loss": loss,
             "recon": recon.detach(),
@@ -190,6 +194,7 @@ class Objective(nn.Module):
             "kl_noise": torch.stack(kl_noise).sum(0).mean().detach(),
             "triplet": triplet.detach(),
             "content_kl": content_kl.mean().detach(),
+            "noise_id": noise_id.detach(),
         }
 
 
