@@ -118,7 +118,8 @@ class Learner:
         weights = {k: v for k, v in other.state_dict().items() if "stem.inverse." not in k}
         known = weights["stem.conv.weight"]
         finest = self.average.levels[0] if isinstance(self.average, HVAE) else None
-        if other.stem.inverse is None and isinstance(finest, PixelLevel):
+        news = self.config.model.physics and other.stem.inverse is None
+        if news and isinstance(finest, PixelLevel):
             for name in ("levels.0.code.weight", "levels.0.code.bias"):
                 weights[name] = weights[name].clone()
                 weights[name][: finest.n_pixels] = 0
