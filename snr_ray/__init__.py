@@ -5,8 +5,8 @@ The modules form four layers; a module imports only from its own layer or the on
     0 values   config  configfile  hashing  outputs
     1 arrays   rows  radon  images  samples  collection  files  sources  datafolder
                metrics  baselines  lmmse
-    2 torch    torchradon  physics  blocks  hvae  unet  batches  shardfeed  losses  muon  fit
-               checkpoint  swap  fileswap  scores  probes
+    2 torch    torchradon  noisemaker  physics  blocks  hvae  unet  batches  shardfeed  losses
+               muon  fit  checkpoint  swap  fileswap  scores  probes
     3 ray      cluster  simulate  dataset  train  sweep  denoise  evaluate  report  bench  benchjob
                demo  cli
 

@@ -10,8 +10,8 @@ LAYERS = [
     {"config", "configfile", "hashing", "outputs"},
     {"rows", "radon", "images", "samples", "collection", "files", "sources",
      "datafolder", "metrics", "baselines", "lmmse"},
-    {"torchradon", "physics", "blocks", "hvae", "unet", "batches", "shardfeed", "losses", "muon",
-     "fit", "checkpoint", "swap", "fileswap", "scores", "probes"},
+    {"torchradon", "noisemaker", "physics", "blocks", "hvae", "unet", "batches", "shardfeed",
+     "losses", "muon", "fit", "checkpoint", "swap", "fileswap", "scores", "probes"},
     {"cluster", "simulate", "dataset", "train", "sweep", "denoise", "evaluate", "report", "bench",
      "benchjob", "demo", "cli"},
 ]  # fmt: skip
