@@ -267,7 +267,7 @@ class SweepConfig:
     """Search range of model.content_channels, drawn for each level."""
     triplet: tuple[float, float] = (0.1, 10.0)
     """Search range of loss.triplet, on a logarithmic scale."""
-    content_kl: tuple[float, float] = (0.0005, 0.5)
+    content_kl: tuple[float, float] = (0.00005, 0.5)
     """Search range of loss.content_kl, on a logarithmic scale; unused where the base sets it 0."""
 
     def __post_init__(self) -> None:
@@ -304,13 +304,6 @@ class Config:
             not self.model.physics or self.images.size <= 64,
             f"model.physics needs images of at most 64 pixels, but images.size is "
             f"{self.images.size}; its linear estimate grows with the fourth power of the size.",
-        )
-        check(
-            self.model.kind == "unet"
-            or self.model.decoder == "network"
-            or self.images.crop is None,
-            "model.decoder=operator needs whole images, but images.crop is set; the noise of a "
-            "crop comes from the rest of the image too, so let it be learned: --config network.",
         )
         check(
             not self.model.physics or self.images.crop is None,

@@ -19,7 +19,7 @@ import ray
 from snr_ray import configfile as configs
 from snr_ray.batches import Pairs
 from snr_ray.collection import Source
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config, InputError, check
 from snr_ray.datafolder import DataFolder, Failure, image_columns, row_bytes, tensors
 from snr_ray.simulate import stream
 from snr_ray.sources import open_source
@@ -60,11 +60,16 @@ def settle(config: Config, origin: Origin) -> Config:
     """The config that fits the origin: a data folder decides its images and noise sections.
 
     Raises:
-        InputError: if the data folder is none, damaged, or of another version.
+        InputError: if the data folder is none, damaged, or of another version, or if a decoder that
+            makes noise of whole images is to be trained on crops.
     """
-    if origin.data is None:
-        return config
-    settled = origin.folder.settle(config)
+    settled = config if origin.data is None else origin.folder.settle(config)
+    model, crop = settled.model, settled.images.crop
+    check(
+        crop is None or model.kind == "unet" or model.decoder == "network",
+        f"model.decoder=operator needs whole images, but these are crops of {crop} pixels, whose "
+        "noise comes from the rest of the image too; let it be learned: --config network.",
+    )
     mine, stored = configs.to_dict(config), configs.to_dict(settled)
     for section in ("images", "noise"):
         for key, value in stored[section].items():

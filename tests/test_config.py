@@ -86,13 +86,7 @@ def test_physics_of_large_images_is_refused() -> None:
 
 def test_physics_of_crops_is_refused() -> None:
     with pytest.raises(InputError, match=r"physics needs whole images, but images\.crop is set"):
-        configs.load(["network", "physics"], ["images.crop=16"])
-
-
-def test_crops_need_a_decoder_that_learns_the_noise() -> None:
-    with pytest.raises(InputError, match=r"operator needs whole images.*--config network"):
-        configs.load([], ["images.crop=16"])
-    assert configs.load(["network"], ["images.crop=16"]).model.decoder == "network"
+        configs.load(["physics"], ["images.crop=16"])
 
 
 def test_more_levels_than_the_image_halves_is_refused() -> None:

@@ -123,6 +123,8 @@ def test_bad_setups_are_refused_before_any_worker_starts(
         Origin()
     with pytest.raises(InputError, match="at most the cluster's 2 cores, but got 1 x 9"):
         run(GLYPHS, train__cpus_per_worker=9)
+    with pytest.raises(InputError, match=r"crops of 12 pixels.* --config network"):
+        run(GLYPHS, images__crop=12)
     with pytest.raises(InputError, match="one GPU per worker"):
         train(configs.replace(tiny, {"train.use_gpu": True}), origin=GLYPHS, out=tmp_path / "gpu")
     with pytest.raises(InputError, match=r"batch_size = 32\), but the train split .* holds 19;"):
