@@ -81,7 +81,7 @@ def _model_folder(tiny: Config, run: Path) -> Path:
     from snr_ray import radon
     from snr_ray.batches import Pairs
     from snr_ray.checkpoint import save_model
-    from snr_ray.fit import Learner
+    from snr_ray.fit import Learner, donor_codes
     from snr_ray.sources import open_source
 
     source = open_source("glyphs")
@@ -93,9 +93,11 @@ def _model_folder(tiny: Config, run: Path) -> Path:
     if tiny.model.physics:
         learner.fit_physics(pairs)
     maker = getattr(learner.average, "noise_maker", None)
-    if maker is not None:  # its weights begin at zero, where noise codes say nothing
+    if maker is not None:  # its weights begin at zero; here the least change of a code must show
+        code = torch.cat([level.flatten() for level in donor_codes(learner.average, pairs).mean(0)])
         weights = np.random.default_rng(0).normal(size=maker.logits.weight.shape)
-        maker.logits.weight.copy_(torch.from_numpy(30 * weights))
+        maker.logits.weight.copy_(torch.from_numpy(1000 * weights))
+        maker.logits.bias.copy_(-maker.logits.weight @ code)
     codes, metrics = learner.validate(pairs, pairs)
     run.mkdir(exist_ok=True)
     save_model(run / "model", tiny, learner.average, codes, metrics, "tests")
