@@ -183,7 +183,7 @@ def _read(path: Path) -> tuple[Config, HVAE | UNet, dict[str, Tensor]]:
         )
         raise InputError(f"A model folder holds {missing[0]}, but {path} does not; {hint}")
     try:
-        config = configs.load([path / "config.yaml"])
+        config = configs.load_saved(path / "config.yaml")
     except InputError as error:
         raise InputError(f"{path / 'config.yaml'}: {error}") from None
     try:

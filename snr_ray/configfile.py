@@ -16,6 +16,9 @@ import yaml
 
 from snr_ray.config import Config, InputError, check
 
+BEFORE_THE_KEY = {"upsampling": "nearest", "decoder": "network"}
+"""What every model was before the model section had these keys."""
+
 
 def preset_names() -> list[str]:
     """Names that `--config` takes besides a file."""
@@ -63,6 +66,17 @@ def to_dict(config: Config) -> dict[str, Any]:
 def save(config: Config, path: Path) -> None:
     """Write a Config as YAML that `load` reads back equal."""
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def load_saved(path: Path) -> Config:
+    """The Config that `save` wrote, maybe before some of its keys existed.
+
+    Raises:
+        InputError: as `load`.
+    """
+    tree: dict[str, Any] = {"model": dict(BEFORE_THE_KEY)}
+    _merge(tree, _read(path))
+    return from_dict(tree)
 
 
 def replace(config: Config, changes: Mapping[str, Any]) -> Config:

@@ -96,7 +96,7 @@ def _model_folder(tiny: Config, run: Path) -> Path:
     if maker is not None:  # its weights begin at zero; here the least change of a code must show
         code = torch.cat([level.flatten() for level in donor_codes(learner.average, pairs).mean(0)])
         weights = np.random.default_rng(0).normal(size=maker.logits.weight.shape)
-        maker.logits.weight.copy_(torch.from_numpy(1000 * weights))
+        maker.logits.weight.copy_(torch.from_numpy(100 * weights))
         maker.logits.bias.copy_(-maker.logits.weight @ code)
     codes, metrics = learner.validate(pairs, pairs)
     run.mkdir(exist_ok=True)

@@ -280,3 +280,17 @@ def test_damaged_weights_are_refused(model_folder: Path, tmp_path: Path) -> None
     (other / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
         load_model(other)
+
+
+def test_models_saved_before_a_key_existed_still_load(
+    tiny: Config, pairs: Pairs, tmp_path: Path
+) -> None:
+    config = configs.replace(tiny, {"model.decoder": "network", "model.upsampling": "nearest"})
+    learner, folder = Learner(config), tmp_path / "model"
+    codes, metrics = learner.validate(pairs, pairs)
+    save_model(folder, config, learner.average, codes, metrics, "tests")
+    path = folder / "config.yaml"
+    text = path.read_text().replace("  decoder: network\n", "")
+    path.write_text(text.replace("  upsampling: nearest\n", ""))
+    assert "decoder" not in path.read_text()
+    assert load_model(folder).config == config
