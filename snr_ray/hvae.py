@@ -65,8 +65,8 @@ class Inference:
 
 
 class HVAE(nn.Module):
-    """The model. `channels` is 1 (grey) or 3 (RGB); images of any size from 1 pixel on, of which the
-    noise operator takes those from 4 on."""
+    """The model. `channels` is 1 (grey) or 3 (RGB); images of any size, of which the noise operator
+    takes those from 4 pixels on."""
 
     def __init__(
         self,
