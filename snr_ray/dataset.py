@@ -64,12 +64,7 @@ def settle(config: Config, origin: Origin) -> Config:
             makes noise of whole images is to be trained on crops.
     """
     settled = config if origin.data is None else origin.folder.settle(config)
-    model, crop = settled.model, settled.images.crop
-    check(
-        crop is None or model.kind == "unet" or model.decoder == "network",
-        f"model.decoder=operator needs whole images, but these are crops of {crop} pixels, whose "
-        "noise comes from the rest of the image too; let it be learned: --config network.",
-    )
+    check_decoder(settled)
     mine, stored = configs.to_dict(config), configs.to_dict(settled)
     for section in ("images", "noise"):
         for key, value in stored[section].items():
@@ -80,6 +75,17 @@ def settle(config: Config, origin: Origin) -> Config:
                     file=sys.stderr,
                 )
     return settled
+
+
+def check_decoder(config: Config) -> None:
+    """Raise InputError where a decoder that makes noise of whole images is to learn from crops."""
+    model, crop = config.model, config.images.crop
+    check(
+        crop is None or model.kind == "unet" or model.decoder == "network",
+        f"model.decoder=operator needs whole images, but these are crops of {crop} pixels, whose "
+        "noise comes from the rest of the image too; let it be learned: --config network, without "
+        "a train.start whose decoder is another.",
+    )
 
 
 def count_rows(config: Config, origin: Origin, split: str) -> int:

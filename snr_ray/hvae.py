@@ -110,10 +110,10 @@ class HVAE(nn.Module):
             for k, (narrow, wide) in enumerate(itertools.pairwise(widths))
         )
         self.top = nn.Parameter(torch.zeros(1, widths[-1], 1, 1))
-        self.head = nn.Sequential(nn.Conv2d(widths[0], channels, 3, padding=1))
+        refine: list[nn.Module] = []
         if self.noise_maker is None:
-            refine = residual_blocks(widths[0], config.blocks)
-            self.head = nn.Sequential(refine, nn.SiLU(), *self.head)
+            refine = [residual_blocks(widths[0], config.blocks), nn.SiLU()]
+        self.head = nn.Sequential(*refine, nn.Conv2d(widths[0], channels, 3, padding=1))
 
     def bottom_up(self, x: Tensor, noise_ids: Tensor | None = None) -> BottomUp:
         """What the encoder sees of images [B, C, H, W] before any code is known."""

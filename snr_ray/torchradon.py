@@ -48,10 +48,10 @@ class TorchNoise(nn.Module):
         order = torch.from_numpy(noise.order)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("places", order.argsort(), persistent=False)
-        for name, matrix in (("projection", noise.projection), ("back", noise.back)):
-            self.register_buffer(name, _sparse(matrix.scipy()), persistent=False)
-            transpose = matrix.scipy().T.tocsr()
-            self.register_buffer(f"{name}_t", _sparse(transpose), persistent=False)
+        for name, rows in (("projection", noise.projection), ("back", noise.back)):
+            matrix = rows.scipy()
+            self.register_buffer(name, _sparse(matrix), persistent=False)
+            self.register_buffer(f"{name}_t", _sparse(matrix.T.tocsr()), persistent=False)
         kernel = torch.from_numpy(noise.filter.scipy().toarray())
         self.register_buffer("filter", kernel, persistent=False)
         middle = np.full((noise.height, noise.width), OFFSET, np.float32)

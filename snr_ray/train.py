@@ -40,6 +40,7 @@ from snr_ray.config import Config, InputError, check
 from snr_ray.datafolder import Failure, write_failures
 from snr_ray.dataset import (
     Origin,
+    check_decoder,
     count_rows,
     fits_in_memory,
     gather,
@@ -310,7 +311,9 @@ def settle_start(config: Config) -> Config:
         if mine[key] != value:
             print(f"{start} has model.{key}={value}, which is used in place of {mine[key]}.",
                   file=sys.stderr)  # fmt: skip
-    return configs.replace(config, {f"model.{key}": value for key, value in stored.items()})
+    settled = configs.replace(config, {f"model.{key}": value for key, value in stored.items()})
+    check_decoder(settled)
+    return settled
 
 
 def identity(config: Config, origin: Origin) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def test_killed_run_continues_to_the_same_weights(
 
 @pytest.mark.usefixtures("ray_2_cpus")
 def test_bad_setups_are_refused_before_any_worker_starts(
-    tiny: Config, image_folder: Path, tmp_path: Path
+    tiny: Config, image_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     def run(origin: Origin, **changes: object) -> None:
         dotted = {key.replace("__", "."): value for key, value in changes.items()}
@@ -125,6 +125,8 @@ def test_bad_setups_are_refused_before_any_worker_starts(
         run(GLYPHS, train__cpus_per_worker=9)
     with pytest.raises(InputError, match=r"crops of 12 pixels.* --config network"):
         run(GLYPHS, images__crop=12)
+    with pytest.raises(InputError, match=r"crops of 12 pixels.*a train\.start whose decoder"):
+        run(GLYPHS, images__crop=12, model__decoder="network", train__start=str(model_folder))
     with pytest.raises(InputError, match="one GPU per worker"):
         train(configs.replace(tiny, {"train.use_gpu": True}), origin=GLYPHS, out=tmp_path / "gpu")
     with pytest.raises(InputError, match=r"batch_size = 32\), but the train split .* holds 19;"):
