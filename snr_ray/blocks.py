@@ -129,8 +129,12 @@ class BottomUp:
     """Features [B, C_l, H/2^l, W/2^l] per level, finest first."""
     pixels: Tensor
     """Features [B, C_stem, H, W] at full resolution."""
+    image: Tensor
+    """[B, C, H, W]."""
     estimate: Tensor
     """[B, C, H, W] the images, or the linear estimates of a model with model.physics."""
+    noisy: Callable[[Tensor], Tensor] | None = None
+    """Clean images [B, C, H, W] with the noise that the images' own noise codes stand for."""
 
 
 class TopDownLevel(nn.Module):
@@ -168,12 +172,36 @@ class TopDownLevel(nn.Module):
         return self.blocks(state + self.merge(content))
 
 
+class ConsistencyStep(nn.Module):
+    """One step of an unrolled solver: guess a clean image, and see what its noisy version leaves
+    unexplained of the image.
+
+    Source: Adler and Öktem, Learned primal-dual reconstruction (2018); as the inference of a VAE,
+    Marino, Yue and Mandt, Iterative amortized inference (2018).
+    """
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.guess = nn.Conv2d(width, channels, 3, padding=1)
+        self.see = nn.Conv2d(2 * channels, width, 3, padding=1)
+        self.blocks = residual_blocks(width, 1)
+
+    def forward(self, h: Tensor, guess: Tensor, seen: BottomUp) -> tuple[Tensor, Tensor]:
+        """Features [B, width, H, W] and guess [B, C, H, W] after the step, from those before."""
+        assert seen.noisy is not None
+        guess = guess + self.guess(F.silu(h)).float()
+        unexplained = seen.image - seen.noisy(guess)
+        news = torch.cat([guess - PIXEL_OFFSET, unexplained], dim=1)
+        return self.blocks(h + self.see(news)), guess
+
+
 class PixelLevel(TopDownLevel):
     """The finest level of a decoder that knows the noise: its content code holds a clean image.
 
     A straight way leads pixels into the first channels of the code and out of them, each block of
-    stride x stride pixels at one place. The posterior adds what differs from the clean image, from
-    coarse features merged with those at full resolution, as a U-Net does.
+    stride x stride pixels at one place. The posterior adds what differs from the clean image: it
+    merges coarse features with those at full resolution, as a U-Net does, and then takes steps of
+    an unrolled solver, since what makes the noise is known.
     """
 
     def __init__(self, config: ModelConfig, channels: int) -> None:
@@ -184,7 +212,10 @@ class PixelLevel(TopDownLevel):
         self.posterior = self.posterior[:-1]
         self.up = Up(config.channels[0], narrow, "shuffle", stride)
         self.refine = nn.Sequential(
-            nn.Conv2d(2 * narrow, narrow, 3, padding=1), residual_blocks(narrow, 1), nn.SiLU()
+            nn.Conv2d(2 * narrow, narrow, 3, padding=1), residual_blocks(narrow, 1)
+        )
+        self.steps = nn.ModuleList(
+            ConsistencyStep(narrow, channels) for _ in range(config.unrolled)
         )
         n_content = n_pixels + config.content_channels[0]
         self.code = nn.Conv2d(stride**2 * narrow, 2 * n_content, 1)
@@ -194,8 +225,11 @@ class PixelLevel(TopDownLevel):
         h = self.posterior(torch.cat([state, seen.levels[0]], dim=1))
         h = self.up.at(h, seen.pixels.shape[-2:])
         h = self.refine(torch.cat([seen.pixels, h], dim=1))
-        mu, logvar = gaussian(self.code(self._blocks(h)))
-        pixels = PIXEL_SCALE * self._blocks(seen.estimate - PIXEL_OFFSET)
+        guess = seen.estimate
+        for step in self.steps:
+            h, guess = step(h, guess, seen)
+        mu, logvar = gaussian(self.code(self._blocks(F.silu(h))))
+        pixels = PIXEL_SCALE * self._blocks(guess - PIXEL_OFFSET)
         return Gaussian(mu + F.pad(pixels, (0, 0, 0, 0, 0, mu.shape[1] - self.n_pixels)), logvar)
 
     def pixels(self, content: Tensor, size: tuple[int, int]) -> Tensor:

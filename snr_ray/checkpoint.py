@@ -4,6 +4,7 @@ A model folder holds `model.safetensors` (weights and donors' noise codes), `con
 `metrics.json` and `README.md`. Nothing is ever unpickled.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from snr_ray import __version__
+from snr_ray import __version__, radon
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config, InputError, check
 from snr_ray.fit import Learner, Metrics, build_model
 from snr_ray.hvae import HVAE
+from snr_ray.radon import NoiseSpec
 from snr_ray.swap import NoiseCodes
 from snr_ray.unet import UNet
 
@@ -47,6 +49,24 @@ class TrainedModel:
                 f"but got {n_views}."
             )
         return self.config.noise.n_views.index(n_views) + 1
+
+    @property
+    def can_be_told(self) -> bool:
+        """Whether the view count of noisy images helps: with model.physics one of those that the
+        model was trained on, with model.unrolled any."""
+        model = self.config.model
+        return model.physics or (model.decoder == "operator" and model.unrolled > 0)
+
+    def geometry(self, n_views: int) -> NoiseSpec | None:
+        """What to tell the unrolled solver of images of a view count; None where there is none.
+
+        Raises InputError if it is below 1.
+        """
+        check(n_views >= 1, f"A view count must be at least 1, but got {n_views}.")
+        model = self.config.model
+        if model.decoder == "network" or not model.unrolled:
+            return None
+        return radon.specs(dataclasses.replace(self.config.noise, n_views=(n_views,)))[0]
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,8 @@ def _parser() -> argparse.ArgumentParser:
         "--views",
         metavar="N_VIEWS",
         type=int,
-        help="view count of the images, for a model with model.physics; detected by default",
+        help="view count of the images, also one that the model was not trained on (but for a "
+        "model with model.physics); by default the noise code tells it",
     )
     add = parsers["evaluate"].add_argument
     add("--baselines", metavar="tv,sart,lmmse", help="comma-separated; default all, '' for none")

@@ -122,6 +122,9 @@ class ModelConfig:
     """Channels of the noise code of each level."""
     noise_code: Literal["vector", "map"] = "vector"
     """`vector`: one noise vector per level, broadcast over space; `map`: a spatial noise code."""
+    unrolled: int = 4
+    """Steps of the unrolled solver in the encoder, each of which guesses the clean image, makes its
+    noise and sees what is left unexplained; 0: none. Of a decoder with the operator alone."""
     blocks: int = 1
     """Residual blocks per level in each direction."""
     upsampling: Literal["shuffle", "nearest"] = "shuffle"
@@ -145,6 +148,7 @@ class ModelConfig:
             self.stem_kernel % 2 == 1,
             f"model.stem_kernel must be odd, but got {self.stem_kernel}.",
         )
+        check(self.unrolled >= 0, f"model.unrolled must not be negative, but got {self.unrolled}.")
         for name in ("stem_channels", "stem_kernel", "blocks"):
             check(
                 getattr(self, name) >= 1,

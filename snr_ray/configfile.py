@@ -16,7 +16,7 @@ import yaml
 
 from snr_ray.config import Config, InputError, check
 
-BEFORE_THE_KEY = {"upsampling": "nearest", "decoder": "network"}
+BEFORE_THE_KEY = {"upsampling": "nearest", "decoder": "network", "unrolled": 0}
 """What every model was before the model section had these keys."""
 
 

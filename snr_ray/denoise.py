@@ -75,7 +75,8 @@ def denoise(
         samples: 0 decodes posterior means; N > 0 averages N posterior samples and writes their
             standard deviation.
         inject: None removes noise (clean donors); a view count injects its noise.
-        n_views: view count of the images, for a model with model.physics; None detects it.
+        n_views: view count of the images, for a model with model.physics (one that it was trained
+            on) or model.unrolled (any); None detects it.
         overwrite: replace files of the same names.
 
     Raises:
@@ -85,12 +86,15 @@ def denoise(
         raise InputError(f"--samples must not be negative, but got {samples}.")
     trained = load_model(model)
     if n_views is not None:
-        if inject is not None or not trained.config.model.physics:
+        if inject is not None or not trained.can_be_told:
             raise InputError(
-                "--views tells a model with model.physics how many views its noisy input has, but "
+                "--views tells a model with model.physics or model.unrolled how many views its "
+                "noisy input has, but "
                 + ("--inject takes clean input." if inject is not None else "this one is blind.")
             )
-        trained.noise_id(n_views)
+        trained.geometry(n_views)
+        if trained.config.model.physics:
+            trained.noise_id(n_views)
     noise_id = 0 if inject is None else trained.noise_id(inject)
     source = open_source(images)
     out = out.absolute()

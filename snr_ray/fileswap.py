@@ -86,9 +86,10 @@ class FileSwapper:
             seed: of the choice of donors and of the samples.
             images: how images are read; white and window matter.
             inject: the images are clean, and the pool is of noisy donors.
-            n_views: view count of the images, for a model with model.physics; None detects it.
+            n_views: view count of the images, for a model that can be told; None detects it.
         """
         self.inject, self.n_views = inject, n_views
+        self.geometry = None if n_views is None else trained.geometry(n_views)
         self.trained, self.out, self.samples = trained, out, samples
         self.seed, self.images = seed, images or ImagesConfig()
         device = trained.model.top.device
@@ -130,7 +131,10 @@ class FileSwapper:
                 results, deviations = self._sample(images, donors, ids, members)
             else:
                 noise = [level[donors] for level in self.pool]
-                results, deviations = swap(self.trained.model, images, noise, noise_ids=ids), None
+                results = swap(
+                    self.trained.model, images, noise, noise_ids=ids, geometry=self.geometry
+                )
+                deviations = None
         except InputError as error:
             return [_failed(file, "swap", str(error)) for file, _ in members]
         except (RuntimeError, MemoryError) as error:
@@ -161,7 +165,7 @@ class FileSwapper:
                     "channels": channels,
                     "depth": str(decoded.depth),
                     "donor": donors[k],
-                    "n_views": None if ids is None else self._views(ids[k]),
+                    "n_views": self.n_views if ids is None else self._views(ids[k]),
                     "std": None if deviation is None else float(deviation.mean()),
                     "seconds": seconds,
                 }
@@ -196,7 +200,14 @@ class FileSwapper:
             normal = _seeded(hash64(f"{self.seed}/samples/{file.id}"), self.pool[0].device)
             drawn = np.concatenate(
                 [
-                    swap(self.trained.model, image[None], noise, noise_ids=own, normal=normal)
+                    swap(
+                        self.trained.model,
+                        image[None],
+                        noise,
+                        noise_ids=own,
+                        geometry=self.geometry,
+                        normal=normal,
+                    )
                     for _ in range(self.samples)
                 ]
             )

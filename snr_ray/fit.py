@@ -112,15 +112,16 @@ class Learner:
     def start_from(self, other: HVAE | UNet) -> None:
         """Begin with the weights of a trained model of the same network.
 
-        It may lack model.physics: what reads the linear estimate then begins at zero, and the
-        content code with the pixels of the estimate.
+        It may lack model.physics: what reads the linear estimate then begins at zero, and the first
+        guess of the clean image is the estimate.
         """
         weights = {k: v for k, v in other.state_dict().items() if "stem.inverse." not in k}
         known = weights["stem.conv.weight"]
         finest = self.average.levels[0] if isinstance(self.average, HVAE) else None
         news = self.config.model.physics and other.stem.inverse is None
         if news and isinstance(finest, PixelLevel):
-            for name in ("levels.0.code.weight", "levels.0.code.bias"):
+            corrects = "levels.0.steps.0.guess" if finest.steps else "levels.0.code"
+            for name in (f"{corrects}.weight", f"{corrects}.bias"):
                 weights[name] = weights[name].clone()
                 weights[name][: finest.n_pixels] = 0
         for model in (self.objective.model, self.average):

@@ -6,6 +6,8 @@
 
 Only codes reach the decoder: there is no skip around them, so exchanging codes exchanges all there
 is to know. The decoder knows the noise operator, so the noise code need only say which noise it is.
+The encoder uses that decoder: at the finest level it makes noise of the clean image it guesses, by
+the image's own noise codes, and learns from what that leaves of the image unexplained.
 
 With model.decoder=network it learns what noise is: noise codes are merged into the state of every
 level, (content, noise) -> next state, and the last state gives the image. The content posterior of
@@ -14,6 +16,7 @@ noise codes this is the swap, in one pass. A model that was never trained on tha
 against its own noise codes, and they are exchanged afterwards.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -34,7 +37,7 @@ from snr_ray.blocks import (
     residual_blocks,
 )
 from snr_ray.config import ModelConfig
-from snr_ray.noisemaker import NoiseMaker
+from snr_ray.noisemaker import NoiseMaker, noise_of
 from snr_ray.physics import LinearInverse
 from snr_ray.radon import NoiseSpec
 
@@ -122,7 +125,7 @@ class HVAE(nn.Module):
         for down in self.down:
             h = down(h)
             levels.append(h)
-        return BottomUp(levels, pixels, estimate)
+        return BottomUp(levels, pixels, x, estimate)
 
     def noise_posteriors(self, seen: BottomUp) -> list[Gaussian]:
         """Noise posterior per level from bottom-up features."""
@@ -135,6 +138,7 @@ class HVAE(nn.Module):
         donors: Tensor | None = None,
         normal: Normal | None = None,
         noise_ids: Tensor | None = None,
+        geometry: NoiseSpec | None = None,
         prior_levels: int = 0,
     ) -> Inference:
         """Encode images and decode them again, with their own noise codes or others.
@@ -146,11 +150,18 @@ class HVAE(nn.Module):
             normal: source of the sampling noise; None uses posterior means.
             noise_ids: [B] known noise ids, for a model with model.physics; None, and 0 where only
                 some are known, leaves the encoder with the image alone.
+            geometry: how all of the images were made, for the unrolled solver; also of a view count
+                that no training image had. None: as their noise codes say.
             prior_levels: so many of the finest levels take their content from the prior, not from
                 the image.
         """
         seen = self.bottom_up(x, noise_ids)
         posteriors = self.noise_posteriors(seen)
+        if geometry is not None:
+            seen.noisy = functools.partial(noise_of, geometry)
+        elif self.noise_maker is not None:
+            own = self.noise_maker.shares([q.mu for q in posteriors])
+            seen.noisy = functools.partial(self.noise_maker, shares=own)
         if noise is None:
             noise = [q.sample(normal) for q in posteriors]
         if donors is not None:
@@ -203,4 +214,5 @@ class HVAE(nn.Module):
             return image
         finest = self._level(0)
         assert isinstance(finest, PixelLevel)
-        return self.noise_maker(image + finest.pixels(codes.content[0], codes.size), codes.noise)
+        clean = image + finest.pixels(codes.content[0], codes.size)
+        return self.noise_maker(clean, self.noise_maker.shares(codes.noise))

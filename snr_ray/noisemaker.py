@@ -6,16 +6,18 @@ content code is that of a clean image, and the noise code says what was done to 
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from snr_ray import radon
-from snr_ray.radon import NoiseSpec
+from snr_ray.radon import NoiseSpec, RadonNoise
 from snr_ray.torchradon import TorchNoise
 
 NEGLIGIBLE = 1e-3
-"""Shares of a noise id below it are not made, so cleaning builds no operator."""
+"""Shares of a noise id below it are not made: most images need one operator or none."""
+SHAPES = 3
+"""Shapes of images whose operators are kept in each process: large ones take a gigabyte."""
 
 
 class NoiseMaker(nn.Module):
@@ -28,7 +30,7 @@ class NoiseMaker(nn.Module):
     def __init__(self, noise: list[NoiseSpec], noise_channels: int) -> None:
         """`noise_channels` is the sum over levels."""
         super().__init__()
-        self.noise = [dataclasses.replace(spec, photons=0) for spec in noise]
+        self.noise = noise
         self.logits = nn.Linear(noise_channels, 1 + len(noise))
         nn.init.zeros_(self.logits.weight)
         nn.init.zeros_(self.logits.bias)
@@ -39,24 +41,40 @@ class NoiseMaker(nn.Module):
         with torch.autocast(means.device.type, enabled=False):
             return self.logits(means)
 
-    def forward(self, clean: Tensor, codes: list[Tensor]) -> Tensor:
-        """Images [B, C, H, W] float32 of clean ones and the noise codes of as many."""
+    def shares(self, codes: list[Tensor]) -> Tensor:
+        """Shares [B, ids] of the noise ids, 0 for clean, by noise codes as of `noise_id`."""
         shares = self.noise_id(codes).softmax(1)
         shares = shares * (shares > NEGLIGIBLE)
-        shares = shares / shares.sum(1, keepdim=True)
+        return shares / shares.sum(1, keepdim=True)
+
+    def forward(self, clean: Tensor, shares: Tensor) -> Tensor:
+        """Images [B, C, H, W] float32 of clean ones and the shares [B, ids] of their noise."""
         image = clean * shares[:, :1, None, None]
-        with torch.autocast(clean.device.type, enabled=False):
-            for noise_id, spec in enumerate(self.noise, start=1):
-                share = shares[:, noise_id]
-                rows = share.nonzero().squeeze(1)
-                if len(rows):
-                    operator = _operator(spec, clean.shape[-2], clean.shape[-1], clean.device)
-                    noisy = share[rows, None, None, None] * operator(clean[rows])
-                    image = image.index_add(0, rows, noisy)
+        for noise_id, spec in enumerate(self.noise, start=1):
+            share = shares[:, noise_id]
+            rows = share.nonzero().squeeze(1)
+            if len(rows):
+                noisy = share[rows, None, None, None] * noise_of(spec, clean[rows])
+                image = image.index_add(0, rows, noisy)
         return image
 
 
-@functools.lru_cache(maxsize=16)
-def _operator(spec: NoiseSpec, height: int, width: int, device: torch.device) -> TorchNoise:
-    with torch.inference_mode(mode=False):  # built for a validation, it serves training too
-        return TorchNoise(radon.operator(spec, height, width)).to(device)
+def noise_of(spec: NoiseSpec, clean: Tensor) -> Tensor:
+    """Images [B, C, H, W] float32 that an operator makes of clean ones; of photons, the mean."""
+    spec = dataclasses.replace(spec, photons=0)
+    operator = _operators(clean.shape[-2], clean.shape[-1], clean.device)(spec)
+    with torch.autocast(clean.device.type, enabled=False):
+        noisy: Tensor = operator(clean)
+    return noisy
+
+
+@functools.lru_cache(maxsize=SHAPES)
+def _operators(height: int, width: int, device: torch.device) -> Callable[[NoiseSpec], TorchNoise]:
+    """The operators of one shape, each built where it is first asked for."""
+
+    @functools.cache
+    def build(spec: NoiseSpec) -> TorchNoise:
+        with torch.inference_mode(mode=False):  # built for a validation, it serves training too
+            return TorchNoise(RadonNoise(spec, height, width)).to(device)
+
+    return build

@@ -39,6 +39,7 @@ METHOD_TEXT = {
     "swap_random": "**noise removed**, random clean donor",
     "swap_mirror": "noise removed, mean over the image and its mirror image at the diagonal",
     "swap_detected": "noise removed, view count detected",
+    "swap_told": "**noise removed**, told the view count",
     "hdn": "finest content from the prior, no swap (HDN mode)",
     "recon_clean": "reconstruction of the clean image",
     "recon": "reconstruction of the noisy image (against the noisy image)",

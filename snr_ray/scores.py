@@ -40,7 +40,7 @@ TASKS = ("remove", "make", "remove_grainy", "remove_unseen")
 Gaussian noise on top, or of an unseen view count. `make`: images decoded from codes against those
 that they are meant to give."""
 METHODS = ("noisy", "tv", "sart", "lmmse", "unet", "swap", "swap_random", "swap_mirror",
-           "swap_detected", "hdn", "recon_clean", "recon", "authority", "inject",
+           "swap_detected", "swap_told", "hdn", "recon_clean", "recon", "authority", "inject",
            "no_inject")  # fmt: skip
 
 
@@ -94,6 +94,16 @@ class Scorer:
                 # Nobody says which of the known noise ids comes nearest: the noise code does.
                 ids = detect(model, self.trained.codes, noisy)
                 self.removal("remove_unseen", noisy, views, ids)
+                if (geometry := self.trained.geometry(views)) is not None:
+                    told = functools.partial(
+                        swap,
+                        model,
+                        noisy,
+                        self.trained.codes.mean(0),
+                        noise_ids=ids,
+                        geometry=geometry,
+                    )
+                    self.score(Row("remove_unseen", "swap_told", views), told, self.clean)
         return self.scores
 
     def noise_level(self, noise_id: int, spec: radon.NoiseSpec) -> None:

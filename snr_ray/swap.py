@@ -15,6 +15,7 @@ from torch import Tensor
 from snr_ray.blocks import Normal
 from snr_ray.hvae import HVAE
 from snr_ray.images import with_channels
+from snr_ray.radon import NoiseSpec
 
 Array = npt.NDArray[np.float32]
 
@@ -92,6 +93,7 @@ def swap(
     *,
     normal: Normal | None = None,
     noise_ids: npt.NDArray[np.int64] | None = None,
+    geometry: NoiseSpec | None = None,
     prior_levels: int = 0,
 ) -> Array:
     """Images [B, C, H, W] with other noise codes, or their own where `noise` is None.
@@ -108,6 +110,8 @@ def swap(
         noise: codes per level, [1 or B, C_noise, h, w].
         normal: source of sampling noise; None decodes posterior means.
         noise_ids: [B] known or detected ids of the images, for a model with model.physics.
+        geometry: how all of the images were made, for a model with model.unrolled; None: as their
+            noise codes say.
         prior_levels: so many of the finest levels take their content from the prior.
 
     Returns:
@@ -122,7 +126,9 @@ def swap(
     if noise is not None:  # a single code serves all; otherwise each image lends to its channels
         noise = [code.repeat_interleave(apart, 0) if len(code) > 1 else code for code in noise]
     ids = None if noise_ids is None else torch.from_numpy(noise_ids.repeat(apart)).to(x.device)
-    infer = functools.partial(model, x, normal=normal, noise_ids=ids, prior_levels=prior_levels)
+    infer = functools.partial(
+        model, x, normal=normal, noise_ids=ids, geometry=geometry, prior_levels=prior_levels
+    )
     if noise is None or model.one_pass:
         decoded = infer(noise=noise).image
     else:

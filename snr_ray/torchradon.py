@@ -1,6 +1,7 @@
 """The noise operator on tensors, for images that are on a GPU already. Equal to `radon` to 1e-4."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,14 @@ class TorchNoise(nn.Module):
     """
 
     projection: Tensor
-    """Sparse [A*N, H*W], and its transpose `projection_t`"""
-    projection_t: Tensor
+    """Sparse [A*N, H*W]"""
     order: Tensor
     """[H*W] pixel at each place of their pixel axis, and the other way round `places`"""
     places: Tensor
     filter: Tensor
     """Dense [N, N]"""
     back: Tensor
-    """Sparse [H*W, A*N], and its transpose `back_t`"""
-    back_t: Tensor
+    """Sparse [H*W, A*N]"""
     flat: Tensor
     """[H*W, 1], what an image that is OFFSET everywhere becomes"""
 
@@ -49,14 +48,14 @@ class TorchNoise(nn.Module):
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("places", order.argsort(), persistent=False)
         for name, rows in (("projection", noise.projection), ("back", noise.back)):
-            matrix = rows.scipy()
-            self.register_buffer(name, _sparse(matrix), persistent=False)
-            self.register_buffer(f"{name}_t", _sparse(matrix.T.tocsr()), persistent=False)
+            self.register_buffer(name, _sparse(rows.scipy()), persistent=False)
         kernel = torch.from_numpy(noise.filter.scipy().toarray())
         self.register_buffer("filter", kernel, persistent=False)
         middle = np.full((noise.height, noise.width), OFFSET, np.float32)
         flat = torch.from_numpy(noise(middle)).reshape(-1, 1)
         self.register_buffer("flat", flat, persistent=False)
+        self.transposes: dict[str, Tensor] = {}
+        """Of the sparse matrices: made for the first gradients, twice the memory."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Noisy versions [..., H, W] float32 of clean images [..., H, W] float in [0, 1].
@@ -71,11 +70,21 @@ class TorchNoise(nn.Module):
             )
         pixels = images.float().reshape(-1, self.height * self.width)
         columns = pixels[:, self.order].T - OFFSET
-        sinogram = _Times.apply(columns, self.projection, self.projection_t)  # [A*N, B]
+        sinogram = self._times("projection", columns)  # [A*N, B]
         filtered = self.filter @ sinogram.unflatten(0, (self.spec.n_views, -1))  # [A, N, B]
-        noisy = _Times.apply(filtered.flatten(0, 1), self.back, self.back_t)
+        noisy = self._times("back", filtered.flatten(0, 1))
         noisy = noisy[self.places] + self.flat
         return noisy.T.reshape(images.shape)
+
+    def _times(self, name: str, columns: Tensor) -> Tensor:
+        matrix = self.get_buffer(name)
+        if not columns.requires_grad:
+            return matrix @ columns
+        transpose = self.transposes.get(name)
+        if transpose is None or transpose.device != matrix.device:
+            transpose = self.transposes[name] = _quiet(lambda: matrix.t().to_sparse_csr())
+        product: Tensor = _Times.apply(columns, matrix, transpose)
+        return product
 
 
 class _Times(torch.autograd.Function):
@@ -93,9 +102,17 @@ class _Times(torch.autograd.Function):
 
 
 def _sparse(matrix: csr_array) -> Tensor:
-    starts, columns, weights = map(torch.tensor, (matrix.indptr, matrix.indices, matrix.data))
+    parts = (matrix.indptr, matrix.indices, matrix.data)
+    starts, columns, weights = map(torch.tensor, parts)
+    kind = torch.int32 if matrix.nnz < 2**31 else torch.int64  # half the memory
+    return _quiet(
+        lambda: torch.sparse_csr_tensor(
+            starts.to(kind), columns.to(kind), weights, size=matrix.shape, dtype=torch.float32
+        )
+    )
+
+
+def _quiet(make: Callable[[], Tensor]) -> Tensor:
     with warnings.catch_warnings():  # torch calls the format a beta
         warnings.simplefilter("ignore")
-        return torch.sparse_csr_tensor(
-            starts.long(), columns.long(), weights, size=matrix.shape, dtype=torch.float32
-        )
+        return make()

@@ -69,6 +69,13 @@ def unet_folder(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def blind_folder(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a model whose decoder learns noise, and that cannot be told what it is."""
+    config = configs.replace(tiny, {"model.decoder": "network"})
+    return _model_folder(config, tmp_path_factory.mktemp("blind"))
+
+
+@pytest.fixture(scope="session")
 def physics_folder(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of a model that knows the geometry."""
     config = configs.replace(tiny, {"model.physics": True})

@@ -164,6 +164,7 @@ def test_outputs_of_a_killed_job_are_kept_and_completed(model_folder: Path, tmp_
 def test_bad_requests_are_refused(
     model_folder: Path,
     unet_folder: Path,
+    blind_folder: Path,
     physics_folder: Path,
     image_folder: Path,
     tmp_path: Path,
@@ -176,7 +177,9 @@ def test_bad_requests_are_refused(
     with pytest.raises(InputError, match=r"trained on \(12, 6\), but got 7"):
         run(inject=7)
     with pytest.raises(InputError, match=r"--views tells .* but this one is blind"):
-        run(n_views=12)
+        run(n_views=12, model=str(blind_folder))
+    with pytest.raises(InputError, match="view count must be at least 1, but got 0"):
+        run(n_views=0)
     with pytest.raises(InputError, match="holds a supervised U-Net, the baseline"):
         run(model=str(unet_folder))
     physics = {"model": str(physics_folder)}

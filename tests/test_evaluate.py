@@ -83,6 +83,7 @@ KNOWN_VIEWS = [
 UNSEEN_VIEWS = [
     "noisy_unseen",
     "swap_unseen",
+    "swap_told_unseen",
     "unet_unseen:unet",
     "swap_unseen:copy",
     "swap_unseen:wide1",

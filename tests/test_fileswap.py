@@ -9,6 +9,9 @@ from PIL import Image
 from snr_ray.checkpoint import load_model
 from snr_ray.config import ImagesConfig
 from snr_ray.fileswap import MANIFEST_SCHEMA, FileSwapper, ImageFile
+from snr_ray.hashing import hash64
+from snr_ray.radon import NoiseSpec
+from snr_ray.swap import swap
 
 
 def png(seed: int, *shape: int) -> bytes:
@@ -77,6 +80,28 @@ def test_physics_model_takes_the_given_or_the_detected_view_count(
     assert all(row["n_views"] in (0, 12, 6) for row in rows)
     rows = swapper(physics_folder, tmp_path / "injected", inject=True).run(files[:3])
     assert [row["n_views"] for row in rows] == [None] * 3
+
+
+def test_view_count_that_no_training_image_had_can_be_told(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).random((2, 1, 16, 20), dtype=np.float32)
+    files = []
+    for k, image in enumerate(images):
+        out = io.BytesIO()
+        np.save(out, image[0])
+        files.append(ImageFile(f"{k}.npy", f"{k}.npy", f"{k}.npy", out.getvalue(), tensor=True))
+    trained, means = load_model(model_folder), []
+    for name, options in (("told", {"n_views": 9}), ("samples", {"n_views": 9, "samples": 2}),
+                          ("blind", {})):  # fmt: skip
+        rows = swapper(model_folder, tmp_path / name, **options).run(files)
+        assert [row["n_views"] for row in rows] == [options.get("n_views")] * 2
+        means.append(np.stack([np.load(tmp_path / name / f"{k}.npy") for k in range(2)]))
+    donors = [hash64(f"0/{file.id}") % trained.codes.n_donors for file in files]
+    noise = trained.codes.pick(0, np.array(donors))
+    expected = swap(trained.model, images, noise, geometry=NoiseSpec(9)).clip(0, 1)
+    np.testing.assert_allclose(means[0][:, None], expected, atol=1e-5)
+    assert all(np.abs(mean - means[0]).max() > 1e-4 for mean in means[1:])
 
 
 def test_injected_noise_leaves_the_range_in_float_files_alone(

@@ -6,12 +6,13 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray import radon
-from snr_ray.blocks import Gaussian, Up, kl, standard
+from snr_ray.blocks import PIXEL_OFFSET, Gaussian, PixelLevel, Up, kl, standard
 from snr_ray.config import Config, InputError
 from snr_ray.fit import build_model
 from snr_ray.hvae import HVAE, Codes
 from snr_ray.lmmse import ImagePrior, Lmmse
 from snr_ray.noisemaker import NoiseMaker
+from snr_ray.radon import NoiseSpec
 from snr_ray.swap import NoiseCodes, collect, noise_code, swap
 from snr_ray.unet import UNet, regress
 
@@ -127,17 +128,35 @@ def test_content_is_inferred_as_it_was_in_training(tiny: Config, share: float) -
 
 
 def test_a_decoder_with_the_operator_makes_the_noise_of_the_clean_image(tiny: Config) -> None:
-    model, x = (
-        model_of(configs.replace(tiny, {"images.channels": 3})),
-        images(3, 17, 20, channels=3),
-    )
+    model = model_of(configs.replace(tiny, {"images.channels": 3}))
     assert model.noise_maker is not None
-    only(model.noise_maker, 0)
-    clean = swap(model, x, None)
-    for noise_id, spec in enumerate(radon.specs(tiny.noise), start=1):
-        only(model.noise_maker, noise_id)
-        expected = radon.operator(spec, 17, 20)(clean)
-        np.testing.assert_allclose(swap(model, x, None), expected, atol=1e-4)
+    with torch.inference_mode():
+        codes = model.encode(torch.from_numpy(images(3, 17, 20, channels=3)))
+        only(model.noise_maker, 0)
+        clean = model.decode(codes).numpy()
+        for noise_id, spec in enumerate(radon.specs(tiny.noise), start=1):
+            only(model.noise_maker, noise_id)
+            expected = radon.operator(spec, 17, 20)(clean)
+            np.testing.assert_allclose(model.decode(codes).numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_the_encoder_sees_what_its_guess_leaves_unexplained(tiny: Config, told: bool) -> None:
+    model, clean = model_of(tiny), images(3, 17, 20)
+    finest = model.levels[0]
+    assert isinstance(finest, PixelLevel)
+    assert model.noise_maker is not None
+    only(model.noise_maker, 0 if told else 2)
+    spec = NoiseSpec(9) if told else radon.specs(tiny.noise)[1]
+    noise, seen = radon.operator(spec, 17, 20), list[torch.Tensor]()
+    for step in finest.steps:
+        step.see.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    swap(model, noise(clean), None, geometry=spec if told else None)
+    assert len(seen) == tiny.model.unrolled > 0
+    for news in seen:
+        guess, unexplained = (part.numpy() for part in news.chunk(2, dim=1))
+        expected = noise(clean) - noise(guess + PIXEL_OFFSET)
+        np.testing.assert_allclose(unexplained, expected, atol=1e-3)
 
 
 def test_content_does_not_depend_on_the_donor_where_the_operator_is_known(tiny: Config) -> None:
@@ -155,7 +174,8 @@ def test_pixels_take_a_straight_way_through_the_finest_code(tiny: Config) -> Non
     assert model.noise_maker is not None
     only(model.noise_maker, 0)
     with torch.inference_mode():
-        for weights in (model.levels[0].code, model.head[-1]):
+        guesses = [step.guess for step in model.levels[0].steps]
+        for weights in (model.levels[0].code, model.head[-1], *guesses):
             weights.weight.zero_()
             weights.bias.zero_()
         torch.testing.assert_close(model(x).image, x)

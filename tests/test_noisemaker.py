@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from snr_ray.noisemaker import NoiseMaker
+from snr_ray.noisemaker import SHAPES, NoiseMaker, _operators
 from snr_ray.radon import NoiseSpec, operator
 
 SPECS = [NoiseSpec(8), NoiseSpec(5, "hann", 120.0)]
@@ -24,11 +24,15 @@ def clean_and_codes(n: int = 3, *size: int) -> tuple[torch.Tensor, list[torch.Te
     return torch.from_numpy(x), [torch.zeros(n, 1, 1, 1), torch.zeros(n, 1, 4, 4)]
 
 
+def made(maker: NoiseMaker, clean: torch.Tensor, codes: list[torch.Tensor]) -> torch.Tensor:
+    return maker(clean, maker.shares(codes))
+
+
 def test_the_image_is_the_mix_of_what_each_noise_id_makes() -> None:
     clean, codes = clean_and_codes()
     noisy = [operator(spec, 12, 15)(clean.numpy()) for spec in SPECS]
     expected = 0.5 * clean.numpy() + 0.3 * noisy[0] + 0.2 * noisy[1]
-    image = maker_of([0.5, 0.3, 0.2])(clean, codes).detach().numpy()
+    image = made(maker_of([0.5, 0.3, 0.2]), clean, codes).detach().numpy()
     np.testing.assert_allclose(image, expected, atol=1e-4)
 
 
@@ -37,7 +41,8 @@ def test_every_image_gets_the_noise_of_its_own_code() -> None:
     maker = NoiseMaker(SPECS, 1)
     with torch.no_grad():
         maker.logits.weight.copy_(torch.tensor([[-30.0], [30.0], [0.0]]))
-    image = maker(clean, [torch.tensor([-1.0, 1.0])[:, None, None, None]]).detach().numpy()
+    codes = [torch.tensor([-1.0, 1.0])[:, None, None, None]]
+    image = made(maker, clean, codes).detach().numpy()
     np.testing.assert_allclose(image[0], clean[0].numpy(), atol=1e-6)
     np.testing.assert_allclose(image[1], operator(SPECS[0], 12, 15)(clean[1].numpy()), atol=1e-4)
 
@@ -45,12 +50,14 @@ def test_every_image_gets_the_noise_of_its_own_code() -> None:
 def test_negligible_shares_are_not_made() -> None:
     # The operator takes no image below 4 pixels: it would say so if it were asked for.
     clean, codes = clean_and_codes(3, 2, 2)
-    torch.testing.assert_close(maker_of([0.9991, 0.0005, 0.0004])(clean, codes), clean)
+    maker = maker_of([0.9991, 0.0005, 0.0004])
+    torch.testing.assert_close(made(maker, clean, codes), clean)
 
 
 def test_photon_noise_has_its_mean() -> None:
     clean, codes = clean_and_codes()
-    noisy = maker_of([0.0, 1.0], [NoiseSpec(8, photons=50)])(clean, codes).detach().numpy()
+    maker = maker_of([0.0, 1.0], [NoiseSpec(8, photons=50)])
+    noisy = made(maker, clean, codes).detach().numpy()
     np.testing.assert_allclose(noisy, operator(NoiseSpec(8), 12, 15)(clean.numpy()), atol=1e-4)
 
 
@@ -59,8 +66,16 @@ def test_gradients_of_images_are_those_of_the_linear_map(shares: list[float]) ->
     clean, codes = clean_and_codes(1)
     clean.requires_grad_()
     maker, way = maker_of(shares), torch.randn(clean.shape, generator=torch.manual_seed(0))
-    (gradient,) = torch.autograd.grad((maker(clean, codes) * way).sum(), clean)
+    (gradient,) = torch.autograd.grad((made(maker, clean, codes) * way).sum(), clean)
     step = torch.randn(clean.shape, generator=torch.manual_seed(1))
     with torch.no_grad():  # affine, so a difference is exact
-        difference = ((maker(clean + step, codes) - maker(clean, codes)) * way).sum()
+        there = made(maker, clean + step, codes)
+        difference = ((there - made(maker, clean, codes)) * way).sum()
     assert float((gradient * step).sum()) == pytest.approx(float(difference), rel=1e-3)
+
+
+def test_operators_of_few_shapes_are_kept() -> None:
+    maker = maker_of([0.0, 0.5, 0.5])
+    for width in range(9, 13 + SHAPES):
+        made(maker, *clean_and_codes(1, 9, width))
+    assert _operators.cache_info().currsize <= SHAPES
