@@ -16,6 +16,7 @@ a finished one tries its failures again.
 import dataclasses
 import functools
 import shutil
+import sys
 import time
 from collections import Counter
 from pathlib import Path, PurePosixPath
@@ -136,6 +137,14 @@ def denoise(
             }
             new, failures = _run(source, outputs, todo, work, out)
         rows += new
+    its = trained.config.images
+    others = sum((row["height"], row["width"]) != (its.size, its.size) for row in rows)
+    if others and its.crop is None:
+        print(
+            f"{others} of {len(rows)} images are not {its.size}x{its.size}, the size that this "
+            "model was trained on; the larger they are, the less it knows of their noise.",
+            file=sys.stderr,
+        )
     rows.sort(key=lambda row: row["id"])
     table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
     write_atomic(out / "manifest.parquet", parquet_bytes(table))

@@ -32,10 +32,11 @@ def outputs(out: Path) -> set[str]:
 
 
 def test_one_output_per_input_under_its_name(
-    model_folder: Path, image_folder: Path, tmp_path: Path
+    model_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     outcome = denoise(CONFIG, model=str(model_folder), images=str(image_folder), out=out)
+    assert "24 of 24 images are not 16x16" in capsys.readouterr().err
     names = {str(p.relative_to(image_folder)) for p in image_folder.rglob("*.png")}
     assert outputs(out) == names
     assert (outcome.images, outcome.failed) == (24, 0)
