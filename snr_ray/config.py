@@ -177,6 +177,9 @@ class LossConfig:
     bounds: bool = True
     """An image that is to be clean may leave [0, 1] where its target is 0 or 1: results are cut to
     that range anyhow."""
+    grain: float = 0.015
+    """Half of the noisy images get Gaussian noise on top, of a standard deviation up to this. Real
+    images have some; a model that has seen none takes it for something the noise operator did."""
     triplet: float = 1.0
     """Weight of the triplet loss on the noise code."""
     triplet_form: Literal["drawn", "symmetric"] = "symmetric"
@@ -195,7 +198,7 @@ class LossConfig:
     knows the noise needs little; one that learns it 0.3 to 1.5."""
 
     def __post_init__(self) -> None:
-        for name in ("beta", "free_bits", "triplet", "content_kl", "margin", "injection"):
+        for name in ("beta", "free_bits", "grain", "triplet", "content_kl", "margin", "injection"):
             value = getattr(self, name)
             check(value >= 0, f"loss.{name} must not be negative, but got {value}.")
         check(self.sigma > 0, f"loss.sigma must be above 0, but got {self.sigma}.")

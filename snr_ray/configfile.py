@@ -16,8 +16,11 @@ import yaml
 
 from snr_ray.config import Config, InputError, check
 
-BEFORE_THE_KEY = {"upsampling": "nearest", "decoder": "network", "unrolled": 0}
-"""What every model was before the model section had these keys."""
+BEFORE_THE_KEY = {
+    "model": {"upsampling": "nearest", "decoder": "network", "unrolled": 0},
+    "loss": {"grain": 0.0},
+}
+"""What every model was before the configuration had these keys."""
 
 
 def preset_names() -> list[str]:
@@ -74,7 +77,7 @@ def load_saved(path: Path) -> Config:
     Raises:
         InputError: as `load`.
     """
-    tree: dict[str, Any] = {"model": dict(BEFORE_THE_KEY)}
+    tree: dict[str, Any] = {section: dict(keys) for section, keys in BEFORE_THE_KEY.items()}
     _merge(tree, _read(path))
     return from_dict(tree)
 

@@ -22,6 +22,8 @@ ERROR_FLOOR = 1e-8
 ROOT_EPSILON = 1e-6
 NOISE_ID = 0.1
 """Weight of the cross-entropy of the noise id that a decoder with the operator reads from codes."""
+GRAINY = 0.5
+"""Share of noisy images that get Gaussian noise on top with loss.grain."""
 WITHHELD = 0.125
 """Share of images that a model with model.physics sees without their noise id."""
 
@@ -117,12 +119,14 @@ class Regression(nn.Module):
     def __init__(self, model: UNet, config: LossConfig, n_ids: int) -> None:
         super().__init__()
         self.model, self.likelihood = model, Likelihood(config, n_ids)
+        self.grain = config.grain
 
     def forward(self, batch: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
-        """Loss of one worker's images, a scalar; the sampling noise and the warm-up are unused."""
+        """Loss of one worker's images, a scalar; of `normal` only the grain, of warm-up nothing."""
         n_ids = batch.noisy.shape[1]
         ids = torch.arange(1, n_ids + 1, device=batch.noisy.device).repeat(len(batch.noisy))
-        estimate = self.model(batch.noisy.flatten(0, 1), ids)
+        seen = _grainy(batch.noisy.flatten(0, 1), ids, self.grain, normal)
+        estimate = self.model(seen, ids)
         target = batch.clean.repeat_interleave(n_ids, dim=0)
         return {"loss": self.likelihood(estimate, target, ids, torch.zeros_like(ids)).mean()}
 
@@ -165,7 +169,8 @@ class Objective(nn.Module):
         if self.model.stem.inverse is not None:
             # Sometimes the id is withheld: that is how ids are detected and unknown ones cleaned.
             known = ids.masked_fill(normal.uniform(len(x)) < WITHHELD, 0)
-        result = self.model(x, donors=donor, normal=normal, noise_ids=known)
+        seen = _grainy(x, ids, config.grain, normal)
+        result = self.model(seen, donors=donor, normal=normal, noise_ids=known)
 
         weight = torch.where((ids == 0) & (wanted > 0), config.injection, 1.0)
         recon = (weight * self.likelihood(result.image, x[target], ids, wanted)).mean()
@@ -196,6 +201,16 @@ class Objective(nn.Module):
             "content_kl": content_kl.mean().detach(),
             "noise_id": noise_id.detach(),
         }
+
+
+def _grainy(x: Tensor, ids: Tensor, grain: float, normal: StepNormal) -> Tensor:
+    """What the network sees of images [B, C, H, W] of noise ids [B]: noisy ones with Gaussian noise
+    on top, of a standard deviation between 0 and `grain` that differs from image to image."""
+    if not grain:
+        return x
+    chosen = (normal.uniform(len(x)) < GRAINY) & (ids > 0)
+    sigma = grain * normal.uniform(len(x)) * chosen
+    return x + sigma[:, None, None, None] * normal(tuple(x.shape))
 
 
 def _symmetric_kl(q: Gaussian, n_ids: int) -> Tensor:
