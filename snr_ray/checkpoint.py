@@ -54,8 +54,7 @@ class TrainedModel:
     def can_be_told(self) -> bool:
         """Whether the view count of noisy images helps: with model.physics one of those that the
         model was trained on, with model.unrolled any."""
-        model = self.config.model
-        return model.physics or (model.decoder == "operator" and model.unrolled > 0)
+        return self.config.model.physics or self.model.unrolls
 
     def geometry(self, n_views: int) -> NoiseSpec | None:
         """What to tell the unrolled solver of images of a view count; None where there is none.
@@ -63,8 +62,7 @@ class TrainedModel:
         Raises InputError if it is below 1.
         """
         check(n_views >= 1, f"A view count must be at least 1, but got {n_views}.")
-        model = self.config.model
-        if model.decoder == "network" or not model.unrolled:
+        if not self.model.unrolls:
             return None
         return radon.specs(dataclasses.replace(self.config.noise, n_views=(n_views,)))[0]
 
@@ -239,6 +237,9 @@ def _card(config: Config, model: HVAE | UNet, metrics: Metrics, origin: str) -> 
         "code of a clean image removes the streaks of a sparse-view reconstruction, that of a\n"
         "noisy one adds them."
     )
+    photons = "with" if config.noise.photons else "without"
+    told = isinstance(model, HVAE) and model.unrolls
+    views = ", and other view counts must be told" if told else ", and so are other view counts"
     return f"""# snr_ray model
 
 {what}
@@ -255,6 +256,6 @@ Validation images (PSNR in dB, clipped to [0, 1], mean clean noise code):
 |---|---|
 {rows}
 
-Limits: trained on noise that was simulated without photon noise from images of this size; streaks
-of other sizes, view counts or filters are outside what it has seen.
+Limits: trained on simulated noise, {photons} photon noise, of images of this size; streaks of
+other sizes or filters are outside what it has seen{views}.
 """

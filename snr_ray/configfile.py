@@ -16,7 +16,7 @@ import yaml
 
 from snr_ray.config import Config, InputError, check
 
-BEFORE_THE_KEY = {
+BEFORE_THE_KEY: dict[str, dict[str, Any]] = {
     "model": {"upsampling": "nearest", "decoder": "network", "unrolled": 0},
     "loss": {"grain": 0.0},
 }

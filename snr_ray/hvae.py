@@ -88,6 +88,7 @@ class HVAE(nn.Module):
         self.noise_maker: NoiseMaker | None = None
         if config.decoder == "operator":
             self.noise_maker = NoiseMaker(noise, sum(config.noise_channels))
+        self.unrolls = self.noise_maker is not None and config.unrolled > 0
         widths = (config.stem_channels, *config.channels)
         self.stem = Stem(config, channels, inverse)
         self.down = nn.ModuleList(
@@ -150,8 +151,8 @@ class HVAE(nn.Module):
             normal: source of the sampling noise; None uses posterior means.
             noise_ids: [B] known noise ids, for a model with model.physics; None, and 0 where only
                 some are known, leaves the encoder with the image alone.
-            geometry: how all of the images were made, for the unrolled solver; also of a view count
-                that no training image had. None: as their noise codes say.
+            geometry: how all of the images were made, for a model that `unrolls`; also of a view
+                count that no training image had. None: as their noise codes say.
             prior_levels: so many of the finest levels take their content from the prior, not from
                 the image.
         """

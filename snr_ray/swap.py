@@ -110,8 +110,8 @@ def swap(
         noise: codes per level, [1 or B, C_noise, h, w].
         normal: source of sampling noise; None decodes posterior means.
         noise_ids: [B] known or detected ids of the images, for a model with model.physics.
-        geometry: how all of the images were made, for a model with model.unrolled; None: as their
-            noise codes say.
+        geometry: how all of the images were made, for a model that `unrolls`; None: as their noise
+            codes say.
         prior_levels: so many of the finest levels take their content from the prior.
 
     Returns:
