@@ -33,7 +33,8 @@ EXAMPLES = {
     "sweep": """snr sweep --images glyphs --out sweep --trials 20
   snr train --config sweep/best.yaml --images glyphs --out run""",
     "denoise": """snr denoise --model places64 --images scans/ --out cleaned
-  snr denoise --model run/model --images scans/ --out cleaned --views 20
+  snr denoise --model run/model --images scans/ --out cleaned --views 30
+  snr denoise --model run/model --images scans/ --out cleaned --views detect
   snr denoise --model run/model --images 'data/test#noisy_20' --out cleaned
   snr denoise --model run/model --images photos/ --out noisy --inject 20
   snr denoise --model run/model --images scans/ --out cleaned --donor random --samples 16""",
@@ -211,10 +212,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--inject", metavar="N_VIEWS", type=int, help="inject the noise of so many views instead")
     add(
         "--views",
-        metavar="N_VIEWS",
-        type=int,
+        metavar="N_VIEWS|detect",
+        type=_views,
         help="view count of the images, also one that the model was not trained on (but for a "
-        "model with model.physics); by default the noise code tells it",
+        "model with model.physics), or detect, which tries all on a few images; by default the "
+        "noise code of each image says which of those that the model was trained on",
     )
     add = parsers["evaluate"].add_argument
     add("--baselines", metavar="tv,sart,lmmse", help="comma-separated; default all, '' for none")
@@ -223,6 +225,10 @@ def _parser() -> argparse.ArgumentParser:
              "times, and models that differ only by their seed share a row")  # fmt: skip
     add("--limit", metavar="N", type=int, help="score at most N test images")
     return parser
+
+
+def _views(text: str) -> int | str:
+    return text if text == "detect" else int(text)
 
 
 def _stage(stages: Any, name: str) -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from snr_ray import images as image_files
 from snr_ray.checkpoint import TrainedModel, load_model, model_path
 from snr_ray.cluster import connected, gpus, shared
 from snr_ray.collection import Source
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config, InputError, check
 from snr_ray.datafolder import Failure, parquet_bytes, write_failures
 from snr_ray.fileswap import MANIFEST_SCHEMA, FileSwapper, ImageFile
 from snr_ray.hashing import fingerprint
@@ -41,12 +41,18 @@ from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.report import denoise_report
 from snr_ray.simulate import Outcome
 from snr_ray.sources import open_source
-from snr_ray.swap import noise_code
+from snr_ray.swap import explained, noise_code
 
 Array = npt.NDArray[np.float32]
 
 READ_ROWS = 64
 """Images per task."""
+DETECT_IMAGES = 3
+"""Images that --views detect looks at."""
+DETECT_SIDE = 128
+"""Height and width that it takes at most: larger images would take it hours."""
+FEWEST_VIEWS = 4
+"""View counts that --views detect begins with."""
 ROW_SCHEMA = MANIFEST_SCHEMA.append(pa.field("error", pa.string())).append(
     pa.field("stage", pa.string())
 )
@@ -61,7 +67,7 @@ def denoise(
     donor: str = "mean",
     samples: int = 0,
     inject: int | None = None,
-    n_views: int | None = None,
+    n_views: int | Literal["detect"] | None = None,
     overwrite: bool = False,
 ) -> Outcome:
     """Exchange the noise code of every image of a source.
@@ -77,7 +83,9 @@ def denoise(
             standard deviation.
         inject: None removes noise (clean donors); a view count injects its noise.
         n_views: view count of the images, for a model with model.physics (one that it was trained
-            on) or model.unrolled (any); None detects it.
+            on) or model.unrolled (any); None leaves it to the noise code of each image, which knows
+            those that the model was trained on. "detect" tries all on the first images: the one
+            whose noise explains them best is taken for all of them.
         overwrite: replace files of the same names.
 
     Raises:
@@ -87,20 +95,13 @@ def denoise(
         raise InputError(f"--samples must not be negative, but got {samples}.")
     trained = load_model(model)
     if n_views is not None:
-        if inject is not None or not trained.can_be_told:
-            raise InputError(
-                "--views tells a model with model.physics or model.unrolled how many views its "
-                "noisy input has, but "
-                + ("--inject takes clean input." if inject is not None else "this one is blind.")
-            )
-        trained.geometry(n_views)
-        if trained.config.model.physics:
-            trained.noise_id(n_views)
+        _check_views(trained, n_views, inject)
     noise_id = 0 if inject is None else trained.noise_id(inject)
     source = open_source(images)
     out = out.absolute()
     outputs = _output_names(source, samples)
     pool = _pool(trained, donor, noise_id, config)
+    told = _detect_views(trained, source, config) if n_views == "detect" else n_views
     resumed = claim(
         out,
         {
@@ -128,7 +129,7 @@ def denoise(
             work = {
                 "model": str(model_path(model).absolute()),
                 "inject": inject is not None,
-                "n_views": n_views,
+                "n_views": told,
                 "pool": pool,
                 "out": str(out),
                 "samples": samples,
@@ -254,6 +255,75 @@ def _output_names(source: Source, samples: int) -> list[str]:
             f"written to {name!r}; rename them or denoise them apart."
         )
     return names
+
+
+def _check_views(
+    trained: TrainedModel, n_views: int | Literal["detect"], inject: int | None
+) -> None:
+    """Raise InputError where --views does not go with the model or the task."""
+    physics = trained.config.model.physics
+    if inject is not None or not trained.can_be_told:
+        raise InputError(
+            "--views tells a model with model.physics or model.unrolled how many views its noisy "
+            "input has, but "
+            + ("--inject takes clean input." if inject is not None else "this one is blind.")
+        )
+    if n_views != "detect":
+        trained.geometry(n_views)
+        if physics:
+            trained.noise_id(n_views)
+    elif physics:
+        raise InputError(
+            "--views detect tries all view counts, but a model with model.physics knows only those "
+            "it was trained on; leave --views out, and it detects which."
+        )
+
+
+def _detect_views(trained: TrainedModel, source: Source, config: Config) -> int:
+    """The view count that explains the first readable images of a source best, said aloud.
+
+    Raises:
+        InputError: if they are not of one view count, or none can be read.
+    """
+    found: dict[str, int] = {}
+    decibels, reason = 0.0, ""
+    for index in range(len(source.ids)):
+        try:
+            image = source.read(index, config.images).pixels[None]
+        except InputError as error:
+            reason = reason or str(error)
+            continue
+        check(
+            max(image.shape[2:]) <= DETECT_SIDE,
+            f"--views detect tries all view counts, on images of at most {DETECT_SIDE} pixels, but "
+            f"{source.ids[index]} has {image.shape[2]}x{image.shape[3]}; say how many there are.",
+        )
+        counts = range(FEWEST_VIEWS, 2 * max(image.shape[2:]) + 1)
+        progress = Progress(f"denoise: views of {source.ids[index]}", len(counts), "view counts")
+        scores = []
+        for n_views in counts:
+            geometry = trained.geometry(n_views)
+            assert geometry is not None
+            scores += explained(trained.model, image, trained.codes.mean(0), geometry).tolist()
+            progress.update(len(scores))
+        best = int(np.argmax(scores))
+        found[source.ids[index]], decibels = counts[best], scores[best]
+        if len(found) == DETECT_IMAGES:
+            break
+    if not found:
+        raise InputError(
+            f"--views detect needs an image to look at, but of {source.name} none can be read: "
+            + reason
+        )
+    n_views, votes = Counter(found.values()).most_common(1)[0]
+    if votes < len(found):
+        seen = ", ".join(f"{name}: {views}" for name, views in found.items())
+        raise InputError(
+            f"--views detect is for images of one view count, but they look like several ({seen}); "
+            "denoise them apart, or leave --views out."
+        )
+    print(f"denoise: the images have {n_views} views, which explain them to {decibels:.0f} dB.")
+    return n_views
 
 
 def _pool(trained: TrainedModel, donor: str, noise_id: int, config: Config) -> list[Array]:

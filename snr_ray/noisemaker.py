@@ -18,6 +18,8 @@ NEGLIGIBLE = 1e-3
 """Shares of a noise id below it are not made: most images need one operator or none."""
 SHAPES = 3
 """Shapes of images whose operators are kept in each process: large ones take a gigabyte."""
+OPERATORS = 16
+"""Operators that are kept of each shape."""
 
 
 class NoiseMaker(nn.Module):
@@ -72,7 +74,7 @@ def noise_of(spec: NoiseSpec, clean: Tensor) -> Tensor:
 def _operators(height: int, width: int, device: torch.device) -> Callable[[NoiseSpec], TorchNoise]:
     """The operators of one shape, each built where it is first asked for."""
 
-    @functools.cache
+    @functools.lru_cache(maxsize=OPERATORS)
     def build(spec: NoiseSpec) -> TorchNoise:
         with torch.inference_mode(mode=False):  # built for a validation, it serves training too
             return TorchNoise(RadonNoise(spec, height, width)).to(device)
