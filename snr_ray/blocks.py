@@ -174,7 +174,7 @@ class TopDownLevel(nn.Module):
 
 class ConsistencyStep(nn.Module):
     """One step of an unrolled solver: guess a clean image, and see what its noisy version leaves
-    unexplained of the image.
+    unexplained of the image. Pixels of exactly 0 and 1 are bounds: files are cut to that range.
 
     Source: Adler and Öktem, Learned primal-dual reconstruction (2018); as the inference of a VAE,
     Marino, Yue and Mandt, Iterative amortized inference (2018).
@@ -190,7 +190,10 @@ class ConsistencyStep(nn.Module):
         """Features [B, width, H, W] and guess [B, C, H, W] after the step, from those before."""
         assert seen.noisy is not None
         guess = guess + self.guess(F.silu(h)).float()
-        unexplained = seen.image - seen.noisy(guess)
+        again = seen.noisy(guess)
+        # What a file cut to its range is explained by all that lies beyond.
+        cut = ((seen.image == 0) & (again < 0)) | ((seen.image == 1) & (again > 1))
+        unexplained = (seen.image - again).masked_fill(cut, 0.0)
         news = torch.cat([guess - PIXEL_OFFSET, unexplained], dim=1)
         return self.blocks(h + self.see(news)), guess
 

@@ -180,6 +180,8 @@ class LossConfig:
     grain: float = 0.015
     """Half of the noisy images get Gaussian noise on top, of a standard deviation up to this. Real
     images have some; a model that has seen none takes it for something the noise operator did."""
+    stored: float = 0.25
+    """Share of noisy images that are seen cut to [0, 1] and rounded to 8 bits, as files are."""
     triplet: float = 1.0
     """Weight of the triplet loss on the noise code."""
     triplet_form: Literal["drawn", "symmetric"] = "symmetric"
@@ -205,7 +207,7 @@ class LossConfig:
         for name in ("sigma_ratio", "sigma_own"):
             value = getattr(self, name)
             check(value >= 1, f"loss.{name} must be at least 1, but got {value}.")
-        for name in ("warmup", "swap_probability"):
+        for name in ("stored", "warmup", "swap_probability"):
             value = getattr(self, name)
             check(0 <= value <= 1, f"loss.{name} must be between 0 and 1, but got {value}.")
 

@@ -18,7 +18,7 @@ from snr_ray.config import Config, InputError, check
 
 BEFORE_THE_KEY: dict[str, dict[str, Any]] = {
     "model": {"upsampling": "nearest", "decoder": "network", "unrolled": 0},
-    "loss": {"grain": 0.0},
+    "loss": {"grain": 0.0, "stored": 0.0},
 }
 """What every model was before the configuration had these keys."""
 

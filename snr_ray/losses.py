@@ -119,13 +119,13 @@ class Regression(nn.Module):
     def __init__(self, model: UNet, config: LossConfig, n_ids: int) -> None:
         super().__init__()
         self.model, self.likelihood = model, Likelihood(config, n_ids)
-        self.grain = config.grain
+        self.config = config
 
     def forward(self, batch: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
-        """Loss of one worker's images, a scalar; of `normal` only the grain, of warm-up nothing."""
+        """Loss of one worker's images, a scalar; the sampling noise and the warm-up are unused."""
         n_ids = batch.noisy.shape[1]
         ids = torch.arange(1, n_ids + 1, device=batch.noisy.device).repeat(len(batch.noisy))
-        seen = _grainy(batch.noisy.flatten(0, 1), ids, self.grain, normal)
+        seen = _as_found(batch.noisy.flatten(0, 1), ids, self.config, normal)
         estimate = self.model(seen, ids)
         target = batch.clean.repeat_interleave(n_ids, dim=0)
         return {"loss": self.likelihood(estimate, target, ids, torch.zeros_like(ids)).mean()}
@@ -169,7 +169,7 @@ class Objective(nn.Module):
         if self.model.stem.inverse is not None:
             # Sometimes the id is withheld: that is how ids are detected and unknown ones cleaned.
             known = ids.masked_fill(normal.uniform(len(x)) < WITHHELD, 0)
-        seen = _grainy(x, ids, config.grain, normal)
+        seen = _as_found(x, ids, config, normal)
         result = self.model(seen, donors=donor, normal=normal, noise_ids=known)
 
         weight = torch.where((ids == 0) & (wanted > 0), config.injection, 1.0)
@@ -203,14 +203,25 @@ class Objective(nn.Module):
         }
 
 
-def _grainy(x: Tensor, ids: Tensor, grain: float, normal: StepNormal) -> Tensor:
-    """What the network sees of images [B, C, H, W] of noise ids [B]: noisy ones with Gaussian noise
-    on top, of a standard deviation between 0 and `grain` that differs from image to image."""
-    if not grain:
-        return x
-    chosen = (normal.uniform(len(x)) < GRAINY) & (ids > 0)
-    sigma = grain * normal.uniform(len(x)) * chosen
-    return x + sigma[:, None, None, None] * normal(tuple(x.shape))
+def _as_found(x: Tensor, ids: Tensor, config: LossConfig, normal: StepNormal) -> Tensor:
+    """What the network sees of images [B, C, H, W] of noise ids [B]: noisy ones as files hold them.
+
+    Some have Gaussian noise on top, of a standard deviation between 0 and loss.grain that differs
+    from image to image; a share of loss.stored is cut to [0, 1] and rounded to 8 bits.
+    """
+    if config.grain:
+        chosen = (normal.uniform(len(x)) < GRAINY) & (ids > 0)
+        sigma = config.grain * normal.uniform(len(x)) * chosen
+        x = x + sigma[:, None, None, None] * normal(tuple(x.shape))
+    if config.stored:
+        chosen = (normal.uniform(len(x)) < config.stored) & (ids > 0)
+        x = torch.where(chosen[:, None, None, None], stored(x), x)
+    return x
+
+
+def stored(x: Tensor) -> Tensor:
+    """Images as a file of 8 bits holds them: cut to [0, 1], rounded to 256 levels."""
+    return (x.clamp(0, 1) * 255).round() / 255
 
 
 def _symmetric_kl(q: Gaussian, n_ids: int) -> Tensor:

@@ -47,7 +47,10 @@ METHOD_TEXT = {
     "inject": "**noise injected**, against the true noisy image, unclipped",
     "no_inject": "clean image as it is, against the true noisy image, unclipped",
 }
-TASK_TEXT = {"remove_grainy": ", Gaussian noise of sigma 0.01 added to the input"}
+TASK_TEXT = {
+    "remove_grainy": ", Gaussian noise of sigma 0.01 added to the input",
+    "remove_stored": ", input cut to [0, 1] and rounded to 8 bits",
+}
 
 
 def row_text(row: Row) -> str:

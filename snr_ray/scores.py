@@ -21,6 +21,7 @@ from snr_ray.checkpoint import TrainedModel, TrainedUNet
 from snr_ray.hashing import hash64
 from snr_ray.hvae import HVAE
 from snr_ray.images import with_channels
+from snr_ray.losses import stored
 from snr_ray.metrics import psnr, ssim
 from snr_ray.swap import detect, swap
 from snr_ray.unet import regress
@@ -35,10 +36,10 @@ UNSEEN_VIEWS = (30, 15)
 """View counts to try that no model was trained on."""
 EXTRA_SIGMA = 0.01
 """Standard deviation of Gaussian noise added to the noisy image, for the rows about it."""
-TASKS = ("remove", "make", "remove_grainy", "remove_unseen")
-"""What is scored. `remove`: cleaned images against clean ones, whose noise is as in training, with
-Gaussian noise on top, or of an unseen view count. `make`: images decoded from codes against those
-that they are meant to give."""
+TASKS = ("remove", "make", "remove_grainy", "remove_stored", "remove_unseen")
+"""What is scored. `remove`: cleaned images against clean ones, whose noise is as simulated, with
+Gaussian noise on top, as a file of 8 bits holds it, or of an unseen view count. `make`: images
+decoded from codes against those that they are meant to give."""
 METHODS = ("noisy", "tv", "sart", "lmmse", "unet", "swap", "swap_random", "swap_mirror",
            "swap_detected", "swap_told", "hdn", "recon_clean", "recon", "authority", "inject",
            "no_inject")  # fmt: skip
@@ -150,6 +151,7 @@ class Scorer:
         grain = np.random.default_rng([hash64(name) for name in self.ids])
         grainy = noisy + EXTRA_SIGMA * grain.standard_normal(noisy.shape, np.float32)
         self.removal("remove_grainy", grainy, views, ids)
+        self.removal("remove_stored", stored(torch.from_numpy(noisy)).numpy(), views, ids)
 
     def removal(self, task: str, noisy: Array, views: int, ids: npt.NDArray[np.int64]) -> None:
         """The methods that are compared on noise of every kind."""

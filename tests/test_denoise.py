@@ -6,8 +6,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,11 +17,15 @@ import tifffile
 from PIL import Image
 
 from snr_ray import configfile as configs
+from snr_ray import radon
 from snr_ray.checkpoint import load_model
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config, ImagesConfig, InputError
 from snr_ray.denoise import denoise
 from snr_ray.images import decode
+from snr_ray.metrics import psnr
+from snr_ray.radon import NoiseSpec
 from snr_ray.simulate import simulate
+from snr_ray.sources import open_source
 from snr_ray.swap import swap
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
@@ -221,3 +227,43 @@ def test_two_inputs_with_one_output_name_are_refused(model_folder: Path, tmp_pat
     with pytest.raises(InputError, match=r"2 of .* would be written to 't/x\.png'"):
         denoise(CONFIG, model=str(model_folder), images=str(tmp_path / "t.parquet"),
                 out=tmp_path / "out")  # fmt: skip
+
+
+def _scans(folder: Path, views: list[int]) -> npt.NDArray[np.float32]:
+    """Letters of 28 pixels as scans of so many views, in files; the clean ones are returned."""
+    images, source = ImagesConfig(), open_source("glyphs")
+    rows = source.select("test")[: len(views)]
+    clean = np.stack([source.load(row, images) for row in rows])
+    folder.mkdir()
+    for k, n_views in enumerate(views):
+        scan = radon.operator(NoiseSpec(n_views), 28, 28)(clean[k : k + 1])
+        np.save(folder / f"{k}.npy", scan[0, 0])
+    return clean
+
+
+def test_view_count_that_nobody_knows_is_detected(tmp_path: Path) -> None:
+    config = configs.load([], ["images.white=1"])
+    clean = _scans(tmp_path / "scans", [13] * 4)
+
+    def cleaned(n_views: Literal["detect"] | None) -> float:
+        out = tmp_path / f"{n_views}"
+        denoise(config, model="notmnist", images=str(tmp_path / "scans"), out=out, n_views=n_views)
+        rows = pq.read_table(out / "manifest.parquet").to_pylist()
+        assert [row["n_views"] for row in rows] == [13 if n_views else None] * 4
+        images = np.stack([np.load(out / f"{k}.npy") for k in range(4)])[:, None]
+        return float(psnr(images, clean).mean())
+
+    assert cleaned("detect") > cleaned(None) + 10
+
+
+def test_scans_of_several_view_counts_are_not_taken_for_one(tmp_path: Path) -> None:
+    _scans(tmp_path / "scans", [13, 24, 13])
+    config, out = configs.load([], ["images.white=1"]), tmp_path / "out"
+    with pytest.raises(InputError, match=r"one view count, .* \(0: 13, 1: 24, 2: 13\)"):
+        denoise(config, model="notmnist", images=str(tmp_path / "scans"), out=out, n_views="detect")
+    assert not out.exists()
+    with pytest.raises(InputError, match=r"none can be read: .*images\.white"):
+        denoise(CONFIG, model="notmnist", images=str(tmp_path / "scans"), out=out, n_views="detect")
+    np.save(tmp_path / "scans" / "-.npy", np.zeros((200, 20)))
+    with pytest.raises(InputError, match=r"at most 128 pixels, but - has 200x20"):
+        denoise(config, model="notmnist", images=str(tmp_path / "scans"), out=out, n_views="detect")

@@ -79,6 +79,13 @@ KNOWN_VIEWS = [
     "unet_grainy:unet",
     "swap_grainy:copy",
     "swap_grainy:wide1",
+    "noisy_stored",
+    "tv_stored",
+    "lmmse_stored",
+    "swap_stored",
+    "unet_stored:unet",
+    "swap_stored:copy",
+    "swap_stored:wide1",
 ]
 UNSEEN_VIEWS = [
     "noisy_unseen",

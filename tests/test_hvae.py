@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from snr_ray import configfile as configs
 from snr_ray import radon
-from snr_ray.blocks import PIXEL_OFFSET, Gaussian, PixelLevel, Up, kl, standard
+from snr_ray.blocks import PIXEL_OFFSET, BottomUp, Gaussian, PixelLevel, Up, kl, standard
 from snr_ray.config import Config, InputError
 from snr_ray.fit import build_model
 from snr_ray.hvae import HVAE, Codes
@@ -157,6 +158,21 @@ def test_the_encoder_sees_what_its_guess_leaves_unexplained(tiny: Config, told: 
         guess, unexplained = (part.numpy() for part in news.chunk(2, dim=1))
         expected = noise(clean) - noise(guess + PIXEL_OFFSET)
         np.testing.assert_allclose(unexplained, expected, atol=1e-3)
+
+
+def test_pixels_that_a_file_has_cut_are_bounds(tiny: Config) -> None:
+    model, guesses = model_of(tiny), np.float32([-0.5, 0.5, 1.5])
+    image = torch.tensor([0.0, 0.25, 1.0])[:, None, None, None].expand(3, 1, 3, 3)
+    seen = BottomUp([], image, image, image, noisy=lambda guess: guess)
+    step, given = model.levels[0].steps[0], list[torch.Tensor]()
+    step.guess = nn.Conv2d(4, 1, 1)
+    nn.init.zeros_(step.guess.weight)
+    step.see.register_forward_pre_hook(lambda _, news: given.append(news[0][:, 1]))
+    for guess in guesses:
+        nn.init.constant_(step.guess.bias, float(guess))
+        step(torch.zeros(3, 4, 3, 3), torch.zeros(3, 1, 3, 3), seen)
+    left = torch.stack([part[:, 0, 0] for part in given]).detach().numpy()
+    np.testing.assert_allclose(left, [[0, 0.75, 1.5], [-0.5, -0.25, 0.5], [-1.5, -1.25, 0]])
 
 
 def test_content_does_not_depend_on_the_donor_where_the_operator_is_known(tiny: Config) -> None:

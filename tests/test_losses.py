@@ -1,5 +1,7 @@
 """The objective: triplet loss, likelihood, what the swap is trained for."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,8 @@ from test_hvae import images, model_of
 
 from snr_ray import configfile as configs
 from snr_ray.batches import Batch, Share, StepNormal
-from snr_ray.config import Config
-from snr_ray.losses import Likelihood, Objective, Regression, _grainy, triplet_loss
+from snr_ray.config import Config, LossConfig
+from snr_ray.losses import Likelihood, Objective, Regression, _as_found, triplet_loss
 from snr_ray.unet import UNet
 
 
@@ -70,7 +72,8 @@ def test_swap_training_aims_at_the_version_that_the_donor_decides(tiny: Config) 
     # distance between clean and noisy ones, 0.5 in each pixel, and that of others zero.
     errors = {}
     for share in (0.0, 1.0):
-        changes = {"loss.swap_probability": share, "loss.injection": 1.0, "loss.grain": 0.0}
+        changes = {"loss.swap_probability": share, "loss.injection": 1.0}
+        changes |= {"loss.grain": 0.0, "loss.stored": 0.0}
         fixed = {"loss.sigma_learned": False, "loss.sigma_own": 1.0}
         config = configs.replace(tiny, changes | fixed)
         objective, batch = _objective_and_batch(config)
@@ -182,24 +185,34 @@ def test_clean_pixels_at_the_bounds_may_be_passed(tiny: Config) -> None:
     assert torch.equal(moved(True), expected)
 
 
-def test_grain_lies_on_half_of_the_noisy_images() -> None:
+def test_noisy_images_are_seen_as_files_hold_them() -> None:
     ids = torch.arange(800) % 4
-    x = torch.from_numpy(images(1)).expand(800, 1, 16, 16)
-    added = (_grainy(x, ids, 0.02, _normal()) - x).flatten(1)
-    sigma = added.std(1)
+    x = 2 * torch.from_numpy(images(1)).expand(800, 1, 16, 16) - 0.5
+    exact = LossConfig(grain=0.0, stored=0.0)
+    assert _as_found(x, ids, exact, _normal()) is x
+
+    grainy = _as_found(x, ids, dataclasses.replace(exact, grain=0.02), _normal())
+    sigma = (grainy - x).flatten(1).std(1)
     assert not sigma[ids == 0].any()
     chosen = sigma[(ids > 0) & (sigma > 0)]
     assert len(chosen) == pytest.approx(300, abs=40)
     assert float(chosen.max()) == pytest.approx(0.02, rel=0.2)
     assert float(chosen.mean()) == pytest.approx(0.01, rel=0.15)
-    assert _grainy(x, ids, 0.0, _normal()) is x
+
+    found = _as_found(x, ids, dataclasses.replace(exact, stored=0.5), _normal())
+    changed = (found != x).flatten(1).any(1)
+    assert not changed[ids == 0].any()
+    assert int(changed.sum()) == pytest.approx(300, abs=40)
+    levels = 255 * found[changed]
+    assert (float(levels.min()), float(levels.max())) == (0, 255)
+    torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
 
 
-def test_grain_does_not_depend_on_the_number_of_workers() -> None:
-    ids, x = torch.arange(8) % 4, torch.from_numpy(images(8))
+def test_what_is_seen_does_not_depend_on_the_number_of_workers() -> None:
+    ids, x, config = torch.arange(8) % 4, torch.from_numpy(images(8)), LossConfig()
     parts = [
-        _grainy(x[k * 4 : k * 4 + 4], ids[k * 4 : k * 4 + 4], 0.02,
-                StepNormal(0, 1, Share(k, 2), torch.device("cpu")))
+        _as_found(x[k * 4 : k * 4 + 4], ids[k * 4 : k * 4 + 4], config,
+                  StepNormal(0, 1, Share(k, 2), torch.device("cpu")))
         for k in range(2)
     ]  # fmt: skip
-    torch.testing.assert_close(torch.cat(parts), _grainy(x, ids, 0.02, _normal()))
+    torch.testing.assert_close(torch.cat(parts), _as_found(x, ids, config, _normal()))
