@@ -14,7 +14,7 @@ from snr_ray.sources import open_source
 from snr_ray.swap import swap
 
 FLOORS = {
-    "cifar10": ("photos", (41.6, 35.3, 29.9)),
+    "cifar10": ("photos", (45.7, 38.6, 31.8)),
     "cifar10-rgb": ("photos", (37.6, 32.6, 27.9)),
     "notmnist": ("glyphs", (51.4, 46.2, 42.4)),
     "places64": ("photos", (38.2, 32.3, 27.8)),
