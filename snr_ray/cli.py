@@ -228,7 +228,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _views(text: str) -> int | str:
-    return text if text == "detect" else int(text)
+    if text == "detect" or text.isdecimal():
+        return text if text == "detect" else int(text)
+    raise argparse.ArgumentTypeError(f"takes a view count or detect, but got {text!r}")
 
 
 def _stage(stages: Any, name: str) -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ FLAGS = {
     "simulate": ["--images", "--out", "--overwrite"],
     "train": ["--images", "--data", "--out"],
     "sweep": ["--images", "--data", "--out", "--trials"],
-    "denoise": ["--model", "--images", "--out", "--donor", "--samples", "--inject"],
+    "denoise": ["--model", "--images", "--out", "--donor", "--samples", "--inject", "--views"],
     "evaluate": ["--model", "--images", "--out", "--baselines", "--limit"],
     "bench": ["radon", "simulate", "data", "train", "denoise", "sweep", "--out"],
 }
@@ -55,6 +55,7 @@ def test_job_is_the_same_door(stage: str) -> None:
         ["simulate", "--images", "glyphs"],
         ["train", "--images", "glyphs", "--data", "d", "--out", "o"],
         ["denoise", "--model", "m", "--images", "i", "--out", "o", "--inject", "many"],
+        ["denoise", "--model", "m", "--images", "i", "--out", "o", "--views", "many"],
         ["sweep", "--images", "glyphs", "--out", "o"],
     ],
 )
