@@ -15,7 +15,7 @@ from snr_ray.swap import swap
 
 FLOORS = {
     "cifar10": ("photos", (45.7, 38.6, 31.8)),
-    "cifar10-rgb": ("photos", (37.6, 32.6, 27.9)),
+    "cifar10-rgb": ("photos", (43.1, 37.0, 30.7)),
     "notmnist": ("glyphs", (51.4, 46.2, 42.4)),
     "places64": ("photos", (41.2, 35.3, 29.8)),
     "places64-rgb": ("photos", (35.4, 30.4, 26.3)),
