@@ -172,9 +172,19 @@ class TopDownLevel(nn.Module):
         return self.blocks(state + self.merge(content))
 
 
+def unexplained(image: Tensor, again: Tensor) -> Tensor:
+    """What images have that their simulation has not, both [B, C, H, W].
+
+    Pixels of exactly 0 and 1 are bounds: files are cut to that range, and all that lies beyond
+    explains them.
+    """
+    cut = ((image == 0) & (again < 0)) | ((image == 1) & (again > 1))
+    return (image - again).masked_fill(cut, 0.0)
+
+
 class ConsistencyStep(nn.Module):
     """One step of an unrolled solver: guess a clean image, and see what its noisy version leaves
-    unexplained of the image. Pixels of exactly 0 and 1 are bounds: files are cut to that range.
+    unexplained of the image.
 
     Source: Adler and Öktem, Learned primal-dual reconstruction (2018); as the inference of a VAE,
     Marino, Yue and Mandt, Iterative amortized inference (2018).
@@ -190,11 +200,8 @@ class ConsistencyStep(nn.Module):
         """Features [B, width, H, W] and guess [B, C, H, W] after the step, from those before."""
         assert seen.noisy is not None
         guess = guess + self.guess(F.silu(h)).float()
-        again = seen.noisy(guess)
-        # What a file cut to its range is explained by all that lies beyond.
-        cut = ((seen.image == 0) & (again < 0)) | ((seen.image == 1) & (again > 1))
-        unexplained = (seen.image - again).masked_fill(cut, 0.0)
-        news = torch.cat([guess - PIXEL_OFFSET, unexplained], dim=1)
+        left = unexplained(seen.image, seen.noisy(guess))
+        news = torch.cat([guess - PIXEL_OFFSET, left], dim=1)
         return self.blocks(h + self.see(news)), guess
 
 

@@ -228,8 +228,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _views(text: str) -> int | str:
-    if text == "detect" or text.isdecimal():
-        return text if text == "detect" else int(text)
+    if text == "detect":
+        return text
+    if text.isdecimal():
+        return int(text)
     raise argparse.ArgumentTypeError(f"takes a view count or detect, but got {text!r}")
 
 
