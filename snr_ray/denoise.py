@@ -4,7 +4,8 @@
 
     OUT/<name of the image>        same format and depth (tensors become float TIFF)
     OUT/<name>.std.npy             with --samples: standard deviation of the samples, per pixel
-    OUT/manifest.parquet           one row per image written
+    OUT/manifest.parquet           one row per image written; `explained`, PSNR in dB of the noise
+                                   made anew of the cleaned image, says how well without the truth
     OUT/failures.parquet           one row per image that could not be: id, stage, reason
     OUT/report.html                a page to look at
     OUT/parts/                     rows of a job that has not finished
@@ -41,7 +42,7 @@ from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.report import denoise_report
 from snr_ray.simulate import Outcome
 from snr_ray.sources import open_source
-from snr_ray.swap import explained, noise_code
+from snr_ray.swap import explained, noise_code, swap
 
 Array = npt.NDArray[np.float32]
 
@@ -145,6 +146,13 @@ def denoise(
             f"{others} of {len(rows)} images are not {its.size}x{its.size}, the size that this "
             "model was trained on; the larger they are, the less it knows of their noise.",
             file=sys.stderr,
+        )
+    known = [row["explained"] for row in rows if row.get("explained") is not None]
+    if known:
+        print(
+            f"denoise: what was cleaned explains its input to {np.median(known):.0f} dB in the "
+            f"median, {min(known):.0f} dB at the least; low values tell of noise that the model "
+            "does not know, such as that of another view count."
         )
     rows.sort(key=lambda row: row["id"])
     table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
@@ -304,7 +312,8 @@ def _detect_views(trained: TrainedModel, source: Source, config: Config) -> int:
         for n_views in counts:
             geometry = trained.geometry(n_views)
             assert geometry is not None
-            scores += explained(trained.model, image, trained.codes.mean(0), geometry).tolist()
+            clean = swap(trained.model, image, trained.codes.mean(0), geometry=geometry)
+            scores += explained(trained.model, image, clean, geometry).tolist()
             progress.update(len(scores))
         best = int(np.argmax(scores))
         found[source.ids[index]], decibels = counts[best], scores[best]

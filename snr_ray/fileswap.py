@@ -20,7 +20,7 @@ from snr_ray.config import ImagesConfig, InputError
 from snr_ray.hashing import hash64
 from snr_ray.images import Decoded, decode, encode
 from snr_ray.outputs import write_atomic
-from snr_ray.swap import detect, swap
+from snr_ray.swap import detect, explained, swap
 
 Array = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
@@ -38,6 +38,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("depth", pa.string()),
         ("donor", pa.int32()),
         ("n_views", pa.int32()),
+        ("explained", pa.float32()),
         ("std", pa.float32()),
         ("seconds", pa.float32()),
     ]
@@ -135,6 +136,7 @@ class FileSwapper:
                     self.trained.model, images, noise, noise_ids=ids, geometry=self.geometry
                 )
                 deviations = None
+            decibels = self._explained(images, results)
         except InputError as error:
             return [_failed(file, "swap", str(error)) for file, _ in members]
         except (RuntimeError, MemoryError) as error:
@@ -166,6 +168,7 @@ class FileSwapper:
                     "depth": str(decoded.depth),
                     "donor": donors[k],
                     "n_views": self.n_views if ids is None else self._views(ids[k]),
+                    "explained": None if decibels is None else float(decibels[k]),
                     "std": None if deviation is None else float(deviation.mean()),
                     "seconds": seconds,
                 }
@@ -179,6 +182,14 @@ class FileSwapper:
         if self.n_views is not None:
             return np.full(len(images), self.trained.noise_id(self.n_views))
         return detect(self.trained.model, self.trained.codes, images)
+
+    def _explained(self, images: Array, results: Array) -> npt.NDArray[np.float64] | None:
+        """How well the cleaned images explain the noisy ones, dB, [B]; None where noise is
+        injected, and of a model that has no use for the operator: that of a large image takes
+        a while to build."""
+        if self.inject or not self.trained.model.unrolls:
+            return None
+        return explained(self.trained.model, images, results, self.geometry)
 
     def _views(self, noise_id: int) -> int:
         """View count of a noise id; 0 of a clean image."""

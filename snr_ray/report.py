@@ -29,6 +29,7 @@ GRID_COLUMNS = (
     "true noisy",
 )
 PAGE_IMAGES = 24
+PAGE_WORST = 6
 METHOD_TEXT = {
     "noisy": "noisy input",
     "tv": "total variation, weight chosen on validation images",
@@ -237,26 +238,43 @@ def denoise_report(
 ) -> str:
     """A self-contained HTML page: counts, failures, and some images before and after.
 
-    Neighbours by name are often alike, so these are drawn by the hash of their names.
+    Neighbours by name are often alike, so these are drawn by the hash of their names; those whose
+    noise is least explained come after them.
     """
     index = {name: k for k, name in enumerate(source.ids)}
     found = [row for row in rows if row["id"] in index]
     drawn = heapq.nsmallest(PAGE_IMAGES, found, key=lambda row: hash64(f"page/{row['id']}"))
-    figures = []
-    for row in sorted(drawn, key=lambda row: str(row["id"])):
-        name = html.escape(row["id"])
-        try:
-            stored = source.read(index[row["id"]], images)
-            before, (low, high) = stored.pixels, stored.span
-            after = decode((out / row["output"]).read_bytes(), row["output"], white=1.0).pixels
-            if stored.depth != np.uint8:  # which is in [0, 1] already
-                after = (after - low) / (high - low)
-        except (InputError, OSError):
-            continue
-        figures.append(
-            f"<figure><img alt='before' src='{_thumbnail(before)}'>"
-            f"<img alt='after' src='{_thumbnail(after)}'><figcaption>{name}</figcaption></figure>"
-        )
+    known = [row for row in found if row.get("explained") is not None]
+    worst = heapq.nsmallest(PAGE_WORST, known, key=lambda row: float(row["explained"]))
+
+    def figures(shown: list[dict[str, Any]]) -> list[str]:
+        figures = []
+        for row in shown:
+            caption = html.escape(row["id"])
+            if row.get("explained") is not None:
+                caption += f", {row['explained']:.0f} dB"
+            try:
+                stored = source.read(index[row["id"]], images)
+                before, (low, high) = stored.pixels, stored.span
+                after = decode((out / row["output"]).read_bytes(), row["output"], white=1.0).pixels
+                if stored.depth != np.uint8:  # which is in [0, 1] already
+                    after = (after - low) / (high - low)
+            except (InputError, OSError):
+                continue
+            figures.append(
+                f"<figure><img alt='before' src='{_thumbnail(before)}'><img alt='after' "
+                f"src='{_thumbnail(after)}'><figcaption>{caption}</figcaption></figure>"
+            )
+        return figures
+
+    gallery = figures(sorted(drawn, key=lambda row: str(row["id"])))
+    least = (
+        "<h2>Least explained</h2><p>Decibels say how close noise made anew of the cleaned image "
+        "comes to the input; low values tell of noise that the model does not know.</p>"
+        f"<main>{''.join(figures(worst))}</main>"
+        if worst
+        else ""
+    )
     seconds = sum(row["seconds"] for row in rows)
     failed = "".join(
         f"<tr><td>{html.escape(f['id'])}</td><td>{html.escape(f['stage'])}</td>"
@@ -281,8 +299,8 @@ td, th {{ text-align: left; padding: .2rem .8rem .2rem 0; vertical-align: top }}
 </style>
 <h1>{html.escape(title)}</h1>
 <p>{len(rows):,} images from {html.escape(source.name)}, {rate}. Left before, right after;
-{len(figures)} drawn at random. Full list: manifest.parquet.</p>
-<main>{"".join(figures)}</main>{table}</html>
+{len(gallery)} drawn at random. Full list: manifest.parquet.</p>
+<main>{"".join(gallery)}</main>{least}{table}</html>
 """
 
 

@@ -141,17 +141,30 @@ def swap(
     return image if have == model.channels else image.mean(1, keepdims=True)
 
 
+@torch.inference_mode()
 def explained(
-    model: HVAE, images: Array, noise: list[Tensor], geometry: NoiseSpec
+    model: HVAE, images: Array, clean: Array, geometry: NoiseSpec | None = None
 ) -> npt.NDArray[np.float64]:
-    """How well images [B, C, H, W] are explained by a geometry: PSNR in dB, [B].
+    """How well noisy images are explained by what they were cleaned to: PSNR in dB, [B].
 
-    They are cleaned as if they had been made so, and the noise of that is made of the result. Under
-    the right view count it comes out several dB closer to the images than under its neighbours.
+    The noise of a geometry, or that of the images' own noise codes, is made of the clean images and
+    compared with the noisy ones. Under the right view count it comes out several dB closer than
+    under its neighbours.
+
+    Args:
+        model: one that `unrolls`.
+        images: noisy ones [B, C, H, W].
+        clean: what `swap` made of them, of the same shape.
+        geometry: as `swap` was told.
     """
-    clean = torch.from_numpy(swap(model, images, noise, geometry=geometry))
-    left = unexplained(torch.from_numpy(images), noise_of(geometry, clean))
-    return psnr(images - left.numpy(), images, clip=False)
+    seen, guess = _tensor(model, images), _tensor(model, clean)
+    if geometry is not None:
+        again = noise_of(geometry, guess)
+    else:
+        assert model.noise_maker is not None
+        again = model.noise_maker(guess, model.noise_maker.shares(_noise_codes(model, images)))
+    left = unexplained(seen, again).cpu().numpy()
+    return psnr(images - left, images, clip=False)
 
 
 def _noise_codes(model: HVAE, images: Array) -> list[Tensor]:

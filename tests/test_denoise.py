@@ -241,19 +241,28 @@ def _scans(folder: Path, views: list[int]) -> npt.NDArray[np.float32]:
     return clean
 
 
-def test_view_count_that_nobody_knows_is_detected(tmp_path: Path) -> None:
+def test_view_count_that_nobody_knows_is_detected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = configs.load([], ["images.white=1"])
     clean = _scans(tmp_path / "scans", [13] * 4)
+    explains: dict[str | None, float] = {}
 
     def cleaned(n_views: Literal["detect"] | None) -> float:
         out = tmp_path / f"{n_views}"
         denoise(config, model="notmnist", images=str(tmp_path / "scans"), out=out, n_views=n_views)
         rows = pq.read_table(out / "manifest.parquet").to_pylist()
         assert [row["n_views"] for row in rows] == [13 if n_views else None] * 4
+        known = [row["explained"] for row in rows]
+        said = f"to {np.median(known):.0f} dB in the median, {min(known):.0f} dB at the least"
+        assert said in capsys.readouterr().out
+        explains[n_views] = min(known) if n_views else max(known)
         images = np.stack([np.load(out / f"{k}.npy") for k in range(4)])[:, None]
         return float(psnr(images, clean).mean())
 
     assert cleaned("detect") > cleaned(None) + 10
+    assert explains["detect"] > explains[None] + 5
+    assert "Least explained" in (tmp_path / "detect" / "report.html").read_text()
 
 
 def test_scans_of_several_view_counts_are_not_taken_for_one(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from snr_ray.checkpoint import load_model
 from snr_ray.config import ImagesConfig
 from snr_ray.fileswap import MANIFEST_SCHEMA, FileSwapper, ImageFile
 from snr_ray.hashing import hash64
-from snr_ray.radon import NoiseSpec
+from snr_ray.metrics import psnr
+from snr_ray.radon import NoiseSpec, operator
 from snr_ray.swap import swap
 
 
@@ -79,7 +80,7 @@ def test_physics_model_takes_the_given_or_the_detected_view_count(
     rows = swapper(physics_folder, tmp_path / "detected").run(files[:3])
     assert all(row["n_views"] in (0, 12, 6) for row in rows)
     rows = swapper(physics_folder, tmp_path / "injected", inject=True).run(files[:3])
-    assert [row["n_views"] for row in rows] == [None] * 3
+    assert [(row["n_views"], row["explained"]) for row in rows] == [(None, None)] * 3
 
 
 def test_view_count_that_no_training_image_had_can_be_told(
@@ -91,16 +92,20 @@ def test_view_count_that_no_training_image_had_can_be_told(
         out = io.BytesIO()
         np.save(out, image[0])
         files.append(ImageFile(f"{k}.npy", f"{k}.npy", f"{k}.npy", out.getvalue(), tensor=True))
-    trained, means = load_model(model_folder), []
+    trained, means, explains = load_model(model_folder), [], []
     for name, options in (("told", {"n_views": 9}), ("samples", {"n_views": 9, "samples": 2}),
                           ("blind", {})):  # fmt: skip
         rows = swapper(model_folder, tmp_path / name, **options).run(files)
         assert [row["n_views"] for row in rows] == [options.get("n_views")] * 2
+        explains.append([row["explained"] for row in rows])
         means.append(np.stack([np.load(tmp_path / name / f"{k}.npy") for k in range(2)]))
     donors = [hash64(f"0/{file.id}") % trained.codes.n_donors for file in files]
     noise = trained.codes.pick(0, np.array(donors))
-    expected = swap(trained.model, images, noise, geometry=NoiseSpec(9)).clip(0, 1)
-    np.testing.assert_allclose(means[0][:, None], expected, atol=1e-5)
+    expected = swap(trained.model, images, noise, geometry=NoiseSpec(9))
+    np.testing.assert_allclose(means[0][:, None], expected.clip(0, 1), atol=1e-5)
+    again = operator(NoiseSpec(9), 16, 20)(expected)
+    np.testing.assert_allclose(explains[0], psnr(again, images, clip=False), atol=1e-3)
+    assert np.abs(np.subtract(explains[2], explains[0])).min() > 1e-3
     assert all(np.abs(mean - means[0]).max() > 1e-4 for mean in means[1:])
 
 
