@@ -4,6 +4,7 @@ import base64
 import heapq
 import html
 import io
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,24 @@ METHOD_TEXT = {
     "swap_told": "**noise removed**, told the view count",
     "hdn": "finest content from the prior, no swap (HDN mode)",
     "recon_clean": "reconstruction of the clean image",
-    "recon": "reconstruction of the noisy image (against the noisy image)",
+    "recon": "reconstruction of the noisy image, against it",
     "authority": "all codes of another noisy image, against that image",
-    "inject": "**noise injected**, against the true noisy image, unclipped",
-    "no_inject": "clean image as it is, against the true noisy image, unclipped",
+    "inject": "**noise injected**, against the true noisy image",
+    "no_inject": "clean image as it is, against the true noisy image",
 }
-TASK_TEXT = {
-    "remove_grainy": ", Gaussian noise of sigma 0.01 added to the input",
-    "remove_stored": ", input cut to [0, 1] and rounded to 8 bits",
+TASK_TITLE = {
+    "remove": "Cleaned",
+    "make": "Made from codes, unclipped where the truth is noisy",
+    "remove_grainy": "Cleaned, with Gaussian noise of sigma 0.01 added to the input",
+    "remove_stored": "Cleaned, from input cut to [0, 1] and rounded to 8 bits",
+    "remove_unseen": "Cleaned, of view counts that no model was trained on",
 }
 
 
 def row_text(row: Row) -> str:
     """What a row of the table says."""
     other = f"model `{row.model}`: " if row.model else ""
-    return other + METHOD_TEXT[row.method] + TASK_TEXT.get(row.task, "")
+    return other + METHOD_TEXT[row.method]
 
 
 def grid(rows: list[list[Array]], labels: list[str], path: Path) -> None:
@@ -88,8 +92,6 @@ def evaluation_table(metrics: dict[str, Any]) -> str:
     """metrics.json as a Markdown page."""
     results = metrics["results"]
     trained_on = metrics["n_views"]
-    seen = [r for r in results if r["task"] != "remove_unseen"]
-    unseen = [r for r in results if r["task"] == "remove_unseen"]
     blind = (
         "The model sees the linear estimate for the given view count beside the image."
         if metrics["physics"]
@@ -117,12 +119,10 @@ def evaluation_table(metrics: dict[str, Any]) -> str:
         + blind
         + (" It is grey and takes each channel of RGB by itself." * metrics["per_channel"]),
         "",
-        *_score_table(seen, trained_on),
-        "",
-        "View counts that no model was trained on:" if unseen else "",
-        "",
-        *(_score_table(unseen, sorted({r["n_views"] for r in unseen}, reverse=True))),
-        "",
+        *itertools.chain.from_iterable(
+            _score_table(title, [r for r in results if r["task"] == task])
+            for task, title in TASK_TITLE.items()
+        ),
         "## What the codes know",
         "",
         f"| accuracy on test images {chance} | noise code | content code |",
@@ -161,14 +161,17 @@ def evaluation_table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _score_table(results: list[dict[str, Any]], views: list[int]) -> list[str]:
-    """Lines of a Markdown table, a row for each method."""
+def _score_table(title: str, results: list[dict[str, Any]]) -> list[str]:
+    """Lines of a section with a Markdown table, a row for each method; none without results."""
     if not results:
         return []
+    views = sorted({r["n_views"] for r in results} - {0}, reverse=True)
     by_method: dict[str, dict[int, dict[str, Any]]] = {}
     for r in results:
         by_method.setdefault(r["method"], {})[r["n_views"]] = r
     lines = [
+        f"## {title}",
+        "",
         "| method | " + " | ".join(f"{n} views" for n in views) + " | ms |",
         "|---|" + "---|" * (len(views) + 1),
     ]
@@ -181,7 +184,7 @@ def _score_table(results: list[dict[str, Any]], views: list[int]) -> list[str]:
         idle = method.startswith(("noisy", "no_inject"))
         spent = "" if idle or not seconds else f"{1000 * sum(seconds) / len(seconds):.1f}"
         lines.append(f"| {name} | {text} | {spent} |")
-    return lines
+    return [*lines, ""]
 
 
 def _cell(cell: dict[str, Any] | None) -> str:

@@ -1,5 +1,6 @@
 """The evaluate stage: the metrics contract, numbers that can be checked, tables and pictures."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -153,7 +154,19 @@ def test_grid_has_seven_pictures_a_row_and_the_table_a_row_a_method(report: Path
     assert "| linear MMSE, knows the operator and its view count |" in text
     assert "| model `wide1`: **noise removed**, mean clean noise code (2 seeds) |" in text
     assert "± 0.00" in text
-    assert "| clean image as it is, against the true noisy image, unclipped |" in text
+    assert "| clean image as it is, against the true noisy image |" in text
+    heads = [line for line in text.splitlines() if line.startswith("## ")]
+    assert len(heads) == 7
+    cleaned, made, grainy, stored, unseen = (
+        text[text.index(a) : text.index(b)] for a, b in itertools.pairwise(heads[:6])
+    )
+    assert "total variation" in cleaned
+    assert "injected" not in cleaned
+    assert "injected" in made
+    assert "total variation" not in made
+    assert "Gaussian" in grainy
+    assert "8 bits" in stored
+    assert "| method | 30 views | 15 views | ms |" in unseen
     assert "| model `wide1`: **noise injected**, against the true noisy" in text
     assert " nan" not in text
     with Image.open(report / "calibration.png") as image:
