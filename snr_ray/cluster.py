@@ -38,6 +38,13 @@ def connected() -> Iterator[None]:
                 f"RAY_ADDRESS must name a running Ray cluster, but {address} does not answer "
                 f"({error}); unset it to work on this machine."
             ) from None
+        except Exception as error:  # Ray has no class of its own for this
+            if "timed out during startup" not in str(error):
+                raise
+            raise InputError(
+                "Ray must start within 30 seconds, but this machine is too busy for that; the same "
+                "command continues when there is less to do."
+            ) from None
     quiet_data()
     try:
         yield

@@ -1,0 +1,31 @@
+"""Connecting to Ray: what goes wrong is said in one sentence."""
+
+import pytest
+import ray
+
+from snr_ray.cluster import connected
+from snr_ray.config import InputError
+
+
+@pytest.mark.parametrize(
+    ("problem", "raised", "said"),
+    [
+        (ConnectionError("refused"), InputError, r"does not answer \(refused\); unset it"),
+        (
+            Exception("The current node timed out during startup. And so on."),
+            InputError,
+            "too busy",
+        ),
+        (Exception("Something else."), Exception, "Something else"),
+    ],
+)
+def test_ray_that_does_not_start(
+    problem: Exception, raised: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)  # a machine too busy for it cannot be had in a test
+    with pytest.raises(raised, match=said), connected():
+        pytest.fail("there is no cluster")
