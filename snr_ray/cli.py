@@ -80,6 +80,9 @@ def prepare_environment() -> None:
     # torch starts a thread per core in every process otherwise; workers are told their share.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A thread of Ray Data that prefetches may outlive the stage that asked for it; without this it
+    # starts another Ray, which ends the process when it goes.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
         # A local Ray listens on every interface of the machine, and who reaches it runs code: a
         # token of this process's own keeps others out and leaves no file behind.

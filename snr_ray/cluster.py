@@ -49,6 +49,8 @@ def connected() -> Iterator[None]:
     try:
         yield
     finally:
+        # A prefetching thread that is late finds Ray gone, which is no news.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.shutdown()
 
 
