@@ -151,8 +151,8 @@ def denoise(
     if known:
         print(
             f"denoise: what was cleaned explains its input to {np.median(known):.0f} dB in the "
-            f"median, {min(known):.0f} dB at the least; low values tell of noise that the model "
-            "does not know, such as that of another view count."
+            f"median, {min(known):.0f} dB at the least: `explained` in the manifest, the lower the "
+            "more of it is noise that the model does not know."
         )
     rows.sort(key=lambda row: row["id"])
     table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
