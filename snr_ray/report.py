@@ -1,6 +1,7 @@
 """Results to look at: the picture grid and tables of an evaluation, the page of a denoising job."""
 
 import base64
+import functools
 import heapq
 import html
 import io
@@ -249,32 +250,13 @@ def denoise_report(
     drawn = heapq.nsmallest(PAGE_IMAGES, found, key=lambda row: hash64(f"page/{row['id']}"))
     known = [row for row in found if row.get("explained") is not None]
     worst = heapq.nsmallest(PAGE_WORST, known, key=lambda row: float(row["explained"]))
-
-    def figures(shown: list[dict[str, Any]]) -> list[str]:
-        figures = []
-        for row in shown:
-            caption = html.escape(row["id"])
-            if row.get("explained") is not None:
-                caption += f", {row['explained']:.0f} dB"
-            try:
-                stored = source.read(index[row["id"]], images)
-                before, (low, high) = stored.pixels, stored.span
-                after = decode((out / row["output"]).read_bytes(), row["output"], white=1.0).pixels
-                if stored.depth != np.uint8:  # which is in [0, 1] already
-                    after = (after - low) / (high - low)
-            except (InputError, OSError):
-                continue
-            figures.append(
-                f"<figure><img alt='before' src='{_thumbnail(before)}'><img alt='after' "
-                f"src='{_thumbnail(after)}'><figcaption>{caption}</figcaption></figure>"
-            )
-        return figures
-
-    gallery = figures(sorted(drawn, key=lambda row: str(row["id"])))
+    drawn.sort(key=lambda row: str(row["id"]))
+    figure = functools.partial(_figure, source=source, index=index, out=out, images=images)
+    gallery = [shown for shown in map(figure, drawn) if shown]
     least = (
         "<h2>Least explained</h2><p>Decibels say how close noise made anew of the cleaned image "
         "comes to the input; low values tell of noise that the model does not know.</p>"
-        f"<main>{''.join(figures(worst))}</main>"
+        f"<main>{''.join(map(figure, worst))}</main>"
         if worst
         else ""
     )
@@ -305,6 +287,27 @@ td, th {{ text-align: left; padding: .2rem .8rem .2rem 0; vertical-align: top }}
 {len(gallery)} drawn at random. Full list: manifest.parquet.</p>
 <main>{"".join(gallery)}</main>{least}{table}</html>
 """
+
+
+def _figure(
+    row: dict[str, Any], *, source: Source, index: dict[str, int], out: Path, images: ImagesConfig
+) -> str:
+    """An image before and after; nothing where one of them cannot be read any more."""
+    caption = html.escape(row["id"])
+    if row.get("explained") is not None:
+        caption += f", {row['explained']:.0f} dB"
+    try:
+        stored = source.read(index[row["id"]], images)
+        before, (low, high) = stored.pixels, stored.span
+        after = decode((out / row["output"]).read_bytes(), row["output"], white=1.0).pixels
+        if stored.depth != np.uint8:  # which is in [0, 1] already
+            after = (after - low) / (high - low)
+    except (InputError, OSError):
+        return ""
+    return (
+        f"<figure><img alt='before' src='{_thumbnail(before)}'><img alt='after' "
+        f"src='{_thumbnail(after)}'><figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def _thumbnail(pixels: Array) -> str:
