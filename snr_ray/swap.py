@@ -108,7 +108,7 @@ def swap(
 
     Args:
         model: in eval mode, on any device.
-        images: float32, not clipped: the network sees the range that the noise has.
+        images: float32, not clipped: the network sees the range that the noise has; B may be 0.
         noise: codes per level, [1 or B, C_noise, h, w].
         normal: source of sampling noise; None decodes posterior means.
         noise_ids: [B] known or detected ids of the images, for a model with model.physics.
@@ -119,6 +119,8 @@ def swap(
     Returns:
         [B, C, H, W] float32, not clipped.
     """
+    if not len(images):  # which pixel shuffle does not take
+        return images
     batch, have = images.shape[:2]
     apart = have if model.channels == 1 else 1  # rows of the network for each image
     if apart > 1:

@@ -63,6 +63,12 @@ def test_images_too_small_for_the_operator_can_be_cleaned(
     assert swap(model, x, None).shape == x.shape
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_no_images_come_back_as_none(any_code: Config, channels: int) -> None:
+    x = np.zeros((0, channels, 16, 16), np.float32)
+    assert swap(model_of(any_code), x, None).shape == x.shape
+
+
 def test_rgb_model_takes_three_channels(tiny: Config) -> None:
     config = configs.replace(tiny, {"images.channels": 3})
     x = images(2, 16, 16, channels=3)
