@@ -94,20 +94,20 @@ def _run(args: argparse.Namespace, config: Config) -> int:
     # Stages are imported where they run: `snr --help` must not wait for ray and torch.
     options: dict[str, Any] = {"overwrite": args.overwrite} if "overwrite" in args else {}
     if args.stage == "demo":
-        from snr_ray.demo import demo
+        from snr_ray.stages.demo import demo
 
         return demo(config, out=args.out, **options)
     if args.stage == "bench":
-        from snr_ray.bench import bench
+        from snr_ray.stages.bench import bench
 
         return bench(config, args.name, out=args.out)
     if args.stage == "simulate":
-        from snr_ray.simulate import simulate
+        from snr_ray.stages.simulate import simulate
 
         outcome = simulate(config, images=args.images, out=args.out, **options)
         what = f"{outcome.images:,} images in {outcome.out}"
     elif args.stage == "denoise":
-        from snr_ray.denoise import denoise
+        from snr_ray.stages.denoise import denoise
 
         outcome = denoise(
             config,
@@ -122,8 +122,8 @@ def _run(args: argparse.Namespace, config: Config) -> int:
         )
         what = f"{outcome.images:,} images in {outcome.out}; look at {outcome.out / 'report.html'}"
     elif args.stage == "evaluate":
-        from snr_ray.evaluate import evaluate
-        from snr_ray.scores import BASELINES
+        from snr_ray.scoring.scores import BASELINES
+        from snr_ray.stages.evaluate import evaluate
 
         asked = BASELINES if args.baselines is None else args.baselines.split(",")
         names = tuple(dict.fromkeys(name.strip() for name in asked if name.strip()))
@@ -140,16 +140,16 @@ def _run(args: argparse.Namespace, config: Config) -> int:
         print((outcome.out / "metrics.md").read_text())
         what = f"{outcome.images:,} images scored; look at {outcome.out / 'grid.png'}"
     else:
-        from snr_ray.dataset import Origin
+        from snr_ray.stages.dataset import Origin
 
         origin = Origin(images=args.images, data=args.data)
         if args.stage == "train":
-            from snr_ray.train import train
+            from snr_ray.stages.train import train
 
             outcome = train(config, origin=origin, out=args.out, **options)
             what = f"{outcome.images:,} steps; the model is {outcome.out / 'model'}"
         else:
-            from snr_ray.sweep import sweep
+            from snr_ray.stages.sweep import sweep
 
             outcome = sweep(config, origin=origin, out=args.out, trials=args.trials, **options)
             what = f"{outcome.images:,} trials; the best config is {outcome.out / 'best.yaml'}"

@@ -30,7 +30,7 @@ def preset_names() -> list[str]:
 
 def shipped_models() -> list[str]:
     """Names of the model folders that come with snr_ray, for `--model`."""
-    folder = resources.files("snr_ray") / "models"
+    folder = resources.files("snr_ray") / "shipped"
     return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
 

@@ -28,7 +28,7 @@ def ray_2_cpus() -> Iterator[None]:
     """One local Ray for the whole session; never attaches to a running cluster."""
     import ray
 
-    from snr_ray.cluster import quiet_data
+    from snr_ray.stages.cluster import quiet_data
 
     ray.init(
         address="local",
@@ -85,16 +85,16 @@ def physics_folder(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def _model_folder(tiny: Config, run: Path) -> Path:
     import torch
 
-    from snr_ray import radon
-    from snr_ray.batches import Pairs
-    from snr_ray.checkpoint import save_model
-    from snr_ray.fit import Learner, donor_codes
-    from snr_ray.sources import open_source
+    from snr_ray.images.sources import open_source
+    from snr_ray.learning.batches import Pairs
+    from snr_ray.learning.checkpoint import save_model
+    from snr_ray.learning.fit import Learner, donor_codes
+    from snr_ray.noise.operator import noise_operator, noise_specs
 
     source = open_source("glyphs")
     rows = source.select("train", 20)
     clean = np.stack([source.load(row, tiny.images) for row in rows])
-    noisy = [[radon.operator(spec, 16, 16)(clean)] for spec in radon.specs(tiny.noise)]
+    noisy = [[noise_operator(spec, 16, 16)(clean)] for spec in noise_specs(tiny.noise)]
     pairs = Pairs([source.ids[row] for row in rows], [clean], noisy)
     learner = Learner(tiny)
     if tiny.model.physics:

@@ -121,7 +121,7 @@ def test_bench_radon_writes_its_json(
 ) -> None:
     import json
 
-    from snr_ray import bench
+    from snr_ray.stages import bench
 
     monkeypatch.setattr(bench, "RADON_SIZES", ((16, 4), (40, 6)))
     assert main(["bench", "radon", "--out", str(tmp_path / "b.json")]) == 0
@@ -140,7 +140,7 @@ def test_bench_simulate_measures_a_real_job(
 ) -> None:
     import json
 
-    from snr_ray import benchjob
+    from snr_ray.stages import benchjob
 
     monkeypatch.setattr(benchjob, "GENERATED_ROWS", 100)
     out = tmp_path / "b.json"
@@ -166,8 +166,13 @@ def test_readme_names_what_exists() -> None:
     text = (REPOSITORY / "README.md").read_text()
     tree = re.search(r"```\n(pyproject\.toml.*?)```", text, re.DOTALL)
     assert tree
-    listed = set(re.findall(r"^ {2}(\w+\.py)", tree.group(1), re.MULTILINE))
-    assert listed == {p.name for p in (REPOSITORY / "snr_ray").glob("*.py")}
+    package = REPOSITORY / "snr_ray"
+    ground = re.findall(r"\b(\w+\.py)\b", tree.group(1).partition("snr_ray/\n")[2])
+    assert ground == sorted(p.name for p in package.glob("[!_]*.py"))
+    rooms = dict(re.findall(r"^ {2}(\w+)/ .*(?:\n {17}(.*))?$", tree.group(1), re.MULTILINE))
+    assert set(rooms) == {p.name for p in package.iterdir() if p.is_dir()} - {"__pycache__"}
+    for room, modules in rooms.items():
+        assert modules.split() == sorted(p.stem for p in (package / room).glob("[!_]*.py")), room
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (REPOSITORY / target).exists(), target
     for command in re.findall(r"^snr (\w+)", text, re.MULTILINE):

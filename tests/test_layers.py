@@ -1,72 +1,154 @@
-"""The layer rule of snr_ray/__init__.py, read off the imports of every module."""
+"""The tree is the architecture: rooms are folders, and imports point downwards only.
+
+All is read from the folders: a new module needs no line here, a new room a place in `ROOMS`.
+"""
 
 import ast
+import sys
 from pathlib import Path
+
+import pytest
 
 import snr_ray
 
 PACKAGE = Path(snr_ray.__file__).parent
-LAYERS = [
-    {"config", "configfile", "hashing", "outputs"},
-    {"rows", "radon", "images", "samples", "collection", "files", "sources",
-     "datafolder", "metrics", "baselines", "lmmse"},
-    {"torchradon", "noisemaker", "physics", "blocks", "hvae", "unet", "batches", "shardfeed",
-     "losses", "muon", "fit", "checkpoint", "swap", "fileswap", "scores", "probes"},
-    {"cluster", "simulate", "dataset", "train", "sweep", "denoise", "evaluate", "report", "bench",
-     "benchjob", "demo", "cli"},
-]  # fmt: skip
-FOREIGN = {  # first layer that may import a package
-    "numpy": 1, "scipy": 1, "numba": 1, "llvmlite": 1, "skimage": 1, "pyarrow": 1, "PIL": 1,
-    "matplotlib": 1, "tifffile": 1, "pydicom": 1,
-    "torch": 2, "safetensors": 2, "ray": 3, "optuna": 3, "tensorboard": 3,
-}  # fmt: skip
-EXCEPTIONS = {("sources", "torchvision")}  # downloads, imported where they are used
+ROOMS = ("", "noise", "images", "network", "learning", "scoring", "stages")
+"""From the ground floor up; a room imports from itself and from those before it."""
+DOORS = ("cli", "notebook")
+"""Front doors beside the ground floor that open onto every room."""
+HOMES = {
+    "ray": {"stages"},
+    "optuna": {"stages"},
+    "tensorboard": {"stages"},
+    "torch": {"network", "learning", "scoring", "stages"},
+    "safetensors": {"learning", "scoring", "stages"},
+}
+"""Rooms that may know a package; others are free above the ground floor."""
+GROUND = {"yaml", "numpy"}
+EXCEPTIONS = {
+    ("metrics.py", "skimage"),  # SSIM
+    ("noise/tensors.py", "torch"),  # the operator on tensors
+    ("images/sources.py", "torchvision"),  # downloads, imported where they are used
+}
 
 
-def _imports(module: str) -> set[str]:
+def _modules(package: Path) -> list[Path]:
+    return sorted(path for path in package.rglob("*.py") if path != package / "__init__.py")
+
+
+def _room(path: Path, package: Path) -> str:
+    return str(path.parent.relative_to(package)).removeprefix(".")
+
+
+def _imports(path: Path) -> set[str]:
     """Full names of everything a module imports, anywhere in it."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-def _layer(module: str) -> int:
-    return next(k for k, layer in enumerate(LAYERS) if module in layer)
+def _faults(package: Path) -> list[str]:
+    """What the rules forbid, a line each."""
+    found = []
+    for path in _modules(package):
+        room, place = _room(path, package), str(path.relative_to(package))
+        if room == "" and path.stem in DOORS:
+            continue
+        for name in sorted(_imports(path)):
+            top, *rest = name.split(".")
+            if top == "snr_ray":
+                other = rest[0] if (package / rest[0]).is_dir() else ""
+                door = other == "" and rest[0] in DOORS
+                if door or ROOMS.index(other) > ROOMS.index(room):
+                    found.append(f"{place} imports {name}, which lies above it")
+            elif top not in sys.stdlib_module_names and (place, top) not in EXCEPTIONS:
+                allowed = top in GROUND if room == "" else room in HOMES.get(top, ROOMS)
+                if top == "torchvision" or not allowed:
+                    found.append(f"{place} imports {name}, which {room or 'the ground'} must not")
+    return found
 
 
-def test_every_module_has_a_layer() -> None:
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert modules == set.union(*LAYERS)
+def test_rooms_are_the_folders_with_code() -> None:
+    folders = {_room(path, PACKAGE) for path in _modules(PACKAGE)}
+    assert folders == set(ROOMS)
 
 
 def test_imports_point_downwards_only() -> None:
-    for module in set.union(*LAYERS):
-        for name in _imports(module):
-            parts = name.split(".")
-            if parts[0] == "snr_ray" and parts[1] in set.union(*LAYERS):
-                assert _layer(parts[1]) <= _layer(module), f"{module} imports {name}"
-            elif parts[0] in FOREIGN:
-                assert FOREIGN[parts[0]] <= _layer(module), f"{module} imports {name}"
-            elif parts[0] == "torchvision":
-                assert (module, parts[0]) in EXCEPTIONS, f"{module} imports {name}"
+    assert _faults(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ("hashing.py", "import numba"),
+        ("hashing.py", "from snr_ray.noise.rows import Rows"),
+        ("outputs.py", "from snr_ray.cli import main"),
+        ("noise/rows.py", "from snr_ray.images.formats import decode"),
+        ("noise/lmmse.py", "import torch"),
+        ("images/files.py", "from snr_ray.network import swap"),
+        ("images/files.py", "import torch"),
+        ("network/swap.py", "from snr_ray.learning.fit import Learner"),
+        ("learning/fit.py", "from snr_ray.scoring.scores import BASELINES"),
+        ("learning/fit.py", "import ray"),
+        ("scoring/scores.py", "from snr_ray.stages.cluster import connected"),
+        ("scoring/scores.py", "import optuna"),
+    ],
+)
+def test_a_forbidden_import_is_found(place: str, line: str, tmp_path: Path) -> None:
+    for path in [PACKAGE / "__init__.py", *_modules(PACKAGE)]:
+        copy = tmp_path / path.relative_to(PACKAGE)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text())
+    module = tmp_path / place
+    module.write_text(f"{module.read_text()}\n{line}\n")
+    assert len(_faults(tmp_path)) == 1
+    assert _faults(tmp_path)[0].startswith(place)
 
 
 def test_optuna_is_known_to_the_sweep_alone() -> None:
-    users = {m for m in set.union(*LAYERS) if any(n.startswith("optuna") for n in _imports(m))}
+    users = {
+        path.stem
+        for path in _modules(PACKAGE)
+        if any(name.split(".")[0] == "optuna" for name in _imports(path))
+    }
     assert users == {"sweep"}
 
 
 def test_modules_import_each_other_without_cycles() -> None:
+    names = {
+        ".".join(("snr_ray", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+        for path in _modules(PACKAGE)
+    }
+    imports = {name: _imports(path) for name, path in names.items()}
     graph = {
-        m: {n.split(".")[1] for n in _imports(m) if n.startswith("snr_ray.")} & set.union(*LAYERS)
-        for m in set.union(*LAYERS)
+        name: {m for m in names if any(f"{n}.".startswith(f"{m}.") for n in imports[name])}
+        for name in names
     }
     done: set[str] = set()
     while len(done) < len(graph):
         free = {m for m in graph if m not in done and graph[m] - {m} <= done}
         assert free, f"cycle among {sorted(set(graph) - done)}"
         done |= free
+
+
+def test_every_room_leads_a_newcomer() -> None:
+    for room in ROOMS[1:]:
+        tree = ast.parse((PACKAGE / room / "__init__.py").read_text())
+        assert len(tree.body) == 1, f"{room} exports something"
+        lines = (ast.get_docstring(tree) or "").splitlines()
+        assert 3 <= len(lines) <= 6, f"{room} says what it holds in {len(lines)} lines"
+        assert "Read `" in " ".join(lines)
+
+
+def test_tests_have_the_same_rooms() -> None:
+    here = Path(__file__).parent
+    for path in here.rglob("test_*.py"):
+        assert _room(path, here) in ROOMS
+        module = path.stem.removeprefix("test_")
+        if _room(path, here):
+            assert (PACKAGE / _room(path, here) / f"{module}.py").is_file(), path.name

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
-from snr_ray.baselines import best_tv_weight, tv
+from snr_ray.images.sources import open_source
 from snr_ray.metrics import psnr, ssim
-from snr_ray.sources import open_source
+from snr_ray.scoring.baselines import best_tv_weight, tv
 
 RNG = np.random.default_rng(0)
 

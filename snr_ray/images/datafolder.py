@@ -1,0 +1,150 @@
+"""The data folder that `snr simulate` writes and training reads: its files, columns and checks.
+
+{train,val,test}/*.parquet   columns id, clean, noisy_<n_views>: canonical Arrow fixed-shape
+                             tensors [C, H, W] float32, readable without Ray and snr_ray
+failures.parquet             images that could not be read: id, stage, reason
+manifest.json                noise specs and their hash, counts, version; written last
+"""
+
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from snr_ray import configfile as configs
+from snr_ray.config import Config, ImagesConfig, InputError
+from snr_ray.images.collection import SPLITS
+from snr_ray.noise.operator import noise_specs, spec_hash
+from snr_ray.outputs import write_atomic
+
+Array = npt.NDArray[np.float32]
+Failure = dict[str, str]
+
+FORMAT = 2
+"""Version of the layout, raised when older code could not read it rightly."""
+WRITING: dict[str, Any] = {
+    "compression": "lz4",
+    "use_dictionary": False,
+    "write_statistics": False,
+}
+"""How tables are written. Floats seldom repeat: dictionaries and statistics of them took most of
+the time; lz4 writes and reads several times as fast as zstd, for files a tenth larger."""
+FAILURES_SCHEMA = pa.schema([("id", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """A finished data folder."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> "DataFolder":
+        """Read the manifest and look whether every shard is there to its end.
+
+        Raises:
+            InputError: if `path` is no finished data folder, or one of another version, or damaged.
+        """
+        file = path / "manifest.json"
+        if not file.is_file():
+            raise InputError(
+                f"--data must be a folder that `snr simulate` has finished, but {path} has no "
+                "manifest.json; simulate first, or give the images with --images."
+            )
+        try:
+            manifest = json.loads(file.read_text())
+        except ValueError as error:
+            raise InputError(
+                f"{file} is damaged ({error}); run the same `snr simulate` with --overwrite."
+            ) from None
+        if manifest.get("format") != FORMAT:
+            raise InputError(
+                f"--data must be a folder of format {FORMAT}, but {path} was written by snr_ray "
+                f"{manifest.get('version')} in format {manifest.get('format', 1)}; run "
+                "`snr simulate` into a new folder."
+            )
+        folder = cls(path, manifest)
+        config = folder.settle(Config())
+        spec = spec_hash(noise_specs(config.noise), config.images.size)
+        if spec != manifest["noise_hash"]:
+            raise InputError(
+                f"{file} names noise settings of hash {spec}, but its shards are of hash "
+                f"{manifest['noise_hash']}; run `snr simulate` into a new folder."
+            )
+        for split in SPLITS:
+            shards = folder.shards(split)
+            broken = next((shard for shard in shards if not whole(shard)), None)
+            n_rows = 0 if broken else sum(pq.read_metadata(shard).num_rows for shard in shards)
+            if broken or n_rows != manifest["splits"][split]:
+                what = f"{broken} is cut short" if broken else f"{path / split} holds {n_rows}"
+                raise InputError(
+                    f"The {split} split must hold its {manifest['splits'][split]} images, but "
+                    f"{what}; the same `snr simulate` again writes what is missing."
+                )
+        return folder
+
+    def settle(self, config: Config) -> Config:
+        """The config with the folder's images and noise sections."""
+        return configs.from_dict(configs.to_dict(config) | self.manifest["config"])
+
+    def shards(self, split: str) -> list[Path]:
+        """Files of a split, in order."""
+        return sorted((self.path / split).glob("*.parquet"))
+
+
+def whole(shard: Path) -> bool:
+    """Whether a shard is there to its end, where Parquet keeps what it holds."""
+    try:
+        return pq.read_metadata(shard).num_rows >= 0
+    except (OSError, pa.ArrowException):
+        return False
+
+
+def noisy_column(n_views: int) -> str:
+    """Column of the noisy images of a view count."""
+    return f"noisy_{n_views}"
+
+
+def image_columns(config: Config) -> list[str]:
+    """The clean column and that of each noise id, in order."""
+    return ["clean", *(noisy_column(n_views) for n_views in config.noise.n_views)]
+
+
+def tensors(column: pa.ChunkedArray) -> Array:
+    """A fixed-shape tensor column as one array [n, C, H, W]; no copy where it is one chunk."""
+    chunks = [chunk.to_numpy_ndarray() for chunk in column.chunks if len(chunk)]
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
+def tensor_array(images: Array) -> pa.ExtensionArray:
+    """Images [n, C, H, W] as an Arrow array, without copying."""
+    if len(images):
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(images))
+    kind = pa.fixed_shape_tensor(pa.float32(), images.shape[1:])
+    return pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
+
+
+def row_bytes(images: ImagesConfig, n_ids: int) -> int:
+    """Memory of one row of tensors."""
+    return (1 + n_ids) * images.channels * images.side**2 * 4
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of one Parquet file."""
+    out = io.BytesIO()
+    pq.write_table(table, out, **WRITING)
+    return out.getvalue()
+
+
+def write_failures(path: Path, failures: Iterable[Failure]) -> None:
+    """Write failures.parquet: one row per failed image with id, stage and reason."""
+    rows = sorted(failures, key=lambda failure: failure["id"])
+    write_atomic(path, parquet_bytes(pa.Table.from_pylist(rows, FAILURES_SCHEMA)))

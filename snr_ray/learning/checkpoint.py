@@ -1,0 +1,261 @@
+"""What training leaves on disk: checkpoints to continue from, and the model folder to use.
+
+A model folder holds `model.safetensors` (weights and donors' noise codes), `config.yaml`,
+`metrics.json` and `README.md`. Nothing is ever unpickled.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from snr_ray import __version__
+from snr_ray import configfile as configs
+from snr_ray.config import Config, InputError, check
+from snr_ray.learning.fit import Learner, Metrics, build_model
+from snr_ray.network.hvae import HVAE
+from snr_ray.network.swap import NoiseCodes
+from snr_ray.network.unet import UNet
+from snr_ray.noise.operator import NoiseSpec, noise_specs
+
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS = "model."
+DONORS = "donors."
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model folder in memory; `model` is in eval mode."""
+
+    config: Config
+    model: HVAE
+    codes: NoiseCodes
+
+    def noise_id(self, n_views: int) -> int:
+        """Noise id of a view count. Raises InputError if the model was not trained on it."""
+        if n_views not in self.config.noise.n_views:
+            known = ", ".join(map(str, self.config.noise.n_views))
+            raise InputError(
+                f"The view count must be one that the model was trained on ({known}), "
+                f"but got {n_views}."
+            )
+        return self.config.noise.n_views.index(n_views) + 1
+
+    @property
+    def can_be_told(self) -> bool:
+        """Whether the view count of noisy images helps: with model.physics one of those that the
+        model was trained on, with model.unrolled any."""
+        return self.config.model.physics or self.model.unrolls
+
+    def geometry(self, n_views: int) -> NoiseSpec | None:
+        """What to tell the unrolled solver of images of a view count; None where there is none.
+
+        Raises InputError if it is below 1.
+        """
+        check(n_views >= 1, f"A view count must be at least 1, but got {n_views}.")
+        if not self.model.unrolls:
+            return None
+        return noise_specs(dataclasses.replace(self.config.noise, n_views=(n_views,)))[0]
+
+
+@dataclass(frozen=True)
+class TrainedUNet:
+    """The same of a supervised baseline, which has no codes."""
+
+    config: Config
+    model: UNet
+
+
+def save_checkpoint(folder: Path, learner: Learner) -> None:
+    """Write the state of a learner and its config into an existing folder."""
+    torch.save(learner.state(), folder / "state.pt")
+    configs.save(learner.config, folder / "config.yaml")
+
+
+def load_checkpoint(folder: Path, learner: Learner) -> None:
+    """Load a state saved by `save_checkpoint` into a learner of the same shape."""
+    state = torch.load(folder / "state.pt", map_location=learner.device, weights_only=True)
+    learner.load_state(state)
+
+
+def save_model(
+    folder: Path,
+    config: Config,
+    model: HVAE | UNet,
+    codes: NoiseCodes | None,
+    metrics: Metrics,
+    origin: str,
+) -> None:
+    """Write a model folder; it appears complete or not at all, replacing an older one.
+
+    Args:
+        folder: where; its parent must exist.
+        config: of the run.
+        model: the weights to keep.
+        codes: donors' noise codes; None for a U-Net.
+        metrics: validation metrics of the last checkpoint.
+        origin: the command or function that trained it, for the model card.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    tensors: dict[str, Tensor] = {WEIGHTS + k: v for k, v in model.state_dict().items()}
+    donors = codes.donors if codes else []
+    tensors |= {f"{DONORS}{level}": code for level, code in enumerate(donors)}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(tensors, partial / WEIGHTS_FILE, {"snr_ray": __version__})
+    configs.save(config, partial / "config.yaml")
+    (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (partial / "README.md").write_text(_card(config, model, metrics, origin))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def ship(folder: Path, report: Path, target: Path) -> None:
+    """Copy a model folder with weights of 16 bits and its test scores in the card.
+
+    Args:
+        folder: model folder.
+        report: folder of `snr evaluate` for this model.
+        target: new folder, such as snr_ray/shipped/NAME; `model_path` finds it by its name there.
+    """
+    load_model(folder)
+    target.mkdir(parents=True)
+    tensors = {name: tensor.half() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
+    save_file(tensors, target / WEIGHTS_FILE, {"snr_ray": __version__})
+    shutil.copy(folder / "config.yaml", target)
+    shutil.copy(report / "metrics.json", target)
+    scores = (report / "metrics.md").read_text().replace("# ", "## ")
+    (target / "README.md").write_text((folder / "README.md").read_text() + "\n" + scores)
+
+
+def load_model(folder: str | Path, device: torch.device | None = None) -> TrainedModel:
+    """Read a model folder, or a model that comes with snr_ray by its name.
+
+    Raises:
+        InputError: if the folder is missing, is not a model folder, its weights do not fit its
+            config, or it holds a U-Net.
+    """
+    trained = load_any(folder, device)
+    if isinstance(trained, TrainedUNet):
+        raise InputError(
+            f"A model with noise and content codes (model.kind=hvae) is needed, but "
+            f"{model_path(folder)} holds a supervised U-Net, the baseline; `snr evaluate --beside` "
+            "scores it."
+        )
+    return trained
+
+
+def load_any(folder: str | Path, device: torch.device | None = None) -> TrainedModel | TrainedUNet:
+    """Read a model folder of either kind; raises as `load_model`."""
+    path = model_path(folder)
+    config, model, tensors = _read(path)
+    if isinstance(model, UNet):
+        return TrainedUNet(config, model)
+    n_levels, n_ids = len(config.model.channels), len(config.noise.n_views) + 1
+    donors = [tensors.get(f"{DONORS}{level}") for level in range(n_levels)]
+    kept = [
+        level.float()
+        for level, width in zip(donors, config.model.noise_channels, strict=True)
+        if level is not None
+        and level.ndim == 5
+        and (level.shape[0], level.shape[2]) == (n_ids, width)
+        and level.shape[1] > 0
+    ]
+    if len(kept) < n_levels:
+        raise InputError(
+            f"A model folder holds noise codes of {n_ids} noise ids at {n_levels} levels, but "
+            f"{path} does not; train it again."
+        )
+    place = device or torch.device("cpu")
+    model = model.to(place).to(memory_format=torch.channels_last)
+    return TrainedModel(config, model, NoiseCodes([level.to(place) for level in kept]))
+
+
+def model_path(folder: str | Path) -> Path:
+    """The model folder that the user named; a name of `shipped_models` where there is no folder."""
+    if str(folder) in configs.shipped_models() and not Path(folder).exists():
+        return Path(str(resources.files("snr_ray") / "shipped" / str(folder)))
+    return Path(folder)
+
+
+def _read(path: Path) -> tuple[Config, HVAE | UNet, dict[str, Tensor]]:
+    """Config, network in eval mode and all tensors of a model folder, checked."""
+    missing = [n for n in (WEIGHTS_FILE, "config.yaml") if not (path / n).is_file()]
+    if missing:
+        inner = path / "model"
+        hint = (
+            f"did you mean {inner}?"
+            if (inner / WEIGHTS_FILE).is_file()
+            else "`snr train` writes one as RUN/model, and "
+            f"{', '.join(configs.shipped_models())} come with snr_ray."
+        )
+        raise InputError(f"A model folder holds {missing[0]}, but {path} does not; {hint}")
+    try:
+        config = configs.load_saved(path / "config.yaml")
+    except InputError as error:
+        raise InputError(f"{path / 'config.yaml'}: {error}") from None
+    try:
+        tensors = load_file(path / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}/model.safetensors cannot be read ({error}).") from None
+    model = build_model(config)
+    weights = {k[len(WEIGHTS) :]: v for k, v in tensors.items() if k.startswith(WEIGHTS)}
+    expected: dict[str, Any] = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        want = list(expected[name].shape) if name in expected else "no such weight"
+        have = list(weights[name].shape) if name in weights else "none"
+        if want != have:
+            raise InputError(
+                f"Weights must fit the config beside them, but {path} has {have} for {name} where "
+                f"config.yaml wants {want}; the folder mixes two models."
+            )
+    broken = [name for name, weight in tensors.items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise InputError(f"Weights must be finite, but {path} has NaN or infinity in {broken[0]}.")
+    model.load_state_dict({k: v.float() for k, v in weights.items()})
+    return config, model.eval().requires_grad_(False), tensors
+
+
+def _card(config: Config, model: HVAE | UNet, metrics: Metrics, origin: str) -> str:
+    n_weights = sum(p.numel() for p in model.parameters())
+    size, colour = config.images.size, "grey" if config.images.channels == 1 else "RGB"
+    rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in metrics.items())
+    what = (
+        "A supervised residual U-Net from noisy images to clean ones: the baseline, without codes."
+        if isinstance(model, UNet)
+        else "A hierarchical VAE whose latent splits in a content code and a noise code. The\n"
+        "code of a clean image removes the streaks of a sparse-view reconstruction, that of a\n"
+        "noisy one adds them."
+    )
+    photons = "with" if config.noise.photons else "without"
+    told = isinstance(model, HVAE) and model.unrolls
+    views = ", and other view counts must be told" if told else ", and so are other view counts"
+    return f"""# snr_ray model
+
+{what}
+
+- trained on {size}x{size} {colour} images; views: {", ".join(map(str, config.noise.n_views))};
+  filter: {config.noise.filter}
+- {n_weights:,} weights; {config.train.steps} steps of {config.train.batch_size} images and their
+  noisy versions
+- made by: {origin}, with the config.yaml beside this card (snr_ray {__version__})
+
+Validation images (PSNR in dB, clipped to [0, 1], mean clean noise code):
+
+| metric | value |
+|---|---|
+{rows}
+
+Limits: trained on simulated noise, {photons} photon noise, of images of this size; streaks of
+other sizes or filters are outside what it has seen{views}.
+"""

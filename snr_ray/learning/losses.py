@@ -1,0 +1,232 @@
+"""The training objective: ELBO + triplet loss on the noise codes (+ content pull, trained swap).
+
+Per pixel:  reconstruction / D + beta KL / D + triplet + content_kl * symmetric KL / D
+with D = C*H*W. The preset `seed` keeps the first two and the triplet loss as drawn; `paired`, the
+default, adds what knowing both the clean and the noisy image allows. A decoder that knows the noise
+operator also learns which noise id a noise code stands for.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from snr_ray.config import LossConfig
+from snr_ray.learning.batches import Batch, StepNormal
+from snr_ray.network.blocks import Gaussian, kl, standard
+from snr_ray.network.hvae import HVAE
+from snr_ray.network.unet import UNet
+
+SIGMA_FLOOR = 0.01
+ERROR_FLOOR = 1e-8
+"""Mean squared error taken for none: its root has no gradient at zero."""
+ROOT_EPSILON = 1e-6
+NOISE_ID = 0.1
+"""Weight of the cross-entropy of the noise id that a decoder with the operator reads from codes."""
+GRAINY = 0.5
+"""Share of noisy images that get Gaussian noise on top with loss.grain."""
+WITHHELD = 0.125
+"""Share of images that a model with model.physics sees without their noise id."""
+
+
+def triplet_loss(mu: Tensor, n_ids: int, form: str, margin: float) -> Tensor:
+    """Triplet loss on the noise codes of one level; a scalar.
+
+    Args:
+        mu: [B (1 + n_ids), ...] posterior means; of each image first the clean version, then those
+            of noise ids 1, 2 ... Images b and b ^ 1 are partners.
+        n_ids: noisy ids.
+        form: "drawn": max(0, d(noisy, partner's noisy) - d(noisy, clean) + margin), as the
+            original method draws it. "symmetric": pull every pair of equal id, clean ones too, and
+            push clean from noisy and noisy ids from each other up to the margin. Without the clean
+            pull, clean images hide content in their noise code.
+        margin: in units of d, the mean squared difference.
+    """
+    code = mu.flatten(1).unflatten(0, (-1, 1 + n_ids))  # [B, 1 + n_ids, dims]
+    noisy, clean = code[:, 1:], code[:, :1]
+    partner = torch.arange(len(code), device=mu.device) ^ 1
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).square().mean(-1)  # [B, ids]
+
+    pull, push = distance(code, code[partner]), distance(noisy, clean)
+    if form == "drawn":
+        return F.relu(pull[:, 1:] - push + margin).mean()
+
+    def short_of_margin(d: Tensor) -> Tensor:
+        # The root keeps its slope where codes are still equal, so that they part at once; a
+        # squared distance has none there and leaves the codes together for hundreds of steps.
+        return F.relu(margin - (d + ROOT_EPSILON).sqrt()).mean()
+
+    loss = 0.5 * (pull[:, 1:].mean() + pull[:, 0].mean()) + short_of_margin(push)
+    if n_ids > 1:
+        loss = loss + short_of_margin(distance(noisy, noisy.roll(1, dims=1)))
+    return loss
+
+
+class Likelihood(nn.Module):
+    """Gaussian likelihood of images, each with the standard deviation that suits it best.
+
+    Cleaning an image of few views leaves errors many times those of reconstructing a clean one,
+    and images of one kind differ as much; with one sigma for all, the hard images alone would
+    decide how exact the easy ones get. So there is a learned sigma for each pair of noise ids
+    (seen, wanted), and an image that is to be clean has its own: its root mean square error, where
+    the likelihood is largest, within a factor of that of its pair. The gradient is then that of the
+    logarithm of the error, which PSNR is.
+
+    Clean pixels of 0 and 1 are bounds, not values, with loss.bounds: all that would be cut to them
+    is right, so nothing is spent on meeting them exactly.
+
+    Source: Rybkin et al., Simple and effective VAE training with calibrated decoders (2021), who
+    take one such sigma per batch.
+    """
+
+    def __init__(self, config: LossConfig, n_ids: int) -> None:
+        super().__init__()
+        self.ratio, self.own, self.bounds = config.sigma_ratio, config.sigma_own, config.bounds
+        log_sigma = torch.full((n_ids + 1, n_ids + 1), config.sigma).log()
+        self.log_sigma = nn.Parameter(log_sigma, requires_grad=config.sigma_learned)
+
+    def sigma(self) -> Tensor:
+        """Standard deviations [n_ids + 1, n_ids + 1] by id seen and id wanted, clamped to a range.
+
+        Of two different noisy ids there is none: no pair of images has them.
+        """
+        sigma = self.log_sigma.exp().clamp(min=SIGMA_FLOOR)
+        smallest = torch.cat([sigma.diagonal(), sigma[0], sigma[:, 0]]).min().detach()
+        return torch.minimum(sigma, self.ratio * smallest)
+
+    def forward(self, image: Tensor, target: Tensor, seen: Tensor, wanted: Tensor) -> Tensor:
+        """Negative log-likelihood of each image per pixel, without its constant: [B]."""
+        difference = image - target
+        if self.bounds:
+            beyond = ((target <= 0) & (image < 0)) | ((target >= 1) & (image > 1))
+            cleaned = (wanted == 0)[:, None, None, None]
+            difference = difference.masked_fill(beyond & cleaned, 0.0)
+        error = difference.square().flatten(1).mean(1) + ERROR_FLOOR
+        pair = self.sigma()[seen, wanted]  # [B], learns from errors that do not learn from it
+        fit = error.detach() / (2 * pair.square()) + pair.log()
+        near = pair.detach()
+        own = error.detach().sqrt().clamp(near / self.own, near * self.own)
+        # Noisy targets keep the sigma of their pair: with their own, the strong streaks of few
+        # views, hardest of all, would weigh so little that they were never learned.
+        sigma = torch.where(wanted == 0, own, near)
+        return error / (2 * sigma.square()) + sigma.log() + fit - fit.detach()
+
+
+class Regression(nn.Module):
+    """Objective of the supervised baseline: noisy to clean, each noise id with its own sigma."""
+
+    def __init__(self, model: UNet, config: LossConfig, n_ids: int) -> None:
+        super().__init__()
+        self.model, self.likelihood = model, Likelihood(config, n_ids)
+        self.config = config
+
+    def forward(self, batch: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
+        """Loss of one worker's images, a scalar; the sampling noise and the warm-up are unused."""
+        n_ids = batch.noisy.shape[1]
+        ids = torch.arange(1, n_ids + 1, device=batch.noisy.device).repeat(len(batch.noisy))
+        seen = _as_found(batch.noisy.flatten(0, 1), ids, self.config, normal)
+        estimate = self.model(seen, ids)
+        target = batch.clean.repeat_interleave(n_ids, dim=0)
+        return {"loss": self.likelihood(estimate, target, ids, torch.zeros_like(ids)).mean()}
+
+
+class Objective(nn.Module):
+    """Model and loss as one module, so that data-parallel training wraps both."""
+
+    def __init__(self, model: HVAE, config: LossConfig, n_ids: int) -> None:
+        super().__init__()
+        self.model, self.config, self.n_ids = model, config, n_ids
+        self.likelihood = Likelihood(config, n_ids)
+
+    def forward(self, batch: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
+        """Loss of one worker's images and its parts; means over images, so workers may average.
+
+        Args:
+            batch: clean images and their noisy versions; partners are neighbours.
+            normal: sampling noise of the step.
+            warmup: 0 at the start of the run, 1 after the warm-up.
+
+        Returns:
+            Scalars: loss, recon (per pixel, with the sigma term), kl_content, kl_noise (nats per
+            image), triplet, content_kl (nats per image), noise_id (nats; 0 for a decoder that
+            learns the noise).
+        """
+        config = self.config
+        n_images, n_versions = len(batch.clean), 1 + self.n_ids
+        x = torch.cat([batch.clean[:, None], batch.noisy], dim=1).flatten(0, 1)
+        n_pixels = x[0].numel()
+        row = torch.arange(len(x), device=x.device)
+        image, ids = row // n_versions, row % n_versions
+        # A swapped image takes the noise code of its partner's version of another id, clean for
+        # noisy and a random noisy id for clean, and its target is its own version of that id.
+        swapped = normal.uniform(len(x)) < config.swap_probability
+        noisy_id = (1 + normal.uniform(n_images) * self.n_ids).long()[image]
+        wanted = torch.where(swapped, torch.where(ids == 0, noisy_id, 0), ids)
+        donor = torch.where(swapped, image ^ 1, image) * n_versions + wanted
+        target = image * n_versions + wanted
+        known = ids
+        if self.model.stem.inverse is not None:
+            # Sometimes the id is withheld: that is how ids are detected and unknown ones cleaned.
+            known = ids.masked_fill(normal.uniform(len(x)) < WITHHELD, 0)
+        seen = _as_found(x, ids, config, normal)
+        result = self.model(seen, donors=donor, normal=normal, noise_ids=known)
+
+        weight = torch.where((ids == 0) & (wanted > 0), config.injection, 1.0)
+        recon = (weight * self.likelihood(result.image, x[target], ids, wanted)).mean()
+        kl_content = [kl(q, p) for q, p in result.content]
+        kl_noise = [kl(q, standard(q)) for q in result.noise]
+        paid = sum(F.relu(nats - config.free_bits).mean() for nats in kl_content + kl_noise)
+        triplet = torch.stack(
+            [
+                triplet_loss(q.mu, self.n_ids, config.triplet_form, config.margin)
+                for q in result.noise
+            ]
+        ).mean()
+        content_kl = torch.stack([_symmetric_kl(q, self.n_ids) for q, _ in result.content]).sum(0)
+        loss = recon + warmup * config.beta * paid / n_pixels + config.triplet * triplet
+        if config.content_kl:
+            loss = loss + warmup * config.content_kl * content_kl.mean() / n_pixels
+        noise_id = torch.zeros_like(loss)
+        if self.model.noise_maker is not None:
+            logits = self.model.noise_maker.noise_id(result.codes.noise)
+            noise_id = F.cross_entropy(logits, wanted)
+            loss = loss + NOISE_ID * noise_id
+        return {
+            "loss": loss,
+            "recon": recon.detach(),
+            "kl_content": torch.stack(kl_content).sum(0).mean().detach(),
+            "kl_noise": torch.stack(kl_noise).sum(0).mean().detach(),
+            "triplet": triplet.detach(),
+            "content_kl": content_kl.mean().detach(),
+            "noise_id": noise_id.detach(),
+        }
+
+
+def _as_found(x: Tensor, ids: Tensor, config: LossConfig, normal: StepNormal) -> Tensor:
+    """What the network sees of images [B, C, H, W] of noise ids [B]: noisy ones as files hold them.
+
+    Some have Gaussian noise on top, of a standard deviation between 0 and loss.grain that differs
+    from image to image; a share of loss.stored is cut to [0, 1] and rounded to 8 bits.
+    """
+    if config.grain:
+        chosen = (normal.uniform(len(x)) < GRAINY) & (ids > 0)
+        sigma = config.grain * normal.uniform(len(x)) * chosen
+        x = x + sigma[:, None, None, None] * normal(tuple(x.shape))
+    if config.stored:
+        chosen = (normal.uniform(len(x)) < config.stored) & (ids > 0)
+        x = torch.where(chosen[:, None, None, None], stored(x), x)
+    return x
+
+
+def stored(x: Tensor) -> Tensor:
+    """Images as a file of 8 bits holds them: cut to [0, 1], rounded to 256 levels."""
+    return (x.clamp(0, 1) * 255).round() / 255
+
+
+def _symmetric_kl(q: Gaussian, n_ids: int) -> Tensor:
+    """Mean of both KL directions between the clean and each noisy version, in nats: [B n_ids]."""
+    mu, logvar = (t.unflatten(0, (-1, 1 + n_ids)) for t in q)
+    clean = Gaussian(*(t[:, :1].expand_as(t[:, 1:]).flatten(0, 1) for t in (mu, logvar)))
+    noisy = Gaussian(*(t[:, 1:].flatten(0, 1) for t in (mu, logvar)))
+    return 0.5 * (kl(clean, noisy) + kl(noisy, clean))

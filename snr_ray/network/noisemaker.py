@@ -1,0 +1,82 @@
+"""The last step of a decoder that knows the noise operator: clean image, noise code -> image.
+
+The noise is a function of the image, so a decoder that holds the function need not learn it: the
+content code is that of a clean image, and the noise code says what was done to it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from snr_ray.noise.operator import NoiseSpec, RadonNoise
+from snr_ray.noise.tensors import TorchNoise
+
+NEGLIGIBLE = 1e-3
+"""Shares of a noise id below it are not made: most images need one operator or none."""
+SHAPES = 3
+"""Shapes of images whose operators are kept in each process: large ones take a gigabyte."""
+OPERATORS = 16
+"""Operators that are kept of each shape."""
+
+
+class NoiseMaker(nn.Module):
+    """image = share_0 clean + sum over noise ids k of share_k noise_k(clean).
+
+    The shares are read from the noise codes of all levels. Photon noise is drawn anew in each image
+    and no function of it: its mean is made.
+    """
+
+    def __init__(self, noise: list[NoiseSpec], noise_channels: int) -> None:
+        """`noise_channels` is the sum over levels."""
+        super().__init__()
+        self.noise = noise
+        self.logits = nn.Linear(noise_channels, 1 + len(noise))
+        nn.init.zeros_(self.logits.weight)
+        nn.init.zeros_(self.logits.bias)
+
+    def noise_id(self, codes: list[Tensor]) -> Tensor:
+        """Logits of the noise ids, 0 for clean, by noise codes [B, C, h, w] per level: [B, ids]."""
+        means = torch.cat([code.float().mean((2, 3)) for code in codes], dim=1)
+        with torch.autocast(means.device.type, enabled=False):
+            return self.logits(means)
+
+    def shares(self, codes: list[Tensor]) -> Tensor:
+        """Shares [B, ids] of the noise ids, 0 for clean, by noise codes as of `noise_id`."""
+        shares = self.noise_id(codes).softmax(1)
+        shares = shares * (shares > NEGLIGIBLE)
+        return shares / shares.sum(1, keepdim=True)
+
+    def forward(self, clean: Tensor, shares: Tensor) -> Tensor:
+        """Images [B, C, H, W] float32 of clean ones and the shares [B, ids] of their noise."""
+        image = clean * shares[:, :1, None, None]
+        for noise_id, spec in enumerate(self.noise, start=1):
+            share = shares[:, noise_id]
+            rows = share.nonzero().squeeze(1)
+            if len(rows):
+                noisy = share[rows, None, None, None] * noise_of(spec, clean[rows])
+                image = image.index_add(0, rows, noisy)
+        return image
+
+
+def noise_of(spec: NoiseSpec, clean: Tensor) -> Tensor:
+    """Images [B, C, H, W] float32 that an operator makes of clean ones; of photons, the mean."""
+    spec = dataclasses.replace(spec, photons=0)
+    operator = _operators(clean.shape[-2], clean.shape[-1], clean.device)(spec)
+    with torch.autocast(clean.device.type, enabled=False):
+        noisy: Tensor = operator(clean)
+    return noisy
+
+
+@functools.lru_cache(maxsize=SHAPES)
+def _operators(height: int, width: int, device: torch.device) -> Callable[[NoiseSpec], TorchNoise]:
+    """The operators of one shape, each built where it is first asked for."""
+
+    @functools.lru_cache(maxsize=OPERATORS)
+    def build(spec: NoiseSpec) -> TorchNoise:
+        with torch.inference_mode(mode=False):  # built for a validation, it serves training too
+            return TorchNoise(RadonNoise(spec, height, width)).to(device)
+
+    return build

@@ -1,0 +1,180 @@
+"""The swap: decode the content of one image with the noise code of another.
+
+A clean donor's noise code removes noise, a noisy donor's injects it.
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from snr_ray.images.formats import with_channels
+from snr_ray.metrics import psnr
+from snr_ray.network.blocks import Normal, unexplained
+from snr_ray.network.hvae import HVAE
+from snr_ray.network.noisemaker import noise_of
+from snr_ray.noise.operator import NoiseSpec
+
+Array = npt.NDArray[np.float32]
+
+N_DONORS = 64
+"""Noise codes of single images kept per noise id, for random donors without their images."""
+
+DETECT_RIDGE = 0.01
+"""Ridge on the covariance of noise codes, as a share of their mean variance."""
+
+
+@dataclass(frozen=True)
+class NoiseCodes:
+    """Noise codes of donor images, per level and noise id (0 is clean).
+
+    `donors[level]` is [n_ids + 1, n_donors, C_noise, h, w]; vectors have h = w = 1.
+    """
+
+    donors: list[Tensor]
+
+    @property
+    def n_donors(self) -> int:
+        """Donors kept per noise id."""
+        return int(self.donors[0].shape[1])
+
+    def mean(self, noise_id: int) -> list[Tensor]:
+        """Mean noise code of one id per level: [1, C_noise, h, w]."""
+        return [level[noise_id].mean(0, keepdim=True) for level in self.donors]
+
+    def detect(self, codes: list[Tensor]) -> npt.NDArray[np.int64]:
+        """Noise id of images by their noise codes [B, C_noise, h, w] per level: [B].
+
+        Linear discriminant analysis on the donors: Gaussian classes of equal covariance and weight.
+        Source: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning (2009), 4.3.
+        """
+        known = np.concatenate([level.flatten(2).cpu().numpy() for level in self.donors], axis=2)
+        given = np.concatenate([level.flatten(1).cpu().numpy() for level in codes], axis=1)
+        means = known.mean(1)  # [n_ids + 1, dims]
+        spread = (known - means[:, None]).reshape(-1, known.shape[2]).astype(np.float64)
+        covariance = np.atleast_2d(np.cov(spread, rowvar=False))
+        ridge = DETECT_RIDGE * np.trace(covariance) / len(covariance) + 1e-12
+        weights = np.linalg.solve(covariance + ridge * np.eye(len(covariance)), means.T)
+        scores = given @ weights - 0.5 * (means * weights.T).sum(1)
+        return scores.argmax(1)
+
+    def pick(self, noise_id: int, donor: npt.NDArray[np.int64]) -> list[Tensor]:
+        """Noise codes of chosen donors per level: [len(donor), C_noise, h, w]."""
+        index = torch.from_numpy(donor)
+        return [level[noise_id][index.to(level.device)] for level in self.donors]
+
+
+@torch.inference_mode()
+def noise_code(model: HVAE, images: Array) -> list[Tensor]:
+    """Mean noise code of donor images [B, C, H, W] per level: [1, C_noise, h, w]."""
+    return [mu.mean(0, keepdim=True) for mu in _noise_codes(model, images)]
+
+
+@torch.inference_mode()
+def collect(model: HVAE, by_noise_id: list[Array]) -> NoiseCodes:
+    """Noise codes of donor images; entry k of the list holds [n_donors, C, H, W] of noise id k."""
+    per_id = [_noise_codes(model, images) for images in by_noise_id]
+    return NoiseCodes([torch.stack(level) for level in zip(*per_id, strict=True)])
+
+
+@torch.inference_mode()
+def detect(model: HVAE, codes: NoiseCodes, images: Array) -> npt.NDArray[np.int64]:
+    """Noise ids of images [B, C, H, W] by their noise codes, 0 for clean ones: [B]."""
+    return codes.detect(_noise_codes(model, images))
+
+
+@torch.inference_mode()
+def swap(
+    model: HVAE,
+    images: Array,
+    noise: list[Tensor] | None,
+    *,
+    normal: Normal | None = None,
+    noise_ids: npt.NDArray[np.int64] | None = None,
+    geometry: NoiseSpec | None = None,
+    prior_levels: int = 0,
+) -> Array:
+    """Images [B, C, H, W] with other noise codes, or their own where `noise` is None.
+
+    Content is inferred as it was in training: against the new noise codes where the swap was
+    trained, else against those of the image itself (`HVAE.one_pass`).
+
+    A grey model takes RGB channel by channel; an RGB model takes grey repeated and answers with
+    the mean of its channels.
+
+    Args:
+        model: in eval mode, on any device.
+        images: float32, not clipped: the network sees the range that the noise has; B may be 0.
+        noise: codes per level, [1 or B, C_noise, h, w].
+        normal: source of sampling noise; None decodes posterior means.
+        noise_ids: [B] known or detected ids of the images, for a model with model.physics.
+        geometry: how all of the images were made, for a model that `unrolls`; None: as their noise
+            codes say.
+        prior_levels: so many of the finest levels take their content from the prior.
+
+    Returns:
+        [B, C, H, W] float32, not clipped.
+    """
+    if not len(images):  # which pixel shuffle does not take
+        return images
+    batch, have = images.shape[:2]
+    apart = have if model.channels == 1 else 1  # rows of the network for each image
+    if apart > 1:
+        x = _tensor(model, images.reshape(batch * have, 1, *images.shape[2:]))
+    else:
+        x = _tensor(model, with_channels(images, model.channels))
+    if noise is not None:  # a single code serves all; otherwise each image lends to its channels
+        noise = [code.repeat_interleave(apart, 0) if len(code) > 1 else code for code in noise]
+    ids = None if noise_ids is None else torch.from_numpy(noise_ids.repeat(apart)).to(x.device)
+    infer = functools.partial(
+        model, x, normal=normal, noise_ids=ids, geometry=geometry, prior_levels=prior_levels
+    )
+    if noise is None or model.one_pass:
+        decoded = infer(noise=noise).image
+    else:
+        decoded = model.decode(dataclasses.replace(infer().codes, noise=noise))
+    image = decoded.cpu().numpy()
+    if apart > 1:
+        return image.reshape(images.shape)
+    return image if have == model.channels else image.mean(1, keepdims=True)
+
+
+@torch.inference_mode()
+def explained(
+    model: HVAE, images: Array, clean: Array, geometry: NoiseSpec | None = None
+) -> npt.NDArray[np.float64]:
+    """How well noisy images are explained by what they were cleaned to: PSNR in dB, [B].
+
+    The noise of a geometry, or that of the images' own noise codes, is made of the clean images and
+    compared with the noisy ones. Under the right view count it comes out several dB closer than
+    under its neighbours.
+
+    Args:
+        model: one that `unrolls`.
+        images: noisy ones [B, C, H, W].
+        clean: what `swap` made of them, of the same shape.
+        geometry: as `swap` was told.
+    """
+    seen, guess = _tensor(model, images), _tensor(model, clean)
+    if geometry is not None:
+        again = noise_of(geometry, guess)
+    else:
+        assert model.noise_maker is not None
+        again = model.noise_maker(guess, model.noise_maker.shares(_noise_codes(model, images)))
+    left = unexplained(seen, again).cpu().numpy()
+    return psnr(images - left, images, clip=False)
+
+
+def _noise_codes(model: HVAE, images: Array) -> list[Tensor]:
+    features = model.bottom_up(_tensor(model, with_channels(images, model.channels)))
+    return [q.mu for q in model.noise_posteriors(features)]
+
+
+def _tensor(model: HVAE, images: Array) -> Tensor:
+    """Images on the model's device, in the memory layout its convolutions are fastest in."""
+    tensor = torch.from_numpy(np.ascontiguousarray(images, np.float32)).to(model.top.device)
+    return tensor.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,320 @@
+"""Results to look at: the picture grid and tables of an evaluation, the page of a denoising job."""
+
+import base64
+import functools
+import heapq
+import html
+import io
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from snr_ray.config import ImagesConfig, InputError
+from snr_ray.hashing import hash64
+from snr_ray.images.collection import Source
+from snr_ray.images.formats import decode
+from snr_ray.scoring.scores import Row
+
+Array = npt.NDArray[np.float32]
+
+GRID_COLUMNS = (
+    "noisy",
+    "reconstruction\nof noisy",
+    "clean",
+    "reconstruction\nof clean",
+    "noise removed",
+    "noise injected",
+    "true noisy",
+)
+PAGE_IMAGES = 24
+PAGE_WORST = 6
+METHOD_TEXT = {
+    "noisy": "noisy input",
+    "tv": "total variation, weight chosen on validation images",
+    "sart": "SART from the sinogram (every eighth image or so)",
+    "lmmse": "linear MMSE, knows the operator and its view count",
+    "unet": "supervised U-Net",
+    "swap": "**noise removed**, mean clean noise code",
+    "swap_random": "**noise removed**, random clean donor",
+    "swap_mirror": "noise removed, mean over the image and its mirror image at the diagonal",
+    "swap_detected": "noise removed, view count detected",
+    "swap_told": "**noise removed**, told the view count",
+    "hdn": "finest content from the prior, no swap (HDN mode)",
+    "recon_clean": "reconstruction of the clean image",
+    "recon": "reconstruction of the noisy image, against it",
+    "authority": "all codes of another noisy image, against that image",
+    "inject": "**noise injected**, against the true noisy image",
+    "no_inject": "clean image as it is, against the true noisy image",
+}
+TASK_TITLE = {
+    "remove": "Cleaned",
+    "make": "Made from codes, unclipped where the truth is noisy",
+    "remove_grainy": "Cleaned, with Gaussian noise of sigma 0.01 added to the input",
+    "remove_stored": "Cleaned, from input cut to [0, 1] and rounded to 8 bits",
+    "remove_unseen": "Cleaned, of view counts that no model was trained on",
+}
+
+
+def row_text(row: Row) -> str:
+    """What a row of the table says."""
+    other = f"model `{row.model}`: " if row.model else ""
+    return other + METHOD_TEXT[row.method]
+
+
+def grid(rows: list[list[Array]], labels: list[str], path: Path) -> None:
+    """Draw the original figure: one row of seven images [C, H, W] per picture, columns as named.
+
+    Noisy images are clipped to [0, 1] for display only.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.35 * len(GRID_COLUMNS) + 0.6, 1.38 * len(rows) + 0.45))
+    axes = figure.subplots(len(rows), len(GRID_COLUMNS), squeeze=False)
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            axis = axes[row][column]
+            shown = np.moveaxis(np.clip(image, 0, 1), 0, 2)
+            axis.imshow(shown.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if row == 0:
+                axis.set_title(GRID_COLUMNS[column], fontsize=8)
+        axes[row][0].set_ylabel(labels[row], fontsize=8)
+    figure.subplots_adjust(0.035, 0.01, 0.995, 1 - 0.42 / figure.get_figheight(), 0.04, 0.04)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def evaluation_table(metrics: dict[str, Any]) -> str:
+    """metrics.json as a Markdown page."""
+    results = metrics["results"]
+    trained_on = metrics["n_views"]
+    blind = (
+        "The model sees the linear estimate for the given view count beside the image."
+        if metrics["physics"]
+        else "The model is blind to the view count."
+    )
+    probes = metrics["probes"]
+    classes = "class_from_noise_code" in probes
+    chance = f"(chance {probes['chance_of_noise_id']:.0%}"
+    chance += f"; class {probes['chance_of_class']:.0%})" if classes else ")"
+    per_view = "".join(f" {n} views |" for n in trained_on)
+    rule = "|---|" + "---|" * len(trained_on)
+
+    def cells(values: dict[str, Any], form: str) -> str:
+        return "".join(f" {values[str(n)]:{form}} |" for n in trained_on)
+
+    def uncertain(key: str, form: str) -> str:
+        return cells({n: u[key] for n, u in metrics["uncertainty"].items()}, form)
+
+    lines = [
+        f"# {metrics['model']} on {metrics['source']}",
+        "",
+        f"{metrics['images']} images of the test split. PSNR in dB / SSIM, mean over images, "
+        "data range 1; images are clipped to [0, 1] where not said otherwise; ± is the standard "
+        "deviation over seeds. Milliseconds per image are those of one core. "
+        + blind
+        + (" It is grey and takes each channel of RGB by itself." * metrics["per_channel"]),
+        "",
+        *itertools.chain.from_iterable(
+            _score_table(title, [r for r in results if r["task"] == task])
+            for task, title in TASK_TITLE.items()
+        ),
+        "## What the codes know",
+        "",
+        f"| accuracy on test images {chance} | noise code | content code |",
+        "|---|---|---|",
+        f"| noise id, linear probe | {probes['noise_id_from_noise_code']:.1%} "
+        f"| {probes['noise_id_from_content_code']:.1%} |",
+        f"| noise id, discriminant on the donors (what `denoise` detects) "
+        f"| {probes['noise_id']:.1%} | |",
+    ]
+    if classes:
+        lines.append(
+            f"| class of the image, linear probe | {probes['class_from_noise_code']:.1%} "
+            f"| {probes['class_from_content_code']:.1%} |"
+        )
+    lines += [
+        "",
+        "## Donors, injection, uncertainty",
+        "",
+        f"| |{per_view}",
+        rule,
+        f"| spread over {metrics['donors']} random donors: standard deviation of an image's PSNR, "
+        f"dB |{cells(metrics['donor_std_db'], '.3f')}",
+        "| accuracy of a small classifier that tells injected from truly noisy images; 0.5 is "
+        f"perfect injection |{cells(metrics['injected_or_true'], '.3f')}",
+        "| uncertainty: factor on the standard deviation of posterior samples, from validation "
+        f"images |{uncertain('scale', '.2f')}",
+        "| uncertainty: correlation of scaled deviation and true error, per pixel "
+        f"|{uncertain('correlation', '.2f')}",
+        "| uncertainty: mean distance from the true error over tenths of the pixels, as a share of "
+        "that of all "
+        f"|{uncertain('calibration_error', '.1%')}",
+        "",
+        "`calibration.png` draws the last line, `grid.png` shows images.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _score_table(title: str, results: list[dict[str, Any]]) -> list[str]:
+    """Lines of a section with a Markdown table, a row for each method; none without results."""
+    if not results:
+        return []
+    views = sorted({r["n_views"] for r in results} - {0}, reverse=True)
+    by_method: dict[str, dict[int, dict[str, Any]]] = {}
+    for r in results:
+        by_method.setdefault(r["method"], {})[r["n_views"]] = r
+    lines = [
+        f"## {title}",
+        "",
+        "| method | " + " | ".join(f"{n} views" for n in views) + " | ms |",
+        "|---|" + "---|" * (len(views) + 1),
+    ]
+    for method, cells in by_method.items():
+        row = [cells.get(n) or cells.get(0) for n in views]
+        seconds = [cell["seconds"] for cell in row if cell]
+        text = " | ".join(_cell(cell) for cell in row)
+        seeds = next((cell["seeds"] for cell in row if cell and "seeds" in cell), 0)
+        name = next(iter(cells.values()))["text"] + (f" ({seeds} seeds)" if seeds else "")
+        idle = method.startswith(("noisy", "no_inject"))
+        spent = "" if idle or not seconds else f"{1000 * sum(seconds) / len(seconds):.1f}"
+        lines.append(f"| {name} | {text} | {spent} |")
+    return [*lines, ""]
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    if not cell:
+        return ""
+    spread = f" ± {cell['psnr_std']:.2f}" if "psnr_std" in cell else ""
+    return f"{cell['psnr']:.2f}{spread} / {cell['ssim']:.3f}"
+
+
+def calibration(uncertainty: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw predicted against true error of denoised pixels, a line for each view count."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    top = max(value for u in uncertainty.values() for point in u["curve"] for value in point)
+    axis.plot([0, top], [0, top], color="0.6", linewidth=1, label="perfect")
+    for n_views, u in uncertainty.items():
+        deviation, error = zip(*u["curve"], strict=True)
+        axis.plot(deviation, error, "o-", markersize=4, label=f"{n_views} views (x {u['scale']})")
+    axis.set_xlabel("standard deviation of posterior samples, scaled")
+    axis.set_ylabel("true error (root mean square)")
+    axis.legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def memory_plot(curves: dict[str, list[list[float]]], path: Path) -> None:
+    """Draw megabytes over seconds, a line for each job."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for name, curve in curves.items():
+        seconds, megabytes = zip(*curve, strict=True)
+        axis.plot(seconds, megabytes, label=name)
+    axis.set_xlabel("seconds")
+    axis.set_ylabel("memory of the whole job, MB")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def denoise_report(
+    title: str,
+    source: Source,
+    out: Path,
+    rows: list[dict[str, Any]],
+    failures: list[dict[str, str]],
+    *,
+    images: ImagesConfig,
+) -> str:
+    """A self-contained HTML page: counts, failures, and some images before and after.
+
+    Neighbours by name are often alike, so these are drawn by the hash of their names; those whose
+    noise is least explained come after them.
+    """
+    index = {name: k for k, name in enumerate(source.ids)}
+    found = [row for row in rows if row["id"] in index]
+    drawn = heapq.nsmallest(PAGE_IMAGES, found, key=lambda row: hash64(f"page/{row['id']}"))
+    known = [row for row in found if row.get("explained") is not None]
+    worst = heapq.nsmallest(PAGE_WORST, known, key=lambda row: float(row["explained"]))
+    drawn.sort(key=lambda row: str(row["id"]))
+    figure = functools.partial(_figure, source=source, index=index, out=out, images=images)
+    gallery = [shown for shown in map(figure, drawn) if shown]
+    least = (
+        "<h2>Least explained</h2><p>Decibels say how close noise made anew of the cleaned image "
+        "comes to the input; low values tell of noise that the model does not know.</p>"
+        f"<main>{''.join(map(figure, worst))}</main>"
+        if worst
+        else ""
+    )
+    seconds = sum(row["seconds"] for row in rows)
+    failed = "".join(
+        f"<tr><td>{html.escape(f['id'])}</td><td>{html.escape(f['stage'])}</td>"
+        f"<td>{html.escape(f['reason'])}</td></tr>"
+        for f in failures[:200]
+    )
+    table = (
+        f"<h2>{len(failures)} failed</h2><table><tr><th>image</th><th>stage</th><th>reason</th>"
+        f"</tr>{failed}</table>"
+        if failures
+        else ""
+    )
+    rate = f"{1000 * seconds / len(rows):.1f} ms of network time each" if rows else ""
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>snr_ray: {html.escape(title)}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem }}
+main {{ display: flex; flex-wrap: wrap; gap: 1rem }}
+figure {{ margin: 0 }} figcaption {{ font-size: 12px; max-width: 232px; overflow-wrap: anywhere }}
+img {{ width: 112px; image-rendering: pixelated; margin-right: 4px; background: #888 }}
+td, th {{ text-align: left; padding: .2rem .8rem .2rem 0; vertical-align: top }}
+</style>
+<h1>{html.escape(title)}</h1>
+<p>{len(rows):,} images from {html.escape(source.name)}, {rate}. Left before, right after;
+{len(gallery)} drawn at random. Full list: manifest.parquet.</p>
+<main>{"".join(gallery)}</main>{least}{table}</html>
+"""
+
+
+def _figure(
+    row: dict[str, Any], *, source: Source, index: dict[str, int], out: Path, images: ImagesConfig
+) -> str:
+    """An image before and after; nothing where one of them cannot be read any more."""
+    caption = html.escape(row["id"])
+    if row.get("explained") is not None:
+        caption += f", {row['explained']:.0f} dB"
+    try:
+        stored = source.read(index[row["id"]], images)
+        before, (low, high) = stored.pixels, stored.span
+        after = decode((out / row["output"]).read_bytes(), row["output"], white=1.0).pixels
+        if stored.depth != np.uint8:  # which is in [0, 1] already
+            after = (after - low) / (high - low)
+    except (InputError, OSError):
+        return ""
+    return (
+        f"<figure><img alt='before' src='{_thumbnail(before)}'><img alt='after' "
+        f"src='{_thumbnail(after)}'><figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _thumbnail(pixels: Array) -> str:
+    """[C, H, W] as a PNG data address, at most 224 pixels wide or high."""
+    stored = (np.moveaxis(np.clip(pixels, 0, 1), 0, 2) * 255).round().astype(np.uint8)
+    image = Image.fromarray(stored.squeeze(2) if stored.shape[2] == 1 else stored)
+    image.thumbnail((224, 224))
+    out = io.BytesIO()
+    image.save(out, format="png")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()

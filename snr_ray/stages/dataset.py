@@ -1,0 +1,164 @@
+"""Source or data folder -> Ray Data rows -> the pairs that training and evaluation work on.
+
+rows (id, clean, noisy_*, error) --materialize--> Pairs in shared memory, any order
+
+Sets too large for that are read from the shards of a data folder, without Ray: `shardfeed`.
+"""
+
+import functools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from snr_ray import configfile as configs
+from snr_ray.config import Config, InputError, check
+from snr_ray.images.collection import Source
+from snr_ray.images.datafolder import DataFolder, Failure, image_columns, row_bytes, tensors
+from snr_ray.images.sources import open_source
+from snr_ray.learning.batches import Pairs
+from snr_ray.stages.simulate import stream
+
+MEMORY_SHARE = 0.5
+"""Sets up to this share of the object store are kept in memory; larger ones are read from files."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where rows come from: a source (noise simulated on the way) or a data folder."""
+
+    images: str | None = None
+    data: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.images is None) == (self.data is None):
+            raise InputError("Give either --images SRC or --data DIR, and not both.")
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """The source, listed once."""
+        return open_source(str(self.images))
+
+    @functools.cached_property
+    def folder(self) -> DataFolder:
+        """The data folder, checked once; its path is absolute, for workers."""
+        assert self.data is not None
+        return DataFolder.open(self.data.absolute())
+
+    @property
+    def name(self) -> str:
+        """What the user typed."""
+        return str(self.data if self.images is None else self.images)
+
+
+def settle(config: Config, origin: Origin) -> Config:
+    """The config that fits the origin: a data folder decides its images and noise sections.
+
+    Raises:
+        InputError: if the data folder is none, damaged, or of another version, or if a decoder that
+            makes noise of whole images is to be trained on crops.
+    """
+    settled = config if origin.data is None else origin.folder.settle(config)
+    check_decoder(settled)
+    mine, stored = configs.to_dict(config), configs.to_dict(settled)
+    for section in ("images", "noise"):
+        for key, value in stored[section].items():
+            if mine[section][key] != value:
+                print(
+                    f"{origin.data} was simulated with {section}.{key}={value}, which is used in "
+                    f"place of {mine[section][key]}.",
+                    file=sys.stderr,
+                )
+    return settled
+
+
+def check_decoder(config: Config) -> None:
+    """Raise InputError where a decoder that makes noise of whole images is to learn from crops."""
+    model, crop = config.model, config.images.crop
+    check(
+        crop is None or model.kind == "unet" or model.decoder == "network",
+        f"model.decoder=operator needs whole images, but these are crops of {crop} pixels, whose "
+        "noise comes from the rest of the image too; let it be learned: --config network, without "
+        "a train.start whose decoder is another.",
+    )
+
+
+def count_rows(config: Config, origin: Origin, split: str) -> int:
+    """Images of a split, those that will fail included. Needs no Ray.
+
+    Raises:
+        InputError: if the split is empty.
+    """
+    if origin.images is not None:
+        count = len(origin.source.select(split, config.images.limit))
+    else:
+        count = sum(pq.read_metadata(path).num_rows for path in origin.folder.shards(split))
+    if not count:
+        raise InputError(
+            f"The {split} split must hold images, but that of {origin.name} is empty; splits are "
+            "80 / 10 / 10 % by hash of the image id, so give more images."
+        )
+    return count
+
+
+def open_rows(
+    config: Config, origin: Origin, split: str, limit: int | None = None
+) -> "ray.data.Dataset":
+    """Rows of a split, in the order of id hashes or of the shards; at most `limit`. Lazy."""
+    if origin.images is not None:
+        rows = origin.source.select(split, config.images.limit)[:limit]
+        return stream(origin.source, origin.source.gathered(rows), config)
+    # One shard per task: the reader of Ray would pack small shards into a single one.
+    paths = [{"path": str(path)} for path in origin.folder.shards(split)]
+    items = ray.data.from_items(paths, override_num_blocks=len(paths))
+    dataset = items.map_batches(_read_shard, batch_size=1, batch_format="pyarrow")
+    return dataset if limit is None else dataset.limit(limit)
+
+
+def fits_in_memory(config: Config, count: int) -> bool:
+    """Whether rows of this config fit the object store of every node beside all else it holds."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    store = min(node.get("object_store_memory", 0.0) for node in nodes)
+    return count * row_bytes(config.images, len(config.noise.n_views)) <= MEMORY_SHARE * store
+
+
+def gather(batches: Iterator[pa.Table], config: Config) -> tuple[Pairs, list[Failure]]:
+    """Tables of rows as Pairs, without copying where a block has no failed image.
+
+    Images are numbered in the order of their ids, whatever order the blocks came in.
+    """
+    blocks, failures = [], []
+    for table in batches:
+        if "error" in table.column_names:
+            bad = table.filter(pc.not_equal(table["error"], ""))
+            failures += [
+                {"id": row["id"], "stage": "read", "reason": row["error"]}
+                for row in bad.select(["id", "error"]).to_pylist()
+            ]
+            if len(bad):
+                table = table.filter(pc.equal(table["error"], ""))
+        if len(table):
+            blocks.append(table)
+    ids = [i for table in blocks for i in table["id"].to_pylist()]
+    clean, *noisy = ([tensors(t[name]) for t in blocks] for name in image_columns(config))
+    pairs = Pairs(
+        ids=ids,
+        clean=clean,
+        noisy=noisy,
+    )
+    return pairs, failures
+
+
+def collect_pairs(rows: "ray.data.Dataset", config: Config) -> tuple[Pairs, list[Failure]]:
+    """Rows as Pairs in this process, and the images that failed."""
+    batches = rows.iter_batches(batch_size=None, batch_format="pyarrow")
+    return gather(iter(batches), config)
+
+
+def _read_shard(item: pa.Table) -> pa.Table:
+    return pq.read_table(item["path"][0].as_py(), memory_map=True).replace_schema_metadata(None)

@@ -1,0 +1,228 @@
+"""Reading and writing image files: what is kept, what is refused, and in which words."""
+
+import io
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from snr_ray.config import ImagesConfig, InputError
+from snr_ray.images.formats import decode, encode, prepare, with_channels
+
+RNG = np.random.default_rng(0)
+GREY = RNG.integers(0, 256, (9, 7), dtype=np.uint8)
+RGB = RNG.integers(0, 256, (9, 7, 3), dtype=np.uint8)
+
+
+def file(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format=kind, **options)
+    return out.getvalue()
+
+
+def tiff(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    tifffile.imwrite(out, pixels)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "name"),
+    [(x, f"a.{kind}") for x in (GREY, RGB) for kind in ("png", "tif", "bmp", "npy")]
+    + [(RGB, "a.webp")],  # WebP has no grey
+)
+def test_eight_bits_survive_a_round_trip(pixels: np.ndarray, name: str) -> None:
+    data = encode(decode(file(pixels, "png"), "x.png").pixels, name, depth=np.dtype(np.uint8))
+    back = decode(data, name)
+    assert back.depth == np.uint8
+    np.testing.assert_array_equal((back.pixels * 255).round().astype(np.uint8).squeeze(),
+                                  np.moveaxis(np.atleast_3d(pixels), 2, 0).squeeze())  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.npy"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_deep_pixels_survive_with_their_white(name: str, dtype: type) -> None:
+    stored = (RNG.random((6, 5)) * 4095).astype(dtype)
+    data = tiff(stored) if name == "a.tif" else encode_npy(stored)
+    decoded = decode(data, name, white=4095)
+    again = encode(decoded.pixels, name, depth=decoded.depth, span=decoded.span)
+    back = tifffile.imread(io.BytesIO(again)) if name == "a.tif" else np.load(io.BytesIO(again))
+    assert back.dtype == dtype
+    np.testing.assert_allclose(back, stored, rtol=1e-5)
+
+
+def encode_npy(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, pixels)
+    return out.getvalue()
+
+
+def test_sixteen_bit_png_is_scaled_by_white() -> None:
+    stored = (RNG.random((6, 5)) * 65535).astype(np.uint16)
+    pixels = decode(file(stored, "png"), "a.png", white=65535).pixels
+    np.testing.assert_allclose(pixels[0], stored / 65535, atol=1e-6)
+
+
+def test_palette_and_one_bit_images_are_read_as_seen() -> None:
+    palette = Image.fromarray(RGB).quantize(8)
+    out = io.BytesIO()
+    palette.save(out, format="png")
+    expected = np.asarray(palette.convert("RGB"))
+    got = decode(out.getvalue(), "a.png").pixels
+    np.testing.assert_allclose(got, np.moveaxis(expected, 2, 0) / 255, atol=1e-6)
+    assert set(np.unique(decode(file(GREY > 128, "png"), "b.png").pixels)) == {0.0, 1.0}
+
+
+def test_opaque_alpha_is_dropped() -> None:
+    opaque = np.dstack([RGB, np.full(RGB.shape[:2], 255, np.uint8)])
+    assert decode(file(opaque, "png"), "a.png").pixels.shape == (3, 9, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "sentence"),
+    [
+        ("a.png", b"", r"a\.png is empty \(0 bytes\)"),
+        ("a.png", b"not an image", r"a\.png cannot be read as an image"),
+        ("a.png", file(RGB, "png")[:90], r"a\.png cannot be read as an image"),
+        ("a.jpg", file(RGB, "jpeg")[:200], r"a\.jpg cannot be read as an image"),
+        ("a.npy", b"\x93NUMPY", r"a\.npy cannot be read as an image"),
+        ("a.png", file(np.dstack([RGB, GREY]), "png"), r"must be opaque, but a\.png"),
+        ("a.png", file(GREY.astype(np.uint16) * 200, "png"), r"uint16 .*images\.white=65535"),
+        ("a.tif", tiff(GREY.astype(np.float32)), r"float32 pixels have no agreed white"),
+        ("a.npy", encode_npy(np.zeros((4, 4, 7), np.uint8)), r"but a\.npy is \[4, 4, 7\]"),
+        ("a.npy", encode_npy(np.zeros(4, np.uint8)), r"but a\.npy is"),
+    ],
+    ids=["empty", "garbage", "cut png", "cut jpeg", "cut npy", "alpha", "16 bit", "float",
+         "7 channels", "1d"],
+)  # fmt: skip
+def test_bad_file_gets_a_sentence(name: str, data: bytes, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        decode(data, name)
+
+
+def test_npy_with_pickle_is_refused() -> None:
+    out = io.BytesIO()
+    np.save(out, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="cannot be read"):
+        decode(out.getvalue(), "a.npy")
+
+
+def test_nan_is_refused() -> None:
+    with pytest.raises(InputError, match=r"must be finite, but a\.tif holds NaN"):
+        decode(tiff(np.full((4, 4), np.nan, np.float32)), "a.tif", white=1)
+
+
+def test_float_reconstruction_may_leave_the_range_but_a_clean_image_may_not() -> None:
+    decoded = decode(tiff(np.linspace(-0.5, 1.5, 64, dtype=np.float32).reshape(8, 8)), "a.tif",
+                     white=1)  # fmt: skip
+    assert decoded.pixels.min() < 0
+    with pytest.raises(InputError, match=r"Clean pixels must lie between 0 and white, but a\.tif"):
+        prepare(decoded.pixels, ImagesConfig(size=8), "a.tif")
+
+
+def test_grey_is_bt601_luma() -> None:
+    pixels = np.moveaxis(RGB, 2, 0).astype(np.float32) / 255
+    expected = np.asarray(Image.fromarray(RGB).convert("L")) / 255
+    np.testing.assert_allclose(with_channels(pixels, 1)[0], expected, atol=1 / 255)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 60), (1, 60, 40), (3, 9, 9), (1, 28, 28)])
+def test_prepare_gives_the_size_asked_for(shape: tuple[int, ...]) -> None:
+    pixels = RNG.random(shape, dtype=np.float32)
+    out = prepare(pixels, ImagesConfig(size=28, channels=3), "x")
+    assert out.shape == (3, 28, 28)
+    assert out.dtype == np.float32
+    assert 0 <= out.min() <= out.max() <= 1
+
+
+def test_crop_keeps_pixels_and_refuses_small_images() -> None:
+    pixels = RNG.random((1, 20, 30), dtype=np.float32)
+    config = ImagesConfig(size=16, fit="crop")
+    np.testing.assert_array_equal(prepare(pixels, config, "x")[0], pixels[0, 2:18, 7:23])
+    with pytest.raises(InputError, match=r"but small is 10x30; use images\.fit=resize"):
+        prepare(pixels[:, :10], config, "small")
+
+
+def several(kind: str) -> bytes:
+    """A file with two images."""
+    out = io.BytesIO()
+    frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    frames[0].save(out, format=kind, save_all=True, append_images=frames[1:])
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["tiff", "webp", "gif"])
+def test_file_with_several_images_is_refused(kind: str) -> None:
+    with pytest.raises(InputError, match=r"must hold one image, but a\.\w+ holds 2; split it"):
+        decode(several(kind), "a.tif" if kind == "tiff" else "a.png")
+
+
+def test_tiff_palette_inverted_and_planar_pixels_are_read_as_seen() -> None:
+    palette = Image.fromarray(RGB).quantize(8)
+    out = io.BytesIO()
+    palette.save(out, format="tiff")
+    expected = np.moveaxis(np.asarray(palette.convert("RGB")), 2, 0) / 255
+    np.testing.assert_allclose(decode(out.getvalue(), "a.tif").pixels, expected, atol=1e-6)
+    out = io.BytesIO()
+    tifffile.imwrite(out, 255 - GREY, photometric="miniswhite")
+    np.testing.assert_allclose(decode(out.getvalue(), "a.tif").pixels[0], GREY / 255, atol=1e-6)
+    out = io.BytesIO()
+    tifffile.imwrite(out, np.moveaxis(RGB, 2, 0), photometric="rgb", planarconfig="separate")
+    expected = np.moveaxis(RGB, 2, 0) / 255
+    np.testing.assert_allclose(decode(out.getvalue(), "a.tif").pixels, expected, atol=1e-6)
+
+
+def test_orientation_tag_is_applied() -> None:
+    image = Image.fromarray(RGB)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees to be seen upright
+    out = io.BytesIO()
+    image.save(out, format="png", exif=exif)
+    expected = np.moveaxis(np.rot90(RGB, -1), 2, 0) / 255
+    np.testing.assert_allclose(decode(out.getvalue(), "a.png").pixels, expected, atol=1e-6)
+
+
+def slice_file(**tags: object) -> bytes:
+    """A CT slice of 8x6 pixels, stored values 0, 20, 40 ...; in HU 2 x stored - 1024."""
+    import pydicom
+    from pydicom.dataset import FileDataset, FileMetaDataset
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    file = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    file.update({})
+    file.SOPClassUID, file.SOPInstanceUID = meta.MediaStorageSOPClassUID, "1.2.3"
+    file.Modality, file.RescaleSlope, file.RescaleIntercept = "CT", 2, -1024
+    file.Rows, file.Columns, file.SamplesPerPixel = 8, 6, 1
+    file.BitsAllocated = file.BitsStored = 16
+    file.HighBit, file.PixelRepresentation = 15, 0
+    file.PhotometricInterpretation = "MONOCHROME2"
+    file.PixelData = (np.arange(48, dtype=np.uint16) * 20).tobytes()
+    for name, value in tags.items():
+        setattr(file, name, value)
+    out = io.BytesIO()
+    file.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+def test_window_maps_hounsfield_units_and_back() -> None:
+    decoded = decode(slice_file(), "a.dcm", window=(-1000.0, 200.0))
+    units = 40.0 * np.arange(48).reshape(8, 6) - 1024
+    expected = np.clip((units + 1000) / 1200, 0, 1)
+    np.testing.assert_allclose(decoded.pixels[0], expected, atol=1e-6)
+    assert (decoded.depth, decoded.span) == (np.float32, (-1000.0, 200.0))
+    data = encode(decoded.pixels, "a.tif", depth=decoded.depth, span=decoded.span)
+    back = decode(data, "a.tif", white=1.0).pixels[0]
+    np.testing.assert_allclose(back, np.clip(units, -1000, 200), atol=1e-3)
+
+
+def test_slices_without_a_window_or_units_are_refused() -> None:
+    with pytest.raises(InputError, match=r"Hounsfield units, and a\.dcm is one; .*images\.window="):
+        decode(slice_file(), "a.dcm")
+    with pytest.raises(InputError, match=r"must be a CT slice .* but a\.dcm is of modality MR"):
+        decode(slice_file(Modality="MR"), "a.dcm", window=(0.0, 1.0))
+    with pytest.raises(InputError, match=r"a\.dcm cannot be read as an image"):
+        decode(b"no DICOM", "a.dcm", window=(0.0, 1.0))

@@ -1,0 +1,301 @@
+"""What SRC may name: ids, splits, reading, and the sentences for what it may not."""
+
+import io
+import pickle
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from snr_ray.config import ImagesConfig, InputError
+from snr_ray.images.collection import SPLITS, Source
+from snr_ray.images.sources import open_source
+
+
+def png(seed: int, side: int = 12) -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, format="png")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("name", ["glyphs", "photos"])
+def test_built_in_source_is_the_same_every_time(name: str) -> None:
+    a, b = open_source(name), open_source(name)
+    config = ImagesConfig(size=20)
+    assert a.ids == b.ids
+    assert len(a.ids) > 3000
+    np.testing.assert_array_equal(a.load(17, config), b.load(17, config))
+
+
+def test_glyphs_are_bright_letters_on_black() -> None:
+    source = open_source("glyphs")
+    for index in range(0, len(source.ids), 397):
+        image = source.load(index, ImagesConfig(size=28))
+        assert image.max() > 0.7, source.ids[index]
+        assert 0.02 < (image > 0.5).mean() < 0.7, source.ids[index]
+
+
+@pytest.mark.parametrize("name", ["glyphs", "photos"])
+def test_splits_share_no_group(name: str) -> None:
+    # Variants of one letter, and crops of one patch, are one source image.
+    source = open_source(name)
+    groups = [{source.group(source.ids[i]) for i in source.select(split)} for split in SPLITS]
+    assert all(groups)
+    assert not (groups[0] & groups[1])
+    assert not (groups[0] & groups[2])
+    assert not (groups[1] & groups[2])
+
+
+def test_split_does_not_change_when_images_are_added(image_folder: Path) -> None:
+    before = open_source(str(image_folder))
+    splits = {before.ids[i]: before.split(i) for i in range(len(before.ids))}
+    (image_folder / "a" / "new.png").write_bytes(png(1))
+    after = open_source(str(image_folder))
+    assert {after.ids[i]: after.split(i) for i in range(len(after.ids))}.items() >= splits.items()
+
+
+def test_splits_cover_every_image_once(image_folder: Path) -> None:
+    source = open_source(str(image_folder))
+    assert sorted(i for split in SPLITS for i in source.select(split)) == list(range(24))
+
+
+def test_limit_keeps_the_same_images_in_every_split() -> None:
+    source = open_source("glyphs")
+    limited = {split: source.select(split, 500) for split in SPLITS}
+    assert sum(map(len, limited.values())) == 500
+    for split in SPLITS:
+        assert set(limited[split]) <= set(source.select(split))
+
+
+def test_folder_ids_are_relative_paths_and_other_files_are_ignored(image_folder: Path) -> None:
+    (image_folder / "notes.txt").write_text("hello")
+    (image_folder / ".hidden.png").write_bytes(png(2))
+    source = open_source(str(image_folder))
+    assert source.ids == sorted(f"{'ab'[k % 2]}/{k:02d}.png" for k in range(24))
+
+
+def test_one_file_and_glob_and_uri(image_folder: Path) -> None:
+    assert open_source(str(image_folder / "a" / "00.png")).ids == ["00.png"]
+    assert open_source(str(image_folder / "a" / "0*.png")).ids == [
+        "00.png", "02.png", "04.png", "06.png", "08.png"]  # fmt: skip
+    assert len(open_source(str(image_folder / "*" / "1?.png")).ids) == 10
+    assert len(open_source(image_folder.as_uri()).ids) == 24
+
+
+def test_glob_ids_keep_their_folders_apart(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.png").write_bytes(png(1))
+    assert open_source(f"{tmp_path}/*/same.png").ids == ["a/same.png", "b/same.png"]
+
+
+def test_parquet_of_structs_bytes_and_tensors(tmp_path: Path) -> None:
+    files = [png(k) for k in range(5)]
+    structs = [{"bytes": data, "path": f"p{k}.png"} for k, data in enumerate(files)]
+    tensors = np.random.default_rng(0).random((5, 1, 12, 12), dtype=np.float32)
+    tables = {
+        "structs": pa.table({"img": structs, "label": list(range(5))}),
+        "bytes": pa.table({"name": [f"p{k}.png" for k in range(5)], "image": files}),
+        "plain": pa.table({"image": files}),
+        "tensors": pa.table({"id": [f"x/{k}.png" for k in range(5)],
+                             "clean": pa.FixedShapeTensorArray.from_numpy_ndarray(tensors)}),
+    }  # fmt: skip
+    for name, table in tables.items():
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=2)
+    expected = {
+        "structs": "structs/p3.png", "bytes": "bytes/p3.png", "plain": "plain/1-000001",
+        "tensors": "x/3.png",
+    }  # fmt: skip
+    for name in tables:
+        source = open_source(str(tmp_path / f"{name}.parquet"))
+        assert source.ids[3] == expected[name]
+        pixels = source.load(3, ImagesConfig(size=12))
+        truth = tensors[3] if name == "tensors" else None
+        if truth is not None:
+            np.testing.assert_array_equal(pixels, truth)
+        else:
+            stored = np.asarray(Image.open(io.BytesIO(files[3])))
+            np.testing.assert_allclose(pixels[0], stored / 255, atol=1e-6)
+    chosen = open_source(f"{tmp_path / 'structs.parquet'}#img")
+    assert len(chosen.ids) == 5
+
+
+def test_parquet_without_images_says_which_columns_it_has(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [1], "b": [2]}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"t\.parquet has a, b"):
+        open_source(str(tmp_path))
+    with pytest.raises(InputError, match="must have the column z with"):
+        open_source(f"{tmp_path}#z")
+
+
+def test_repeated_id_is_refused(tmp_path: Path) -> None:
+    rows = [{"bytes": png(1), "path": "same.png"}] * 2
+    pq.write_table(pa.table({"img": rows}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"2 images named 't/same\.png'"):
+        open_source(str(tmp_path))
+
+
+def test_notmnist_archive_equals_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "notMNIST_small"
+    for letter in "AB":
+        (folder / letter).mkdir(parents=True)
+        (folder / letter / "x.png").write_bytes(png(ord(letter)))
+    (folder / "B" / "broken.png").write_bytes(b"")
+    with tarfile.open(tmp_path / "n.tar.gz", "w:gz") as archive:
+        archive.add(folder, "notMNIST_small")
+    packed = open_source(f"notmnist:{tmp_path / 'n.tar.gz'}")
+    unpacked = open_source(f"notmnist:{folder}")
+    assert sorted(packed.ids) == unpacked.ids == ["A/x.png", "B/broken.png", "B/x.png"]
+    index = packed.ids.index("A/x.png")
+    np.testing.assert_array_equal(packed.read(index).pixels, unpacked.read(0).pixels)
+    with pytest.raises(InputError, match=r"B/broken\.png is empty"):
+        packed.read(packed.ids.index("B/broken.png"))
+
+
+def test_cifar10_reads_torchvision_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets
+
+    class Stub:  # stands for the verified download, which needs the network
+        def __init__(self, root: str, train: bool, download: bool) -> None:
+            self.data = np.full((3 if train else 2, 32, 32, 3), 7, np.uint8)
+
+        def __len__(self) -> int:
+            return len(self.data)
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Stub)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    source = open_source(f"cifar10:{tmp_path}")
+    assert source.ids[-1] == "test/00001.png"
+    assert source.load(0, ImagesConfig(size=32, channels=3)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("name", ["notmnist", "cifar10", "places365"])
+def test_download_without_network_names_the_file_to_bring(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", _no_network)
+    with pytest.raises(InputError, match=rf"{name} could not be downloaded .* as {name}:PATH"):
+        open_source(name)
+
+
+def _no_network(*_: object, **__: object) -> None:
+    raise OSError("no network in tests")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("nowhere/at/all", "SRC must be a path that exists, a URI, or one of glyphs, photos"),
+        ("glyph", "SRC must be a path that exists"),
+        ("glyphs:somewhere", "takes no path, but got glyphs:somewhere"),
+        ("notmnist:missing.tar.gz", "missing.tar.gz is missing"),
+        ("ftp://host/folder", "is not a URI that can be opened"),
+        ("*.nothing", "holds none"),
+    ],
+)
+def test_unusable_source_gets_a_sentence(text: str, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        open_source(text)
+
+
+def test_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"at least one image .*, but .* holds none"):
+        open_source(str(tmp_path))
+
+
+def test_deleted_file_is_one_bad_image(image_folder: Path) -> None:
+    source = open_source(str(image_folder))
+    (image_folder / source.ids[0]).unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        source.read(0)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[pafs.FileSystem, str]]:
+    """A real S3 server on loopback: its file system and the query of its URIs."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "test")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    query = f"scheme=http&endpoint_override={host}:{port}&region=us-east-1"
+    uri = f"s3://bucket?{query}&allow_bucket_creation=true"
+    fs, _ = pafs.FileSystem.from_uri(uri)
+    fs.create_dir("bucket")
+    yield fs, query
+    server.stop()
+
+
+def test_bucket_is_read_through_its_uri(bucket: tuple[pafs.FileSystem, str]) -> None:
+    fs, query = bucket
+    for k in range(3):
+        with fs.open_output_stream(f"bucket/scans/{k}.png") as stream:
+            stream.write(png(k))
+    source = open_source(f"s3://bucket/scans?{query}")
+    assert source.ids == ["0.png", "1.png", "2.png"]
+    assert source.read(2).pixels.shape == (1, 12, 12)
+
+
+def test_names_with_special_characters_are_read_literally(tmp_path: Path) -> None:
+    folder = tmp_path / "dir [1]*x #2"
+    folder.mkdir()
+    (folder / "a #1?.png").write_bytes(png(1))
+    assert open_source(str(folder)).ids == ["a #1?.png"]
+    assert open_source(str(folder / "a #1?.png")).read(0).pixels.shape == (1, 12, 12)
+
+
+def test_null_row_is_one_bad_image(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(1), None]}), tmp_path / "t.parquet")
+    source = open_source(str(tmp_path))
+    assert source.read(0).pixels.shape == (1, 12, 12)
+    with pytest.raises(InputError, match=r"must hold an image, but .* is null"):
+        source.file(1)
+
+
+def test_empty_text_is_refused() -> None:
+    with pytest.raises(InputError, match="but is empty"):
+        open_source(" ")
+
+
+def test_rows_that_are_read_together_stay_together(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(out, format="png")
+    table = pa.table({"bytes": [out.getvalue()] * 60, "label": [k // 10 for k in range(60)]})
+    for name in ("a", "b"):
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=10)
+    source = open_source(str(tmp_path))
+    rows = source.select("train")
+    gathered = source.gathered(rows)
+    assert sorted(gathered) == sorted(rows)
+    chunk = gathered // 10
+    assert np.count_nonzero(np.diff(chunk)) == len(set(chunk)) - 1  # each comes once
+    assert list(dict.fromkeys(chunk)) != sorted(set(chunk))  # and not in the order of the files
+    assert list(source.labels) == [str(k // 10) for k in range(60)] * 2
+
+
+def test_a_source_is_small_on_the_way_to_workers(tmp_path: Path) -> None:
+    names = [f"{k:07d}" for k in range(100_000)]
+    source = Source("many", names, len)
+    source.select("train")  # what it computes stays behind
+    assert len(pickle.dumps(source)) < 15 * len(names)
+    assert pickle.loads(pickle.dumps(source)).ids[99_999] == "0099999"
+    assert source.ids[2:4] == ["0000002", "0000003"]
+    assert source.ids != names[1:]
+
+
+def test_ids_that_are_no_text_get_a_sentence(tmp_path: Path) -> None:
+    table = pa.table({"bytes": [b"x"], "id": pa.array([{"a": [1]}])})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"must be text or numbers, but those of .*a\.parquet"):
+        open_source(str(tmp_path))

@@ -1,0 +1,84 @@
+"""Noise made by the known operator: shares, gradients, what is not made."""
+
+import numpy as np
+import pytest
+import torch
+
+from snr_ray.network.noisemaker import SHAPES, NoiseMaker, _operators
+from snr_ray.noise.operator import NoiseSpec, noise_operator
+
+SPECS = [NoiseSpec(8), NoiseSpec(5, "hann", 120.0)]
+
+
+def maker_of(shares: list[float], noise: list[NoiseSpec] = SPECS) -> NoiseMaker:
+    """A maker whose shares do not depend on the code."""
+    maker = NoiseMaker(noise, 2)
+    with torch.no_grad():
+        maker.logits.bias.copy_(torch.tensor(shares).clamp(min=1e-30).log())
+    return maker
+
+
+def clean_and_codes(n: int = 3, *size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    shape = (n, 2, *(size or (12, 15)))
+    x = np.random.default_rng(n).random(shape, dtype=np.float32)
+    return torch.from_numpy(x), [torch.zeros(n, 1, 1, 1), torch.zeros(n, 1, 4, 4)]
+
+
+def made(maker: NoiseMaker, clean: torch.Tensor, codes: list[torch.Tensor]) -> torch.Tensor:
+    return maker(clean, maker.shares(codes))
+
+
+def test_the_image_is_the_mix_of_what_each_noise_id_makes() -> None:
+    clean, codes = clean_and_codes()
+    noisy = [noise_operator(spec, 12, 15)(clean.numpy()) for spec in SPECS]
+    expected = 0.5 * clean.numpy() + 0.3 * noisy[0] + 0.2 * noisy[1]
+    image = made(maker_of([0.5, 0.3, 0.2]), clean, codes).detach().numpy()
+    np.testing.assert_allclose(image, expected, atol=1e-4)
+
+
+def test_every_image_gets_the_noise_of_its_own_code() -> None:
+    clean, _ = clean_and_codes(2)
+    maker = NoiseMaker(SPECS, 1)
+    with torch.no_grad():
+        maker.logits.weight.copy_(torch.tensor([[-30.0], [30.0], [0.0]]))
+    codes = [torch.tensor([-1.0, 1.0])[:, None, None, None]]
+    image = made(maker, clean, codes).detach().numpy()
+    np.testing.assert_allclose(image[0], clean[0].numpy(), atol=1e-6)
+    expected = noise_operator(SPECS[0], 12, 15)(clean[1].numpy())
+    np.testing.assert_allclose(image[1], expected, atol=1e-4)
+
+
+def test_negligible_shares_are_not_made() -> None:
+    # The operator takes no image below 4 pixels: it would say so if it were asked for.
+    clean, codes = clean_and_codes(3, 2, 2)
+    maker = maker_of([0.9991, 0.0005, 0.0004])
+    torch.testing.assert_close(made(maker, clean, codes), clean)
+
+
+def test_photon_noise_has_its_mean() -> None:
+    clean, codes = clean_and_codes()
+    maker = maker_of([0.0, 1.0], [NoiseSpec(8, photons=50)])
+    noisy = made(maker, clean, codes).detach().numpy()
+    np.testing.assert_allclose(
+        noisy, noise_operator(NoiseSpec(8), 12, 15)(clean.numpy()), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("shares", [[0.0, 1.0, 0.0], [0.4, 0.0, 0.6]])
+def test_gradients_of_images_are_those_of_the_linear_map(shares: list[float]) -> None:
+    clean, codes = clean_and_codes(1)
+    clean.requires_grad_()
+    maker, way = maker_of(shares), torch.randn(clean.shape, generator=torch.manual_seed(0))
+    (gradient,) = torch.autograd.grad((made(maker, clean, codes) * way).sum(), clean)
+    step = torch.randn(clean.shape, generator=torch.manual_seed(1))
+    with torch.no_grad():  # affine, so a difference is exact
+        there = made(maker, clean + step, codes)
+        difference = ((there - made(maker, clean, codes)) * way).sum()
+    assert float((gradient * step).sum()) == pytest.approx(float(difference), rel=1e-3)
+
+
+def test_operators_of_few_shapes_are_kept() -> None:
+    maker = maker_of([0.0, 0.5, 0.5])
+    for width in range(9, 13 + SHAPES):
+        made(maker, *clean_and_codes(1, 9, width))
+    assert _operators.cache_info().currsize <= SHAPES

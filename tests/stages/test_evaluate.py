@@ -1,0 +1,229 @@
+"""The evaluate stage: the metrics contract, numbers that can be checked, tables and pictures."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from snr_ray import configfile as configs
+from snr_ray.config import Config, InputError
+from snr_ray.images.sources import open_source
+from snr_ray.metrics import psnr
+from snr_ray.noise.operator import noise_operator, noise_specs
+from snr_ray.scoring.scores import Row
+from snr_ray.stages.evaluate import evaluate
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
+
+
+@pytest.fixture(scope="module")
+def beside(
+    model_folder: Path, unet_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, ...]:
+    """A U-Net; the model under another seed, which shares its row; the model under its own seed,
+    which does not; two seeds of another recipe, which share a row of their own."""
+    root = tmp_path_factory.mktemp("beside")
+    folders = [str(unet_folder)]
+    recipes = {"twin": (1, 1.0), "copy": (0, 1.0), "wide1": (1, 2.0), "wide2": (2, 2.0)}
+    for name, (seed, margin) in recipes.items():
+        other = shutil.copytree(model_folder, root / name / "model")
+        text = (other / "config.yaml").read_text()
+        assert "seed: 0" in text
+        assert "margin: 1.0" in text
+        text = text.replace("seed: 0", f"seed: {seed}").replace("margin: 1.0", f"margin: {margin}")
+        (other / "config.yaml").write_text(text)
+        folders.append(str(other))
+    return tuple(folders)
+
+
+@pytest.fixture(scope="module")
+def report(
+    tiny: Config,
+    model_folder: Path,
+    beside: tuple[str, ...],
+    ray_2_cpus: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    out = tmp_path_factory.mktemp("evaluate") / "out"
+    return evaluate(tiny, model=str(model_folder), images="glyphs", out=out, beside=beside).out
+
+
+KNOWN_VIEWS = [
+    "noisy",
+    "tv",
+    "sart",
+    "lmmse",
+    "swap",
+    "swap_random",
+    "swap_mirror",
+    "hdn",
+    "unet:unet",
+    "swap:copy",
+    "swap:wide1",
+    "recon",
+    "authority",
+    "inject",
+    "no_inject",
+    "authority:copy",
+    "authority:wide1",
+    "inject:copy",
+    "inject:wide1",
+    "noisy_grainy",
+    "tv_grainy",
+    "lmmse_grainy",
+    "swap_grainy",
+    "unet_grainy:unet",
+    "swap_grainy:copy",
+    "swap_grainy:wide1",
+    "noisy_stored",
+    "tv_stored",
+    "lmmse_stored",
+    "swap_stored",
+    "unet_stored:unet",
+    "swap_stored:copy",
+    "swap_stored:wide1",
+]
+UNSEEN_VIEWS = [
+    "noisy_unseen",
+    "swap_unseen",
+    "swap_told_unseen",
+    "unet_unseen:unet",
+    "swap_unseen:copy",
+    "swap_unseen:wide1",
+]
+
+
+def test_metrics_follow_the_contract(report: Path) -> None:
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert {"model", "images", "data_range", "results", "donor_std_db", "probes"} <= set(metrics)
+    assert set(metrics["probes"]) == {
+        "noise_id", "noise_id_from_noise_code", "noise_id_from_content_code",
+        "class_from_noise_code", "class_from_content_code", "chance_of_noise_id",
+        "chance_of_class"}  # fmt: skip
+    cells = {(r["method"], r["n_views"]): r for r in metrics["results"]}
+    expected = {(name, views) for name in KNOWN_VIEWS for views in (12, 6)}
+    expected |= {(name, views) for name in UNSEEN_VIEWS for views in (30, 15)}
+    assert set(cells) == expected | {("recon_clean", 0)}
+    assert len(cells) == len(metrics["results"])
+    other, mine = cells["swap:wide1", 12], cells["swap", 12]
+    assert (other["seeds"], other["psnr_std"], other["psnr"]) == (2, 0, mine["psnr"])
+    assert (mine["seeds"], cells["inject", 12]["seeds"]) == (2, 2)
+    assert not {"seeds"} & (set(cells["recon", 12]) | set(cells["swap:copy", 12]))
+    for row in ("authority", "authority:copy"):
+        assert cells[row, 12]["psnr"] == pytest.approx(cells["recon", 12]["psnr"], abs=1e-3)
+    assert {v for u in metrics["uncertainty"].values() for v in u} == {
+        "scale", "correlation", "calibration_error", "curve"}  # fmt: skip
+    assert all(0.3 <= share <= 1 for share in metrics["injected_or_true"].values())
+    assert set(metrics["donor_std_db"]) == {"12", "6"}
+    assert all(np.isfinite([r["psnr"], r["ssim"]]).all() for r in metrics["results"])
+
+
+def test_noisy_row_is_the_psnr_of_the_simulated_test_images(tiny: Config, report: Path) -> None:
+    source = open_source("glyphs")
+    rows = source.select("test", tiny.images.limit)
+    clean = np.stack([source.load(row, tiny.images) for row in rows])
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert metrics["images"] == len(rows)
+    for spec in noise_specs(tiny.noise):
+        expected = psnr(noise_operator(spec, 16, 16)(clean), clean).mean()
+        cell = next(r for r in metrics["results"]
+                    if (r["method"], r["n_views"]) == ("noisy", spec.n_views))  # fmt: skip
+        assert cell["psnr"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_scores_hold_every_image_method_and_view_count_once(report: Path) -> None:
+    table = pq.read_table(report / "scores.parquet").to_pylist()
+    keys = [tuple(row[name] for name in ("id", *Row._fields)) for row in table]
+    assert len(keys) == len(set(keys))
+    images = {row["id"] for row in table}
+    for row in {key[1:] for key in keys if "sart" not in key}:
+        assert {key[0] for key in keys if key[1:] == row} == images
+
+
+def test_grid_has_seven_pictures_a_row_and_the_table_a_row_a_method(report: Path) -> None:
+    with Image.open(report / "grid.png") as image:
+        assert image.width > 900
+        assert image.height > 900
+    text = (report / "metrics.md").read_text()
+    assert "| noisy input |" in text
+    assert "| linear MMSE, knows the operator and its view count |" in text
+    assert "| model `wide1`: **noise removed**, mean clean noise code (2 seeds) |" in text
+    assert "± 0.00" in text
+    assert "| clean image as it is, against the true noisy image |" in text
+    heads = [line for line in text.splitlines() if line.startswith("## ")]
+    assert len(heads) == 7
+    cleaned, made, grainy, stored, unseen = (
+        text[text.index(a) : text.index(b)] for a, b in itertools.pairwise(heads[:6])
+    )
+    assert "total variation" in cleaned
+    assert "injected" not in cleaned
+    assert "injected" in made
+    assert "total variation" not in made
+    assert "Gaussian" in grainy
+    assert "8 bits" in stored
+    assert "| method | 30 views | 15 views | ms |" in unseen
+    assert "| model `wide1`: **noise injected**, against the true noisy" in text
+    assert " nan" not in text
+    with Image.open(report / "calibration.png") as image:
+        assert image.width > 300
+
+
+def test_finished_evaluation_is_left_alone(
+    tiny: Config, model_folder: Path, beside: tuple[str, ...], report: Path
+) -> None:
+    stamp = (report / "metrics.json").stat().st_mtime_ns
+    evaluate(tiny, model=str(model_folder), images="glyphs", out=report, beside=beside)
+    assert (report / "metrics.json").stat().st_mtime_ns == stamp
+
+
+def test_physics_model_has_a_row_for_detected_view_counts(
+    tiny: Config, physics_folder: Path, tmp_path: Path
+) -> None:
+    out = evaluate(tiny, model=str(physics_folder), images="glyphs", out=tmp_path / "o",
+                   baselines=(), limit=12).out  # fmt: skip
+    metrics = json.loads((out / "metrics.json").read_text())
+    cells = {(r["method"], r["n_views"]) for r in metrics["results"]}
+    assert {("swap_detected", 12), ("swap_detected", 6), ("swap_unseen", 30)} <= cells
+    assert "The model sees the linear estimate" in (out / "metrics.md").read_text()
+
+
+def test_grey_model_takes_each_channel_of_rgb(
+    tiny: Config, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configs.replace(tiny, {"images.channels": 3})
+    out = evaluate(config, model=str(model_folder), images="photos", out=tmp_path / "o",
+                   baselines=(), limit=10).out  # fmt: skip
+    assert "the images are RGB and the model is grey" in capsys.readouterr().out
+    assert "takes each channel of RGB by itself" in (out / "metrics.md").read_text()
+
+
+def test_bad_requests_are_refused(
+    tiny: Config, model_folder: Path, unet_folder: Path, tmp_path: Path
+) -> None:
+    def run(**changes: object) -> None:
+        options = {"model": str(model_folder), "images": "glyphs", "out": tmp_path / "o"} | changes
+        evaluate(tiny, **options)  # type: ignore[arg-type]
+
+    with pytest.raises(InputError, match="--baselines takes tv, sart, lmmse, but got 'bm3d'"):
+        run(baselines=("bm3d",))
+    with pytest.raises(InputError, match="--limit must be at least 1, but got 0"):
+        run(limit=0)
+    with pytest.raises(InputError, match="holds a supervised U-Net, the baseline"):
+        run(model=str(unet_folder))
+    with pytest.raises(InputError, match="two are called 'unet'"):
+        run(beside=(str(unet_folder), str(unet_folder)))
+    other = shutil.copytree(model_folder, tmp_path / "other" / "model")
+    text = (other / "config.yaml").read_text().replace("filter: ramp", "filter: hann")
+    (other / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"has noise\.filter=hann where the model has ramp"):
+        run(beside=(str(other),))
+    images = tmp_path / "few"
+    images.mkdir()
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(images / "one.png")
+    with pytest.raises(InputError, match="The test split must hold images"):
+        run(images=str(images))

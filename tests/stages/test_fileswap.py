@@ -1,0 +1,127 @@
+"""Files in, files out, without Ray: what a notebook runs is what the batch job runs."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from snr_ray.config import ImagesConfig
+from snr_ray.hashing import hash64
+from snr_ray.learning.checkpoint import load_model
+from snr_ray.metrics import psnr
+from snr_ray.network.swap import swap
+from snr_ray.noise.operator import NoiseSpec, noise_operator
+from snr_ray.stages.fileswap import MANIFEST_SCHEMA, FileSwapper, ImageFile
+
+
+def png(seed: int, *shape: int) -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(out, format="png")
+    return out.getvalue()
+
+
+def swapper(model_folder: Path, out: Path, **options: int) -> FileSwapper:
+    trained = load_model(model_folder)
+    pool = [level[0].numpy() for level in trained.codes.donors]
+    return FileSwapper(trained, pool, out, **options)
+
+
+def test_every_file_gets_a_row_or_a_failure(model_folder: Path, tmp_path: Path) -> None:
+    files = [ImageFile(f"{k}.png", f"{k}.png", f"{k}.png", png(k, 9 + k % 3, 12)) for k in range(7)]
+    files.append(ImageFile("bad.png", "bad.png", "bad.png", b""))
+    files.append(ImageFile("lost.png", "lost.png", "", b"", error="lost.png cannot be read."))
+    rows = swapper(model_folder, tmp_path).run(files)
+    assert sorted(row["id"] for row in rows) == sorted(file.id for file in files)
+    good = [row for row in rows if not row.get("error")]
+    assert all(set(row) == set(MANIFEST_SCHEMA.names) for row in good)
+    assert {path.name for path in tmp_path.iterdir()} == {row["output"] for row in good}
+    assert {row["stage"] for row in rows if row.get("error")} == {"read"}
+
+
+def test_result_does_not_depend_on_the_company(model_folder: Path, tmp_path: Path) -> None:
+    files = [ImageFile(f"{k}.png", f"{k}.png", f"{k}.png", png(k, 20, 16)) for k in range(6)]
+    swapper(model_folder, tmp_path / "all", samples=2).run(files)
+    swapper(model_folder, tmp_path / "one", samples=2).run(files[3:4])
+    for name in ("3.png", "3.png.std.npy"):
+        assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_grey_model_takes_rgb_channel_by_channel(model_folder: Path, tmp_path: Path) -> None:
+    grey = png(1, 15, 15)
+    stacked = io.BytesIO()
+    pixels = np.asarray(Image.open(io.BytesIO(grey)))
+    Image.fromarray(np.dstack([pixels] * 3)).save(stacked, format="png")
+    files = [ImageFile("x", "g.png", "g.png", grey), ImageFile("x", "c.png", "c.png",
+                                                               stacked.getvalue())]  # fmt: skip
+    swapper(model_folder, tmp_path).run(files)
+    with Image.open(tmp_path / "g.png") as g, Image.open(tmp_path / "c.png") as c:
+        difference = np.asarray(c).astype(int) - np.asarray(g)[:, :, None]
+        assert np.abs(difference).max() <= 1  # rounding
+
+
+def test_file_that_cannot_be_written_fails_alone(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where a folder is needed")
+    files = [ImageFile("a", "taken/a.png", "a.png", png(0, 9, 9)),
+             ImageFile("b", "b.png", "b.png", png(1, 9, 9))]  # fmt: skip
+    rows = swapper(model_folder, tmp_path).run(files)
+    assert {row["id"]: row.get("stage") for row in rows} == {"a": "write", "b": None}
+
+
+def test_physics_model_takes_the_given_or_the_detected_view_count(
+    physics_folder: Path, tmp_path: Path
+) -> None:
+    files = [ImageFile(f"{k}.png", f"{k}.png", f"{k}.png", png(k, 16, 16)) for k in range(3)]
+    files.append(ImageFile("big.png", "big.png", "big.png", png(9, 20, 20)))
+    rows = swapper(physics_folder, tmp_path / "told", n_views=6).run(files)
+    assert [row.get("n_views") for row in rows] == [6, 6, 6, None]
+    assert "16x16), but got 20x20" in rows[3]["error"]
+    rows = swapper(physics_folder, tmp_path / "detected").run(files[:3])
+    assert all(row["n_views"] in (0, 12, 6) for row in rows)
+    rows = swapper(physics_folder, tmp_path / "injected", inject=True).run(files[:3])
+    assert [(row["n_views"], row["explained"]) for row in rows] == [(None, None)] * 3
+
+
+def test_view_count_that_no_training_image_had_can_be_told(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    images = np.random.default_rng(0).random((2, 1, 16, 20), dtype=np.float32)
+    files = []
+    for k, image in enumerate(images):
+        out = io.BytesIO()
+        np.save(out, image[0])
+        files.append(ImageFile(f"{k}.npy", f"{k}.npy", f"{k}.npy", out.getvalue(), tensor=True))
+    trained, means, explains = load_model(model_folder), [], []
+    for name, options in (("told", {"n_views": 9}), ("samples", {"n_views": 9, "samples": 2}),
+                          ("blind", {})):  # fmt: skip
+        rows = swapper(model_folder, tmp_path / name, **options).run(files)
+        assert [row["n_views"] for row in rows] == [options.get("n_views")] * 2
+        explains.append([row["explained"] for row in rows])
+        means.append(np.stack([np.load(tmp_path / name / f"{k}.npy") for k in range(2)]))
+    donors = [hash64(f"0/{file.id}") % trained.codes.n_donors for file in files]
+    noise = trained.codes.pick(0, np.array(donors))
+    expected = swap(trained.model, images, noise, geometry=NoiseSpec(9))
+    np.testing.assert_allclose(means[0][:, None], expected.clip(0, 1), atol=1e-5)
+    again = noise_operator(NoiseSpec(9), 16, 20)(expected)
+    np.testing.assert_allclose(explains[0], psnr(again, images, clip=False), atol=1e-3)
+    assert np.abs(np.subtract(explains[2], explains[0])).min() > 1e-3
+    assert all(np.abs(mean - means[0]).max() > 1e-4 for mean in means[1:])
+
+
+def test_injected_noise_leaves_the_range_in_float_files_alone(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    out = io.BytesIO()
+    np.save(out, np.full((16, 16), 0.5, np.float32))
+    files = [ImageFile("a", "a.npy", "a.npy", out.getvalue())]
+
+    class Wild(FileSwapper):
+        def _write(self, file, decoded, result, deviation):  # type: ignore[no-untyped-def]
+            super()._write(file, decoded, result * 0 - 2, deviation)
+
+    trained = load_model(model_folder)
+    pool = [level[1].numpy() for level in trained.codes.donors]
+    for inject, lowest in ((True, -2.0), (False, 0.0)):
+        Wild(trained, pool, tmp_path, inject=inject, images=ImagesConfig(white=1.0)).run(files)
+        assert np.load(tmp_path / "a.npy").min() == lowest

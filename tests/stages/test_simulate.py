@@ -1,0 +1,167 @@
+"""The simulate stage: rows equal the operator, readable without Ray, exactly once, resumable."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from snr_ray import configfile as configs
+from snr_ray.config import Config, InputError
+from snr_ray.images.collection import SPLITS
+from snr_ray.images.datafolder import tensors
+from snr_ray.images.sources import open_source
+from snr_ray.noise.operator import NoiseSpec, noise_operator
+from snr_ray.stages.simulate import simulate
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
+
+
+def read(out: Path, split: str) -> dict[str, tuple[np.ndarray, ...]]:
+    """id -> (clean, noisy_12, noisy_6) of a split, by plain pyarrow."""
+    table = pq.read_table(out / split)
+    columns = [tensors(table[name]) for name in ("clean", "noisy_12", "noisy_6")]
+    return dict(zip(table["id"].to_pylist(), zip(*columns, strict=True), strict=True))
+
+
+def test_rows_are_the_images_and_their_noise(tiny: Config, tmp_path: Path) -> None:
+    outcome = simulate(tiny, images="glyphs", out=tmp_path / "data")
+    source = open_source("glyphs")
+    seen: set[str] = set()
+    for split in SPLITS:
+        rows = read(outcome.out, split)
+        assert set(rows) == {source.ids[i] for i in source.select(split, 200)}
+        seen |= set(rows)
+        for name, (clean, *noisy) in list(rows.items())[:5]:
+            expected = source.load(source.ids.index(name), tiny.images)
+            np.testing.assert_array_equal(clean, expected)
+            for n_views, image in zip((12, 6), noisy, strict=True):
+                noise = noise_operator(NoiseSpec(n_views), 16, 16)
+                np.testing.assert_allclose(image, noise(expected), atol=1e-5)
+    assert len(seen) == outcome.images == 200
+    manifest = json.loads((outcome.out / "manifest.json").read_text())
+    assert manifest["noise"] == [
+        {"n_views": 12, "filter": "ramp", "angle_range": 180.0, "photons": 0},
+        {"n_views": 6, "filter": "ramp", "angle_range": 180.0, "photons": 0},
+    ]
+    assert sum(manifest["splits"].values()) == manifest["images"] == 200
+
+
+def test_noise_of_a_crop_is_that_of_the_whole_image(tiny: Config, tmp_path: Path) -> None:
+    config = configs.replace(tiny, {"images.size": 24, "images.crop": 16, "images.limit": 60})
+    out = simulate(config, images="glyphs", out=tmp_path / "data").out
+    source, noise = open_source("glyphs"), noise_operator(NoiseSpec(6), 24, 24)
+    places = set()
+    for name, (clean, _, noisy) in read(out, "train").items():
+        whole = source.load(source.ids.index(name), config.images)
+        found = [
+            (top, left)
+            for top in range(9)
+            for left in range(9)
+            if np.array_equal(whole[:, top : top + 16, left : left + 16], clean)
+        ]
+        assert found
+        top, left = found[0]
+        places.add((top, left))
+        expected = noise(whole)[:, top : top + 16, left : left + 16]
+        np.testing.assert_allclose(noisy, expected, atol=1e-5)
+    assert len(places) > 20
+    again = simulate(config, images="glyphs", out=tmp_path / "again").out
+    for name, versions in read(out, "train").items():
+        np.testing.assert_array_equal(read(again, "train")[name][0], versions[0])
+        break
+
+
+def test_photon_noise_is_that_of_the_image_id(tiny: Config, tmp_path: Path) -> None:
+    config = configs.replace(tiny, {"noise.photons": 1000, "images.limit": 40})
+    few = configs.replace(config, {"images.limit": 20})
+    many = read(simulate(config, images="glyphs", out=tmp_path / "many").out, "train")
+    for name, versions in read(simulate(few, images="glyphs", out=tmp_path / "few").out,
+                               "train").items():  # fmt: skip
+        np.testing.assert_allclose(versions[1], many[name][1], atol=1e-6)
+        exact = noise_operator(NoiseSpec(12), 16, 16)(versions[0])
+        assert np.abs(versions[1] - exact).max() > 0.02
+
+
+def test_folder_that_cannot_be_written_is_a_sentence(tiny: Config, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    out.mkdir()
+    simulate(tiny, images="glyphs", out=out)
+    (out / "manifest.json").unlink()
+    for shard in out.glob("train/*.parquet"):
+        shard.unlink()
+    (out / "train").rmdir()
+    (out / "train").write_text("in the way")
+    with pytest.raises(InputError, match=r"must be a folder that can be written, but .* continue"):
+        simulate(tiny, images="glyphs", out=out)
+    (out / "train").unlink()
+    assert simulate(tiny, images="glyphs", out=out).images == 200
+
+
+def test_bad_images_become_rows_of_failures(
+    tiny: Config, image_folder: Path, tmp_path: Path
+) -> None:
+    (image_folder / "a" / "empty.png").write_bytes(b"")
+    good = (image_folder / "a" / "00.png").read_bytes()
+    (image_folder / "a" / "cut.png").write_bytes(good[: len(good) // 2])
+    deep = Image.fromarray(np.zeros((20, 20), np.uint16))
+    deep.save(image_folder / "b" / "deep.png")
+    outcome = simulate(tiny, images=str(image_folder), out=tmp_path / "data")
+    assert (outcome.images, outcome.failed) == (24, 3)
+    failures = pq.read_table(outcome.out / "failures.parquet").to_pylist()
+    assert {f["id"]: f["stage"] for f in failures} == {
+        "a/cut.png": "read", "a/empty.png": "read", "b/deep.png": "read"}  # fmt: skip
+    assert "0 bytes" in failures[1]["reason"]
+    assert "images.white" in failures[2]["reason"]
+    ids = [name for split in SPLITS if (outcome.out / split).is_dir()
+           for name in read(outcome.out, split)]  # fmt: skip
+    assert len(ids) == len(set(ids)) == 24
+
+
+def test_interrupted_job_continues_and_finished_one_is_left_alone(
+    tiny: Config, tmp_path: Path
+) -> None:
+    config = configs.replace(tiny, {"images.limit": 700})
+    out = simulate(config, images="glyphs", out=tmp_path / "data").out
+    shards = sorted(out.glob("train/*.parquet"))
+    assert len(shards) > 1
+    before = {split: read(out, split).keys() for split in SPLITS}
+    stamps = [path.stat().st_mtime_ns for path in shards[1:]]
+    shards[0].unlink()  # as if killed before this shard was written
+    (out / "manifest.json").unlink()
+    simulate(config, images="glyphs", out=out)
+    assert {split: read(out, split).keys() for split in SPLITS} == before
+    assert [path.stat().st_mtime_ns for path in shards[1:]] == stamps
+    finished = shards[0].stat().st_mtime_ns
+    simulate(config, images="glyphs", out=out)
+    assert shards[0].stat().st_mtime_ns == finished
+
+
+def test_folder_of_another_job_is_refused_and_replaced_on_demand(
+    tiny: Config, tmp_path: Path
+) -> None:
+    simulate(tiny, images="glyphs", out=tmp_path / "data")
+    other = configs.replace(tiny, {"noise.n_views": [8], "train.batch_size": 16})
+    with pytest.raises(InputError, match=r"belongs to another job \(noise: .*--overwrite"):
+        simulate(other, images="glyphs", out=tmp_path / "data")
+    simulate(other, images="glyphs", out=tmp_path / "data", overwrite=True)
+    table = pq.read_table(tmp_path / "data" / "test")
+    assert table.column_names == ["id", "clean", "noisy_8"]
+
+
+def test_folder_with_files_of_the_user_is_refused(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds other files"):
+        simulate(tiny, images="glyphs", out=tmp_path)
+    simulate(tiny, images="glyphs", out=tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwrite_does_not_touch_what_snr_did_not_write(tiny: Config, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mine.csv").write_text("1,2")
+    with pytest.raises(InputError, match="is not from snr"):
+        simulate(tiny, images="glyphs", out=tmp_path, overwrite=True)
+    assert (tmp_path / "train" / "mine.csv").read_text() == "1,2"

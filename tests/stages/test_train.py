@@ -1,0 +1,164 @@
+"""The train stage on Ray: one and two workers agree, a killed run continues to the same weights."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from snr_ray import configfile as configs
+from snr_ray.config import Config, InputError
+from snr_ray.stages import dataset
+from snr_ray.stages.dataset import Origin
+from snr_ray.stages.simulate import simulate
+from snr_ray.stages.train import read_metrics, train
+
+pytestmark = pytest.mark.ray
+GLYPHS = Origin(images="glyphs")
+
+
+def weights(run: Path) -> np.ndarray:
+    tensors = load_file(run / "model" / "model.safetensors")
+    return np.concatenate([tensors[k].ravel() for k in sorted(tensors) if k.startswith("model.")])
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny: Config, ray_2_cpus: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 steps on one worker, from the source."""
+    return train(tiny, origin=GLYPHS, out=tmp_path_factory.mktemp("train") / "run").out
+
+
+def test_run_folder_holds_what_was_promised(tiny: Config, unbroken: Path) -> None:
+    rows = read_metrics(unbroken / "metrics.jsonl")
+    assert [row["step"] for row in rows if "swap_psnr" in row] == [10, 20]
+    assert rows[-2]["step"] == 20
+    assert rows[-2]["loss"] > 0
+    assert list((unbroken / "tensorboard").glob("events*"))
+    assert configs.load([unbroken / "config.yaml"]) == tiny
+    assert pq.read_table(unbroken / "failures.parquet").num_rows == 0
+    assert {path.name for path in (unbroken / "model").iterdir()} == {
+        "model.safetensors", "config.yaml", "metrics.json", "README.md"}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_two_workers_learn_what_one_does(tiny: Config, unbroken: Path, tmp_path: Path) -> None:
+    # From a data folder, too: where rows come from must not matter either.
+    simulate(tiny, images="glyphs", out=tmp_path / "data")
+    # Half a core each leaves Ray Data the other.
+    two = configs.replace(tiny, {"train.num_workers": 2, "train.batch_size": 16})
+    run = train(two, origin=Origin(data=tmp_path / "data"), out=tmp_path / "run").out
+    np.testing.assert_allclose(weights(run), weights(unbroken), atol=2e-4)
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_finished_run_is_left_alone(tiny: Config, unbroken: Path) -> None:
+    stamp = (unbroken / "model" / "model.safetensors").stat().st_mtime_ns
+    outcome = train(tiny, origin=GLYPHS, out=unbroken)
+    assert outcome.images == 20
+    assert (unbroken / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_folder_of_another_run_is_refused(tiny: Config, unbroken: Path) -> None:
+    other = configs.replace(tiny, {"train.lr": 0.5})
+    difference = rf"another job \(train\.lr: {tiny.train.lr} there, 0\.5 now\)"
+    with pytest.raises(InputError, match=difference):
+        train(other, origin=GLYPHS, out=unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_large_set_is_streamed(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "MEMORY_SHARE", 0.0)
+    run = train(tiny, origin=GLYPHS, out=tmp_path / "run").out
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row] == [20]
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_killed_run_continues_to_the_same_weights(
+    tiny: Config, unbroken: Path, tmp_path: Path
+) -> None:
+    # Driver, Ray and workers all die at once, after the first checkpoint and before the end.
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "snr_ray.cli", "train", "--config", "smoke",
+        "--set", "images.limit=200", "--images", "glyphs", "--out", str(run),
+    ]  # fmt: skip
+    job = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 180
+    while not any("swap_psnr" in row for row in read_metrics(run / "metrics.jsonl")):
+        assert job.poll() is None, job.stderr.read().decode() if job.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    done = subprocess.run(command, capture_output=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows if "swap_psnr" in row] == [10, 20]
+    np.testing.assert_allclose(weights(run), weights(unbroken), atol=1e-6)
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_bad_setups_are_refused_before_any_worker_starts(
+    tiny: Config, image_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    def run(origin: Origin, **changes: object) -> None:
+        dotted = {key.replace("__", "."): value for key, value in changes.items()}
+        train(configs.replace(tiny, dotted), origin=origin, out=tmp_path / "run")
+
+    with pytest.raises(InputError, match="simulate first, or give the images"):
+        run(Origin(data=tmp_path))
+    with pytest.raises(InputError, match="either --images SRC or --data DIR"):
+        Origin()
+    with pytest.raises(InputError, match="at most the cluster's 2 cores, but got 1 x 9"):
+        run(GLYPHS, train__cpus_per_worker=9)
+    with pytest.raises(InputError, match=r"crops of 12 pixels.* --config network"):
+        run(GLYPHS, images__crop=12)
+    with pytest.raises(InputError, match=r"crops of 12 pixels.*a train\.start whose decoder"):
+        run(GLYPHS, images__crop=12, model__decoder="network", train__start=str(model_folder))
+    with pytest.raises(InputError, match="one GPU per worker"):
+        train(configs.replace(tiny, {"train.use_gpu": True}), origin=GLYPHS, out=tmp_path / "gpu")
+    with pytest.raises(InputError, match=r"batch_size = 32\), but the train split .* holds 19;"):
+        train(configs.replace(tiny, {"train.batch_size": 32}),
+              origin=Origin(images=str(image_folder)), out=tmp_path / "few")  # fmt: skip
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_run_may_start_from_a_model(
+    tiny: Config, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A rate of next to nothing leaves the model as it was, whatever its sizes are called here.
+    changes = {"train.start": str(model_folder), "train.lr": 1e-9, "train.steps": 2}
+    wider = configs.replace(tiny, {**changes, "model.channels": [16, 16]})
+    run = train(wider, origin=GLYPHS, out=tmp_path / "run").out
+    assert (
+        "has model.channels=[8, 8], which is used in place of [16, 16]" in capsys.readouterr().err
+    )
+    np.testing.assert_allclose(weights(run), weights(model_folder.parent), atol=1e-5)
+
+
+def test_start_from_another_kind_is_refused(
+    tiny: Config, model_folder: Path, unet_folder: Path, tmp_path: Path
+) -> None:
+    def run(start: Path, **changes: object) -> None:
+        dotted = {key.replace("__", "."): value for key, value in changes.items()}
+        config = configs.replace(tiny, {"train.start": str(start), **dotted})
+        train(config, origin=GLYPHS, out=tmp_path / "run")
+
+    with pytest.raises(InputError, match=r"same model\.kind, but .* has unet where .* has hvae"):
+        run(unet_folder)
+    with pytest.raises(InputError, match=r"same images\.channels, but .* set images\.channels=1"):
+        run(model_folder, images__channels=3)
+    with pytest.raises(InputError, match="A model folder holds"):
+        run(tmp_path)
