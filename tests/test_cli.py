@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -164,6 +165,7 @@ def test_help_comes_without_loading_ray_or_torch() -> None:
 
 def test_readme_names_what_exists() -> None:
     text = (REPOSITORY / "README.md").read_text()
+    assert len(text.splitlines()) <= 260
     tree = re.search(r"```\n(pyproject\.toml.*?)```", text, re.DOTALL)
     assert tree
     package = REPOSITORY / "snr_ray"
@@ -173,9 +175,31 @@ def test_readme_names_what_exists() -> None:
     assert set(rooms) == {p.name for p in package.iterdir() if p.is_dir()} - {"__pycache__"}
     for room, modules in rooms.items():
         assert modules.split() == sorted(p.stem for p in (package / room).glob("[!_]*.py")), room
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (REPOSITORY / target).exists(), target
     for command in re.findall(r"^snr (\w+)", text, re.MULTILINE):
         assert command in cli.PURPOSE
     with Image.open(REPOSITORY / ".pictures" / "glyphs.png") as picture:
         assert np.asarray(picture).std() > 10
+
+
+def test_links_of_all_pages_resolve() -> None:
+    pages = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("cluster/*.md")]
+    for page in [*pages, *REPOSITORY.glob("snr_ray/**/*.md")]:
+        text = page.read_text()
+        anchors = {
+            re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-")
+            for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        }
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if target.startswith("#"):
+                assert target[1:] in anchors, f"{page}: {target}"
+            elif "://" not in target:
+                assert (page.parent / target.partition("#")[0]).exists(), f"{page}: {target}"
+
+
+def test_python_of_the_readme_runs() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    for name in ("blind", "told"):
+        assert names[name].shape == names["clean"].shape

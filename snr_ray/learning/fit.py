@@ -32,7 +32,7 @@ SCORE_BATCH = 256
 LR_STEPS = 1000
 """Steps of the run that train.lr was chosen for. It is too high for a HVAE in longer ones: at 3500
 steps half of it cleaned 0.3 dB better. A U-Net keeps it: at 14000 steps a quarter of it cost half a
-dB on notMNIST (shipped/README.md)."""
+dB on notMNIST (shipped/choices.md)."""
 
 Metrics = dict[str, float]
 

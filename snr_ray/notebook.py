@@ -1,0 +1,104 @@
+"""The front door for Python: arrays in, arrays out, without Ray, files or a command line.
+
+import snr_ray
+model = snr_ray.load_model("places64")
+noisy = snr_ray.add_noise(clean, 20)
+again = snr_ray.denoise(noisy, model, n_views=20)
+"""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from snr_ray.config import InputError, check
+from snr_ray.learning.checkpoint import TrainedModel, load_model
+from snr_ray.network.swap import detect, swap
+from snr_ray.noise.operator import NoiseSpec, noise_operator
+
+__all__ = ["NoiseSpec", "add_noise", "denoise", "load_model"]
+
+Array = npt.NDArray[np.float32]
+
+PASS_PIXELS = 2**20
+"""Pixels that go through the network together; bounds memory whatever the number of images."""
+
+
+def add_noise(images: npt.NDArray[np.floating], noise: int | NoiseSpec) -> Array:
+    """Filtered back projections of few views: what a sparse-view scan makes of clean images.
+
+    Args:
+        images: [..., H, W] float in [0, 1], at least 4 pixels high and wide; leading axes are
+            independent.
+        noise: a view count, spread over 180 degrees, or a NoiseSpec with filter, angles, photons.
+
+    Returns:
+        [..., H, W] float32, not clipped.
+
+    Raises:
+        InputError: if images are integers, too small, or hold NaN or infinity, or for a view count
+            below 1 or above 4 per pixel of the longer side.
+    """
+    check(images.ndim >= 2, f"Images must be [..., H, W], but got {list(images.shape)}.")
+    spec = noise if isinstance(noise, NoiseSpec) else NoiseSpec(noise)
+    return noise_operator(spec, images.shape[-2], images.shape[-1])(images)
+
+
+def denoise(
+    images: npt.NDArray[np.floating],
+    model: TrainedModel | str | Path,
+    *,
+    n_views: int | None = None,
+) -> Array:
+    """Clean versions of noisy images: the noise code of each replaced by the mean clean one.
+
+    Args:
+        images: [H, W], [C, H, W] or [B, C, H, W] float, white at 1, C = 1 (grey) or 3 (RGB);
+            not clipped. A grey model takes RGB channel by channel, an RGB model answers to grey
+            images with the mean of its channels.
+        model: what `load_model` gives, on any device, or a name or folder for it.
+        n_views: how many views the images have; None leaves it to the noise code of each.
+
+    Returns:
+        The shape of `images`, float32, clipped to [0, 1].
+
+    Raises:
+        InputError: for images of another shape or of integers, with NaN or infinity, or a view
+            count that the model cannot be told.
+    """
+    shape = images.shape
+    batch = images[None] if images.ndim == 3 else images[None, None] if images.ndim == 2 else images
+    if batch.ndim != 4 or batch.shape[1] not in (1, 3):
+        raise InputError(
+            "Images must be [H, W], [C, H, W] or [B, C, H, W] with 1 or 3 channels C, but got "
+            f"{list(shape)}; a stack of grey images is images[:, None]."
+        )
+    check(
+        np.issubdtype(images.dtype, np.floating),
+        f"Images must be float with white at 1, but got {images.dtype}; divide by the value that "
+        "means white.",
+    )
+    check(bool(np.isfinite(images).all()), "Images must be finite, but some hold NaN or infinity.")
+    trained = model if isinstance(model, TrainedModel) else load_model(model)
+    physics = trained.config.model.physics
+    check(
+        n_views is None or trained.can_be_told,
+        "n_views tells a model with model.physics or model.unrolled how many views its images "
+        "have, but this one is blind; leave it out.",
+    )
+    geometry = None if n_views is None else trained.geometry(n_views)
+    known = trained.noise_id(n_views) if physics and n_views is not None else None
+    batch = np.ascontiguousarray(batch, np.float32)
+    out = np.empty_like(batch)
+    step = max(1, PASS_PIXELS // int(np.prod(batch.shape[1:])))
+    for start in range(0, len(batch), step):
+        part = batch[start : start + step]
+        ids = None
+        if physics:
+            own = known is None
+            ids = detect(trained.model, trained.codes, part) if own else np.full(len(part), known)
+        code = trained.codes.mean(0)
+        out[start : start + step] = swap(
+            trained.model, part, code, noise_ids=ids, geometry=geometry
+        )
+    return np.clip(out, 0, 1).reshape(shape)

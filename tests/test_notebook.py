@@ -1,0 +1,95 @@
+"""The front door for Python: shapes come back, answers are those of the command line's model."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import snr_ray
+from snr_ray.config import InputError
+from snr_ray.network.swap import swap
+
+
+@pytest.fixture(scope="module")
+def clean() -> np.ndarray:
+    return np.random.default_rng(0).random((5, 1, 16, 18), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "shape", [(16, 18), (1, 16, 18), (3, 16, 18), (2, 3, 16, 18), (0, 1, 9, 9)]
+)
+def test_cleaned_images_have_the_shape_and_range_of_images(
+    model_folder: Path, shape: tuple[int, ...]
+) -> None:
+    images = np.random.default_rng(1).random(shape)
+    out = snr_ray.denoise(images, model_folder)
+    assert out.shape == shape
+    assert out.dtype == np.float32
+    assert out.size == 0 or 0 <= out.min() <= out.max() <= 1
+
+
+@pytest.mark.parametrize("n_views", [None, 7])
+def test_arrays_are_cleaned_as_files_are(
+    model_folder: Path, clean: np.ndarray, n_views: int | None
+) -> None:
+    model = snr_ray.load_model(model_folder)
+    noisy = snr_ray.add_noise(clean, 7)
+    geometry = None if n_views is None else model.geometry(n_views)
+    expected = swap(model.model, noisy, model.codes.mean(0), geometry=geometry)
+    out = snr_ray.denoise(noisy, model, n_views=n_views)
+    np.testing.assert_allclose(out, expected.clip(0, 1), atol=1e-6)
+
+
+def test_a_stack_too_large_for_one_pass_is_cleaned_as_its_images_are(
+    model_folder: Path, clean: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = snr_ray.denoise(clean, model_folder)
+    monkeypatch.setattr("snr_ray.notebook.PASS_PIXELS", 2 * 16 * 18)
+    np.testing.assert_allclose(snr_ray.denoise(clean, model_folder), whole, atol=1e-5)
+
+
+def test_a_model_with_physics_detects_or_is_told(physics_folder: Path) -> None:
+    model = snr_ray.load_model(physics_folder)
+    image = np.random.default_rng(2).random((16, 16), dtype=np.float32)
+    views = model.config.noise.n_views[0]
+    assert snr_ray.denoise(image, model, n_views=views).shape == image.shape
+    assert snr_ray.denoise(image, model).shape == image.shape
+
+
+def test_noise_is_that_of_the_spec(clean: np.ndarray) -> None:
+    by_count = snr_ray.add_noise(clean, 9)
+    by_spec = snr_ray.add_noise(clean, snr_ray.NoiseSpec(9))
+    np.testing.assert_array_equal(by_count, by_spec)
+    limited = snr_ray.add_noise(clean, snr_ray.NoiseSpec(9, angle_range=90))
+    assert np.abs(limited - by_count).max() > 0.01
+
+
+def test_wrong_input_is_one_sentence(
+    model_folder: Path, blind_folder: Path, clean: np.ndarray
+) -> None:
+    cases = [
+        (lambda: snr_ray.denoise(clean[:, 0], model_folder), "a stack of grey images is images"),
+        (lambda: snr_ray.denoise((255 * clean).astype(np.uint8), model_folder), "divide by"),
+        (lambda: snr_ray.denoise(clean * np.nan, model_folder), "must be finite"),
+        (lambda: snr_ray.denoise(clean, blind_folder, n_views=9), "this one is blind"),
+        (lambda: snr_ray.denoise(clean, "nosuch"), "come with snr_ray"),
+        (lambda: snr_ray.add_noise(clean, 0), "at least 1"),
+        (lambda: snr_ray.add_noise(clean[0, 0, 0], 9), r"\[\.\.\., H, W\]"),
+    ]
+    for call, sentence in cases:
+        with pytest.raises(InputError, match=sentence):
+            call()
+
+
+def test_the_door_opens_only_where_it_is_used() -> None:
+    code = ("import sys, snr_ray; early = 'torch' in sys.modules; snr_ray.add_noise; "
+            "print(early, 'ray' in sys.modules)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nosuch"):
+        snr_ray.nosuch  # noqa: B018
