@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from snr_ray.images.formats import with_channels
-from snr_ray.metrics import psnr
 from snr_ray.network.blocks import Normal, unexplained
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.noisemaker import noise_of
@@ -87,7 +86,19 @@ def detect(model: HVAE, codes: NoiseCodes, images: Array) -> npt.NDArray[np.int6
     return codes.detect(_noise_codes(model, images))
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Exchanged:
+    """Images with other noise codes, and what the same pass over them learned."""
+
+    images: Array
+    """[B, C, H, W] float32, not clipped."""
+    explained: npt.NDArray[np.float64] | None
+    """As of `explained`, [B]; None of a model that does not unroll and where it was not asked."""
+    n_views: npt.NDArray[np.int64] | None
+    """View count that the noise codes say most of, 0 for a clean image, [B]; None of a model whose
+    decoder does not know the noise."""
+
+
 def swap(
     model: HVAE,
     images: Array,
@@ -98,6 +109,30 @@ def swap(
     geometry: NoiseSpec | None = None,
     prior_levels: int = 0,
 ) -> Array:
+    """The images alone of `exchange`, which see: [B, C, H, W] float32, not clipped."""
+    return exchange(
+        model,
+        images,
+        noise,
+        normal=normal,
+        noise_ids=noise_ids,
+        geometry=geometry,
+        prior_levels=prior_levels,
+    ).images
+
+
+@torch.inference_mode()
+def exchange(
+    model: HVAE,
+    images: Array,
+    noise: list[Tensor] | None,
+    *,
+    normal: Normal | None = None,
+    noise_ids: npt.NDArray[np.int64] | None = None,
+    geometry: NoiseSpec | None = None,
+    prior_levels: int = 0,
+    explain: bool = False,
+) -> Exchanged:
     """Images [B, C, H, W] with other noise codes, or their own where `noise` is None.
 
     Content is inferred as it was in training: against the new noise codes where the swap was
@@ -115,12 +150,13 @@ def swap(
         geometry: how all of the images were made, for a model that `unrolls`; None: as their noise
             codes say.
         prior_levels: so many of the finest levels take their content from the prior.
-
-    Returns:
-        [B, C, H, W] float32, not clipped.
+        explain: also say how well the result explains the images, of a model that `unrolls`.
     """
+    maker = model.noise_maker
     if not len(images):  # which pixel shuffle does not take
-        return images
+        none = np.zeros(0, np.int64)
+        unasked = None if not (explain and model.unrolls) else none.astype(np.float64)
+        return Exchanged(images, unasked, none if maker is not None else None)
     batch, have = images.shape[:2]
     apart = have if model.channels == 1 else 1  # rows of the network for each image
     if apart > 1:
@@ -134,13 +170,27 @@ def swap(
         model, x, normal=normal, noise_ids=ids, geometry=geometry, prior_levels=prior_levels
     )
     if noise is None or model.one_pass:
-        decoded = infer(noise=noise).image
+        inference = infer(noise=noise)
+        decoded = inference.image
     else:
-        decoded = model.decode(dataclasses.replace(infer().codes, noise=noise))
+        inference = infer()
+        decoded = model.decode(dataclasses.replace(inference.codes, noise=noise))
+    shares = None if maker is None else maker.shares([q.mu for q in inference.noise])
+    decibels = n_views = None
+    if explain and model.unrolls:
+        assert maker is not None
+        assert shares is not None
+        again = maker(decoded, shares) if geometry is None else noise_of(geometry, decoded)
+        decibels = _decibels(unexplained(x, again), batch)
+    if maker is not None and shares is not None:
+        counts = np.array([0, *(spec.n_views for spec in maker.noise)])
+        n_views = counts[shares.reshape(batch, apart, -1).sum(1).argmax(1).cpu().numpy()]
     image = decoded.cpu().numpy()
     if apart > 1:
-        return image.reshape(images.shape)
-    return image if have == model.channels else image.mean(1, keepdims=True)
+        image = image.reshape(images.shape)
+    elif have != model.channels:
+        image = image.mean(1, keepdims=True)
+    return Exchanged(image, decibels, n_views)
 
 
 @torch.inference_mode()
@@ -153,10 +203,12 @@ def explained(
     compared with the noisy ones. Under the right view count it comes out several dB closer than
     under its neighbours.
 
+    `exchange` says the same of what it made; this is for other results, such as a mean of samples.
+
     Args:
         model: one that `unrolls`.
         images: noisy ones [B, C, H, W].
-        clean: what `swap` made of them, of the same shape.
+        clean: what became of them, of the same shape.
         geometry: as `swap` was told.
     """
     seen, guess = _tensor(model, images), _tensor(model, clean)
@@ -165,8 +217,13 @@ def explained(
     else:
         assert model.noise_maker is not None
         again = model.noise_maker(guess, model.noise_maker.shares(_noise_codes(model, images)))
-    left = unexplained(seen, again).cpu().numpy()
-    return psnr(images - left, images, clip=False)
+    return _decibels(unexplained(seen, again), len(images))
+
+
+def _decibels(left: Tensor, batch: int) -> npt.NDArray[np.float64]:
+    """PSNR of a simulation by what it leaves of images, [B]; 100 dB at most, which is exact."""
+    error = left.reshape(batch, -1).square().mean(1).double().cpu().numpy()
+    return -10 * np.log10(np.maximum(error, 1e-10))
 
 
 def _noise_codes(model: HVAE, images: Array) -> list[Tensor]:

@@ -37,7 +37,7 @@ from snr_ray.images.collection import Source
 from snr_ray.images.datafolder import Failure, parquet_bytes, write_failures
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import TrainedModel, load_model, model_path
-from snr_ray.network.swap import explained, noise_code, swap
+from snr_ray.network.swap import exchange, noise_code
 from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.scoring.report import denoise_report
 from snr_ray.stages.cluster import connected, gpus, shared
@@ -312,8 +312,10 @@ def _detect_views(trained: TrainedModel, source: Source, config: Config) -> int:
         for n_views in counts:
             geometry = trained.geometry(n_views)
             assert geometry is not None
-            clean = swap(trained.model, image, trained.codes.mean(0), geometry=geometry)
-            scores += explained(trained.model, image, clean, geometry).tolist()
+            mean = trained.codes.mean(0)
+            tried = exchange(trained.model, image, mean, geometry=geometry, explain=True)
+            assert tried.explained is not None
+            scores += tried.explained.tolist()
             progress.update(len(scores))
         best = int(np.argmax(scores))
         found[source.ids[index]], decibels = counts[best], scores[best]

@@ -19,7 +19,7 @@ from snr_ray.hashing import hash64
 from snr_ray.images.formats import Decoded, decode, encode
 from snr_ray.learning.checkpoint import TrainedModel
 from snr_ray.network.blocks import Normal
-from snr_ray.network.swap import detect, explained, swap
+from snr_ray.network.swap import detect, exchange, explained, swap
 from snr_ray.outputs import write_atomic
 
 Array = npt.NDArray[np.float32]
@@ -130,13 +130,18 @@ class FileSwapper:
             ids = self._noise_ids(images)
             if self.samples:
                 results, deviations = self._sample(images, donors, ids, members)
+                decibels = self._explained(images, results)
             else:
-                noise = [level[donors] for level in self.pool]
-                results = swap(
-                    self.trained.model, images, noise, noise_ids=ids, geometry=self.geometry
-                )
                 deviations = None
-            decibels = self._explained(images, results)
+                exchanged = exchange(
+                    self.trained.model,
+                    images,
+                    [level[donors] for level in self.pool],
+                    noise_ids=ids,
+                    geometry=self.geometry,
+                    explain=not self.inject,
+                )
+                results, decibels = exchanged.images, exchanged.explained
         except InputError as error:
             return [_failed(file, "swap", str(error)) for file, _ in members]
         except (RuntimeError, MemoryError) as error:
