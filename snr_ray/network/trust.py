@@ -1,0 +1,46 @@
+"""Whether a cleaned image can be trusted, told without the truth.
+
+A cleaned image explains its input if the noise, made anew of it, comes close to that input
+(`snr_ray.network.swap`). How close is known from validation images: per view count, the least that
+any good answer came to. What falls behind that is doubtful: another view count than the model
+thinks, other noise, or a size at which its steps lead nowhere.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+MARGIN = 3.0
+"""dB that an answer may explain less than the least of the validation images."""
+LEAST = 15.0
+"""dB that any answer must explain, where nothing was measured: noise anew that is off by a sixth of
+the range is no explanation."""
+
+
+def doubtful(
+    explained: npt.NDArray[np.floating],
+    n_views: npt.NDArray[np.integer],
+    side: int,
+    least: Mapping[float, float],
+) -> npt.NDArray[np.bool_]:
+    """Which answers do not explain their inputs as well as good ones do: [B].
+
+    Args:
+        explained: PSNR in dB of the noise made anew against the input, [B]; NaN is doubtful.
+        n_views: view counts that the images are thought to have, [B]; 0 is clean.
+        side: height or width of the images, whichever is larger.
+        least: views per pixel (infinite for clean images) -> the least that good answers to
+            validation images explain, in dB; may be empty.
+    """
+    bounds = np.array([_bound(int(n) / side if n else math.inf, least) for n in n_views])
+    return ~(np.asarray(explained, np.float64) >= bounds)
+
+
+def _bound(views_per_pixel: float, least: Mapping[float, float]) -> float:
+    """Of fewer views less is explained, so that of the next lower count that was measured holds."""
+    if not least:
+        return LEAST
+    lower = [known for known in least if known <= views_per_pixel * (1 + 1e-6)]
+    return max(LEAST, least[max(lower) if lower else min(least)] - MARGIN)
