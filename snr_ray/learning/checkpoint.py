@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from snr_ray import __version__
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
-from snr_ray.learning.fit import Learner, Metrics, build_model
+from snr_ray.learning.fit import LEAST_EXPLAINED, Learner, Metrics, build_model
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.swap import NoiseCodes
 from snr_ray.network.unet import UNet
@@ -39,6 +39,9 @@ class TrainedModel:
     config: Config
     model: HVAE
     codes: NoiseCodes
+    least_explained: dict[float, float] = field(default_factory=dict)
+    """What good answers explain at the least, dB, by views per pixel, infinite for clean images;
+    empty where it was not measured. See `snr_ray.network.trust`."""
 
     def noise_id(self, n_views: int) -> int:
         """Noise id of a view count. Raises InputError if the model was not trained on it."""
@@ -128,12 +131,14 @@ def ship(folder: Path, report: Path, target: Path) -> None:
         report: folder of `snr evaluate` for this model.
         target: new folder, such as snr_ray/shipped/NAME; `model_path` finds it by its name there.
     """
-    load_model(folder)
+    trained = load_model(folder)
     target.mkdir(parents=True)
     tensors = {name: tensor.half() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
     save_file(tensors, target / WEIGHTS_FILE, {"snr_ray": __version__})
     shutil.copy(folder / "config.yaml", target)
-    shutil.copy(report / "metrics.json", target)
+    scored = json.loads((report / "metrics.json").read_text())
+    least = {f"{LEAST_EXPLAINED}{known:.4g}": v for known, v in trained.least_explained.items()}
+    (target / "metrics.json").write_text(json.dumps(scored | least, indent=2) + "\n")
     scores = (report / "metrics.md").read_text().replace("# ", "## ")
     (target / "README.md").write_text((folder / "README.md").read_text() + "\n" + scores)
 
@@ -178,7 +183,13 @@ def load_any(folder: str | Path, device: torch.device | None = None) -> TrainedM
         )
     place = device or torch.device("cpu")
     model = model.to(place).to(memory_format=torch.channels_last)
-    return TrainedModel(config, model, NoiseCodes([level.to(place) for level in kept]))
+    codes = NoiseCodes([level.to(place) for level in kept])
+    least = {
+        float(name.removeprefix(LEAST_EXPLAINED)): value
+        for name, value in _metrics(path).items()
+        if name.startswith(LEAST_EXPLAINED)
+    }
+    return TrainedModel(config, model, codes, least)
 
 
 def model_path(folder: str | Path) -> Path:
@@ -224,6 +235,20 @@ def _read(path: Path) -> tuple[Config, HVAE | UNet, dict[str, Tensor]]:
         raise InputError(f"Weights must be finite, but {path} has NaN or infinity in {broken[0]}.")
     model.load_state_dict({k: v.float() for k, v in weights.items()})
     return config, model.eval().requires_grad_(False), tensors
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    """metrics.json of a model folder; nothing where it has none."""
+    if not (path / "metrics.json").is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads((path / "metrics.json").read_text())
+    except ValueError as error:
+        raise InputError(
+            f"{path / 'metrics.json'} must be JSON, but cannot be read ({error}); remove it, or "
+            "copy the model anew."
+        ) from None
+    return found
 
 
 def _card(config: Config, model: HVAE | UNet, metrics: Metrics, origin: str) -> str:

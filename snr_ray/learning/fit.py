@@ -24,6 +24,7 @@ from snr_ray.network.blocks import PixelLevel
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.physics import LinearInverse
 from snr_ray.network.swap import N_DONORS, NoiseCodes, collect, swap
+from snr_ray.network.trust import least_explained
 from snr_ray.network.unet import UNet, regress
 from snr_ray.noise.operator import noise_operator, noise_specs
 
@@ -33,6 +34,9 @@ LR_STEPS = 1000
 """Steps of the run that train.lr was chosen for. It is too high for a HVAE in longer ones: at 3500
 steps half of it cleaned 0.3 dB better. A U-Net keeps it: at 14000 steps a quarter of it cost half a
 dB on notMNIST (shipped/choices.md)."""
+
+LEAST_EXPLAINED = "least_explained_"
+"""Metrics of this name and a number of views per pixel bound what `denoise` trusts."""
 
 Metrics = dict[str, float]
 
@@ -167,6 +171,26 @@ class Learner:
         n_views, model = self.config.noise.n_views, self.average
         codes = None if isinstance(model, UNet) else donor_codes(model, donors)
         return codes, validate(model, codes, val, n_views)
+
+    def least_explained(self, codes: NoiseCodes | None, val: Pairs) -> Metrics:
+        """What good answers to validation images explain at the least, by views per pixel, dB.
+
+        Nothing of a model that cannot say so, and of one with model.physics, which is told.
+        """
+        model = self.average
+        if codes is None or isinstance(model, UNet) or not model.unrolls or model.stem.inverse:
+            return {}
+        rows = np.arange(len(val))
+        parts = [rows[k : k + SCORE_BATCH] for k in range(0, len(rows), SCORE_BATCH)]
+        side = self.config.images.size
+        counts = enumerate((math.inf, *self.config.noise.n_views))
+        sets = (
+            (n_views / side, val.take(part, noise_id), val.take(part, 0))
+            for noise_id, n_views in counts
+            for part in parts
+        )
+        least = least_explained(model, codes.mean(0), sets)
+        return {f"{LEAST_EXPLAINED}{known:.4g}": value for known, value in least.items()}
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain values."""

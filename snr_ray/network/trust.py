@@ -7,10 +7,17 @@ thinks, other noise, or a size at which its steps lead nowhere.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
+
+from snr_ray.metrics import psnr
+from snr_ray.network.hvae import HVAE
+from snr_ray.network.swap import exchange
+
+Array = npt.NDArray[np.float32]
 
 MARGIN = 3.0
 """dB that an answer may explain less than the least of the validation images."""
@@ -36,6 +43,37 @@ def doubtful(
     """
     bounds = np.array([_bound(int(n) / side if n else math.inf, least) for n in n_views])
     return ~(np.asarray(explained, np.float64) >= bounds)
+
+
+def least_explained(
+    model: HVAE, code: list[Tensor], sets: Iterable[tuple[float, Array, Array]]
+) -> dict[float, float]:
+    """The least that good answers explain: what `doubtful` goes by.
+
+    A good answer is nearer to the clean image than its input was. Images are taken as they are and
+    as 8-bit files hold them.
+
+    Args:
+        model: one that `unrolls`, in eval mode.
+        code: mean clean noise code per level, as `snr_ray.network.swap.swap` takes it.
+        sets: views per pixel (infinite for clean ones) with validation images that have them and
+            their clean images, each [B, C, H, W].
+
+    Returns:
+        views per pixel -> dB; without those that have no good answer.
+    """
+    least: dict[float, float] = {}
+    for views_per_pixel, noisy, clean in sets:
+        stored = np.round(noisy.clip(0, 1) * 255).astype(np.float32) / np.float32(255)
+        for seen in (noisy, stored):
+            made = exchange(model, seen, code, explain=True)
+            assert made.explained is not None
+            better = psnr(made.images, clean) > psnr(seen, clean)
+            good = made.explained[better | math.isinf(views_per_pixel)]
+            if len(good):
+                found = float(good.min())
+                least[views_per_pixel] = min(found, least.get(views_per_pixel, math.inf))
+    return least
 
 
 def _bound(views_per_pixel: float, least: Mapping[float, float]) -> float:

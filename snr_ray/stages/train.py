@@ -196,6 +196,7 @@ def _worker(job: dict[str, Any]) -> None:
                 save_checkpoint(Path(folder), learner)
                 state = ray.train.Checkpoint.from_directory(folder)
                 if last or stop:
+                    metrics |= learner.least_explained(codes, val)
                     origin = job["origin"]
                     save_model(out / "model", config, learner.average, codes, metrics, origin)
             ray.train.report({"step": learner.step, **metrics}, checkpoint=state)

@@ -1,12 +1,16 @@
 """Doubt: falls with what is explained, never on what validation images reach."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from snr_ray.network.trust import LEAST, MARGIN, doubtful
+from snr_ray.learning.checkpoint import load_model
+from snr_ray.network.swap import exchange
+from snr_ray.network.trust import LEAST, MARGIN, doubtful, least_explained
+from snr_ray.noise.operator import NoiseSpec, noise_operator
 
 KNOWN = {0.1: 25.0, 0.3: 34.0, 0.6: 42.0, math.inf: 50.0}
 
@@ -45,3 +49,23 @@ def test_the_bound_goes_with_views_per_pixel_not_with_the_size() -> None:
     for side in (50, 100, 500):
         assert doubt(34 - MARGIN - 0.1, 3 * side // 10, side)
         assert not doubt(25 - MARGIN + 0.1, side // 5, side)
+
+
+def test_good_answers_to_the_images_that_were_measured_are_trusted(model_folder: Path) -> None:
+    trained = load_model(model_folder)
+    clean = np.random.default_rng(0).random((6, 1, 16, 16), dtype=np.float32)
+    noisy = noise_operator(NoiseSpec(12), 16, 16)(clean)
+    code = trained.codes.mean(0)
+    sets = [(math.inf, clean, clean), (12 / 16, noisy, noisy * 0.9 + 0.1 * clean)]
+    least = least_explained(trained.model, code, sets)
+    for seen in (clean, np.round(clean * 255) / 255):
+        made = exchange(trained.model, seen.astype(np.float32), code, explain=True)
+        assert made.explained is not None
+        assert made.explained.min() >= least[math.inf] - 1e-4
+    assert set(least) <= {math.inf, 12 / 16}
+
+
+def test_answers_worse_than_their_input_set_no_bound(model_folder: Path) -> None:
+    trained = load_model(model_folder)
+    clean = np.random.default_rng(0).random((4, 1, 16, 16), dtype=np.float32)
+    assert least_explained(trained.model, trained.codes.mean(0), [(0.5, clean, clean)]) == {}
