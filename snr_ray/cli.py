@@ -122,7 +122,7 @@ def _run(args: argparse.Namespace, config: Config) -> int:
         )
         what = f"{outcome.images:,} images in {outcome.out}; look at {outcome.out / 'report.html'}"
     elif args.stage == "evaluate":
-        from snr_ray.scoring.scores import BASELINES
+        from snr_ray.scoring.methods import BASELINES
         from snr_ray.stages.evaluate import evaluate
 
         asked = BASELINES if args.baselines is None else args.baselines.split(",")

@@ -1,6 +1,6 @@
 """What a model is worth: every method on the same images, and the pages that show it.
 
-`scores` runs the model and what it is compared with, `baselines` are total variation and SART,
-`probes` ask what the codes know and whether injected noise passes for true, `report` draws tables
-and pictures. Read `scores` first.
+`methods` has an entry for each method: key, label, how it is computed; `scores` runs them on every
+case, `baselines` are total variation, SART and their fitting, `probes` ask what the codes know and
+whether injected noise passes for true, `report` draws tables and pictures. Read `methods` first.
 """

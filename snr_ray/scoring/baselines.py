@@ -1,21 +1,69 @@
-"""What a user would try first: total variation and SART.
+"""What a user would try first: total variation, SART and the linear estimate, and their fitting.
 
-They take images [B, C, H, W] and work on each channel by itself.
+They take images [B, C, H, W].
 """
+
+import functools
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 from skimage.restoration import denoise_tv_chambolle
 from skimage.transform import iradon_sart
 
+from snr_ray.learning.batches import Pairs
 from snr_ray.metrics import psnr
-from snr_ray.noise.operator import RadonNoise
+from snr_ray.noise.lmmse import ImagePrior, Lmmse
+from snr_ray.noise.operator import NoiseSpec, RadonNoise, noise_operator
 
 Array = npt.NDArray[np.float32]
+Restore = Callable[[Array], Array]
+"""Noisy images [B, C, H, W] -> cleaned ones."""
 
 TV_WEIGHTS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 SART_ITERATIONS = 10
 SART_RELAXATION = 0.3
+
+
+class Fitting:
+    """Images that baselines are fitted on, each set read when it is first asked for."""
+
+    def __init__(
+        self, specs: list[NoiseSpec], val: Callable[[], Pairs], train: Callable[[], Pairs]
+    ) -> None:
+        """`specs`: of the noise ids, 1 first. `val` and `train`: read pairs of a split."""
+        self.specs, self._val, self._train = specs, val, train
+
+    @functools.cached_property
+    def val(self) -> Pairs:
+        """Validation images, which choose weights."""
+        return self._val()
+
+    @functools.cached_property
+    def prior(self) -> ImagePrior:
+        """What the linear estimate learns of training images."""
+        train = self._train()
+        return ImagePrior(train.take(np.arange(len(train)), 0))
+
+    def pair(self, noise_id: int) -> tuple[Array, Array]:
+        """Noisy and clean validation images of a noise id, [B, C, H, W] each."""
+        rows = np.arange(len(self.val))
+        return self.val.take(rows, noise_id), self.val.take(rows, 0)
+
+    def operator(self, noise_id: int) -> RadonNoise:
+        """Noise operator of a noise id for images of this size."""
+        return noise_operator(self.specs[noise_id - 1], *self.val.clean[0].shape[2:])
+
+
+def fit_tv(fitting: Fitting, noise_id: int) -> Restore:
+    """Total variation of the best weight."""
+    return functools.partial(tv, weight=best_tv_weight(*fitting.pair(noise_id)))
+
+
+def fit_lmmse(fitting: Fitting, noise_id: int) -> Restore:
+    """The linear estimate."""
+    side = fitting.prior.images.shape[2]
+    return Lmmse(fitting.prior, noise_operator(fitting.specs[noise_id - 1], side, side))
 
 
 def tv(noisy: Array, weight: float) -> Array:

@@ -17,7 +17,7 @@ from snr_ray.config import ImagesConfig, InputError
 from snr_ray.hashing import hash64
 from snr_ray.images.collection import Source
 from snr_ray.images.formats import decode
-from snr_ray.scoring.scores import Row
+from snr_ray.scoring.methods import TASKS
 
 Array = npt.NDArray[np.float32]
 
@@ -32,37 +32,6 @@ GRID_COLUMNS = (
 )
 PAGE_IMAGES = 24
 PAGE_WORST = 6
-METHOD_TEXT = {
-    "noisy": "noisy input",
-    "tv": "total variation, weight chosen on validation images",
-    "sart": "SART from the sinogram (every eighth image or so)",
-    "lmmse": "linear MMSE, knows the operator and its view count",
-    "unet": "supervised U-Net",
-    "swap": "**noise removed**, mean clean noise code",
-    "swap_random": "**noise removed**, random clean donor",
-    "swap_mirror": "noise removed, mean over the image and its mirror image at the diagonal",
-    "swap_detected": "noise removed, view count detected",
-    "swap_told": "**noise removed**, told the view count",
-    "hdn": "finest content from the prior, no swap (HDN mode)",
-    "recon_clean": "reconstruction of the clean image",
-    "recon": "reconstruction of the noisy image, against it",
-    "authority": "all codes of another noisy image, against that image",
-    "inject": "**noise injected**, against the true noisy image",
-    "no_inject": "clean image as it is, against the true noisy image",
-}
-TASK_TITLE = {
-    "remove": "Cleaned",
-    "make": "Made from codes, unclipped where the truth is noisy",
-    "remove_grainy": "Cleaned, with Gaussian noise of sigma 0.01 added to the input",
-    "remove_stored": "Cleaned, from input cut to [0, 1] and rounded to 8 bits",
-    "remove_unseen": "Cleaned, of view counts that no model was trained on",
-}
-
-
-def row_text(row: Row) -> str:
-    """What a row of the table says."""
-    other = f"model `{row.model}`: " if row.model else ""
-    return other + METHOD_TEXT[row.method]
 
 
 def grid(rows: list[list[Array]], labels: list[str], path: Path) -> None:
@@ -122,7 +91,7 @@ def evaluation_table(metrics: dict[str, Any]) -> str:
         "",
         *itertools.chain.from_iterable(
             _score_table(title, [r for r in results if r["task"] == task])
-            for task, title in TASK_TITLE.items()
+            for task, title in TASKS.items()
         ),
         "## What the codes know",
         "",
@@ -176,14 +145,13 @@ def _score_table(title: str, results: list[dict[str, Any]]) -> list[str]:
         "| method | " + " | ".join(f"{n} views" for n in views) + " | ms |",
         "|---|" + "---|" * (len(views) + 1),
     ]
-    for method, cells in by_method.items():
+    for cells in by_method.values():
         row = [cells.get(n) or cells.get(0) for n in views]
         seconds = [cell["seconds"] for cell in row if cell]
         text = " | ".join(_cell(cell) for cell in row)
         seeds = next((cell["seeds"] for cell in row if cell and "seeds" in cell), 0)
         name = next(iter(cells.values()))["text"] + (f" ({seeds} seeds)" if seeds else "")
-        idle = method.startswith(("noisy", "no_inject"))
-        spent = "" if idle or not seconds else f"{1000 * sum(seconds) / len(seconds):.1f}"
+        spent = "" if not any(seconds) else f"{1000 * sum(seconds) / len(seconds):.1f}"
         lines.append(f"| {name} | {text} | {spent} |")
     return [*lines, ""]
 

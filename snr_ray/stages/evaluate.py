@@ -31,13 +31,14 @@ from snr_ray.images.datafolder import parquet_bytes, write_failures
 from snr_ray.learning.batches import Pairs
 from snr_ray.learning.checkpoint import TrainedModel, TrainedUNet, load_any, load_model, model_path
 from snr_ray.network.swap import swap
-from snr_ray.noise.lmmse import FIT_IMAGES, ImagePrior, Lmmse
-from snr_ray.noise.operator import noise_operator, noise_specs
+from snr_ray.noise.lmmse import FIT_IMAGES
+from snr_ray.noise.operator import noise_specs
 from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.scoring import probes
-from snr_ray.scoring.baselines import best_tv_weight, tv
-from snr_ray.scoring.report import calibration, evaluation_table, grid, row_text
-from snr_ray.scoring.scores import BASELINES, METHODS, TASKS, Restore, Row, Scorer
+from snr_ray.scoring.baselines import Fitting, Restore
+from snr_ray.scoring.methods import BASELINES, METHODS, TASKS
+from snr_ray.scoring.report import calibration, evaluation_table, grid
+from snr_ray.scoring.scores import Row, Scorer
 from snr_ray.stages.cluster import connected, shared
 from snr_ray.stages.dataset import Origin, collect_pairs, count_rows, gather, open_rows
 from snr_ray.stages.simulate import Outcome
@@ -103,9 +104,10 @@ def evaluate(
     if config.images.crop:
         _tell(
             "the images are crops of larger ones, whose noise no operator on the crop gives: "
-            "lmmse, sart and unseen view counts are left out"
+            f"{', '.join(key for key in BASELINES if METHODS[key].operator)} and unseen view "
+            "counts are left out"
         )
-        baselines = tuple(name for name in baselines if name not in ("lmmse", "sart"))
+        baselines = tuple(key for key in baselines if not METHODS[key].operator)
     origin = Origin(images=images)
     counts = {split: count_rows(config, origin, split) for split in reversed(SPLITS)}
     n_test = min(counts["test"], limit or counts["test"])
@@ -233,22 +235,22 @@ def _open_beside(config: Config, folders: Iterable[str]) -> list[Beside]:
 
 def _fit_baselines(
     config: Config, origin: Origin, baselines: tuple[str, ...]
-) -> dict[str, list[Restore]]:
-    """Per baseline, what cleans images of each noise id; nothing for SART, which is not fitted."""
-    fitted: dict[str, list[Restore]] = {name: [] for name in baselines}
-    n_ids = len(config.noise.n_views)
-    if "tv" in baselines:
-        val, _ = collect_pairs(open_rows(config, origin, "val", TUNE_IMAGES), config)
-        rows = np.arange(len(val))
-        clean = val.take(rows, 0)
-        weights = [best_tv_weight(val.take(rows, k), clean) for k in range(1, n_ids + 1)]
-        fitted["tv"] = [functools.partial(tv, weight=weight) for weight in weights]
-    if "lmmse" in baselines:
-        train, _ = collect_pairs(open_rows(config, origin, "train", FIT_IMAGES), config)
-        prior, side = ImagePrior(train.take(np.arange(len(train)), 0)), config.images.size
-        fitted["lmmse"] = [
-            Lmmse(prior, noise_operator(spec, side, side)) for spec in noise_specs(config.noise)
-        ]
+) -> dict[str, list[Restore | None]]:
+    """Per baseline, what cleans images of each noise id; None for one that is not fitted."""
+
+    def read(split: str, limit: int) -> Pairs:
+        return collect_pairs(open_rows(config, origin, split, limit), config)[0]
+
+    fitting = Fitting(
+        noise_specs(config.noise),
+        functools.partial(read, "val", TUNE_IMAGES),
+        functools.partial(read, "train", FIT_IMAGES),
+    )
+    fitted = {}
+    for key in baselines:
+        fit = METHODS[key].fit
+        assert fit is not None
+        fitted[key] = [fit(fitting, noise_id) for noise_id in range(1, 1 + len(fitting.specs))]
     return fitted
 
 
@@ -303,12 +305,13 @@ def _means(scores: pa.Table, config: Config, others: list[Beside]) -> list[dict[
         pooled.setdefault(row, []).append(cell)
 
     def place(row: Row) -> tuple[Any, ...]:
-        return TASKS.index(row.task), METHODS.index(row.method), row.model, row.n_views
+        tasks, methods = list(TASKS), list(METHODS)
+        return tasks.index(row.task), methods.index(row.method), row.model, row.n_views
 
     return [
         {
             "method": row.name,
-            "text": row_text(row),
+            "text": row.text,
             "task": row.task,
             "n_views": row.n_views,
             "psnr": round(float(np.mean([cell["psnr_mean"] for cell in cells])), 4),
