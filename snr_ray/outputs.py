@@ -5,42 +5,33 @@ or finds itself done; another job is refused, so nothing a user had is mixed or 
 """
 
 import json
-import os
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from snr_ray.config import InputError
+from snr_ray.folder import JOB, Folder, LocalFolder, open_folder, without_secrets
 
-JOB = "job.json"
+EMPTYING = "emptying"
+"""Key of a job.json whose folder still holds what `--overwrite` is about to remove."""
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path) -> AbstractContextManager[Path]:
     """A path to write to that becomes `path` at the end, or is gone where writing fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    return LocalFolder(path.parent).writing(path.name)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file that is there whole or not at all, whatever happens meanwhile."""
-    with atomic(path) as partial:
-        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+    LocalFolder(path.parent).write(path.name, data)
 
 
 def claim(
-    out: Path,
+    out: Folder | Path,
     identity: Mapping[str, Any],
     *,
     owned: Iterable[str],
@@ -50,8 +41,9 @@ def claim(
     """Take an output folder for a job.
 
     Args:
-        out: the folder; made if missing.
-        identity: flat key -> JSON value; all that decides what the folder will hold.
+        out: the folder, also in a bucket; made if missing.
+        identity: flat key -> JSON value; all that decides what the folder will hold. Secrets of
+            URIs are taken out.
         owned: names of files and folders in `out` that this stage writes; `overwrite` removes them.
         overwrite: start afresh whatever is there.
         inputs: folder of the images, which the output folder must not be or lie in.
@@ -60,50 +52,75 @@ def claim(
         True if the folder already belongs to this very job, which then continues.
 
     Raises:
-        InputError: if the folder belongs to another job or holds files of someone else.
+        InputError: if the folder belongs to another job or holds files of someone else, or cannot
+            be written.
     """
-    identity = json.loads(json.dumps(identity))
-    place = out.resolve()
-    if inputs is not None and (place == inputs or inputs in place.parents):
+    out = open_folder(out)
+    known: dict[str, Any] = json.loads(without_secrets(json.dumps(identity)))
+    place = out.local and out.local.resolve()
+    if place and inputs is not None and (place == inputs or inputs in place.parents):
         raise InputError(
             f"--out must lie outside the images, but {out} is inside {inputs}; give another --out."
         )
-    if out.exists() and not out.is_dir():
+    if place and place.exists() and not place.is_dir():
         raise InputError(f"--out must be a folder, but {out} is a file.")
-    job = out / JOB
-    if job.is_file() and not overwrite:
-        before = json.loads(job.read_text())
-        for key in identity:
-            if before.get(key) != identity[key]:
-                raise InputError(
-                    f"{out} belongs to another job ({key}: {before.get(key)!r} there, "
-                    f"{identity[key]!r} now); give another --out, or --overwrite to replace it."
-                )
-        return True
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise InputError(
-            f"--out must be new, empty or an unfinished job of this kind, but {out} holds other "
-            "files; give another --out, or --overwrite to write into it."
-        )
-    if overwrite:
-        owned = (JOB, *owned)
-        foreign = [name for name in owned if (out / name).exists() and not job.is_file()]
-        if foreign:
-            raise InputError(
-                f"--overwrite replaces what snr wrote, but {out / foreign[0]} is not from snr; "
-                "give another --out or move it away."
-            )
-        for name in owned:
-            path = out / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
     try:
-        write_atomic(job, json.dumps(identity, indent=2) + "\n")
+        return _claim(out, known, (JOB, *owned), overwrite)
     except OSError as error:
-        raise InputError(f"--out must be a folder that can be written ({error}).") from None
+        raise InputError(
+            f"--out must be a folder that can be written, but {out} cannot "
+            f"({without_secrets(str(error))})."
+        ) from None
+
+
+def _claim(out: Folder, identity: dict[str, Any], owned: tuple[str, ...], overwrite: bool) -> bool:
+    text = json.dumps(identity, indent=2) + "\n"
+    taken = out.exists(JOB)
+    before = {} if overwrite or not taken else _job(out)
+    for key in identity:
+        if before and before.get(key) != identity[key]:
+            raise InputError(
+                f"{out} belongs to another job ({key}: {before.get(key)!r} there, "
+                f"{identity[key]!r} now); give another --out, or --overwrite to replace it."
+            )
+    if before and EMPTYING not in before:
+        return True
+    if not overwrite and not before:
+        if not out.empty():
+            raise InputError(
+                f"--out must be new, empty or an unfinished job of this kind, but {out} holds "
+                "other files; give another --out, or --overwrite to write into it."
+            )
+        # Not taken if another driver was faster: then it is the other's, or this job's as well.
+        return not out.create(JOB, text) and _claim(out, identity, owned, overwrite)
+    foreign = [name for name in owned if out.exists(name) and not taken]
+    if foreign:
+        raise InputError(
+            f"--overwrite replaces what snr wrote, but {out}/{foreign[0]} is not from snr; "
+            "give another --out or move it away."
+        )
+    # The folder is this job's before anything goes, and stays marked until all is gone: a stop in
+    # between leaves neither a folder that is refused nor old results that pass for new ones.
+    out.write(JOB, json.dumps(identity | {EMPTYING: True}, indent=2) + "\n", durable=True)
+    for name in owned:
+        if name != JOB:
+            out.remove(name)
+    out.write(JOB, text, durable=True)
     return False
+
+
+def _job(out: Folder) -> dict[str, Any]:
+    """What stands in the job.json of a folder."""
+    try:
+        before = json.loads(out.read(JOB))
+    except ValueError:  # also bytes that are not text
+        before = None
+    if not isinstance(before, dict) or not before:
+        raise InputError(
+            f"{out}/{JOB} must say whose results these are, but is damaged; give another --out, or "
+            "--overwrite to start afresh."
+        )
+    return before
 
 
 @dataclass

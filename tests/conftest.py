@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.fs as pafs
 import pytest
 from PIL import Image
 
@@ -41,6 +42,33 @@ def ray_2_cpus() -> Iterator[None]:
     quiet_data()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A real S3 server on loopback: the query that URIs of its buckets need."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"scheme=http&endpoint_override={host}:{port}&region=us-east-1"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(
+    s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[pafs.FileSystem, str]]:
+    """The empty bucket `bucket` of that server: its file system and the query of its URIs."""
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "test")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    uri = f"s3://bucket?{s3_server}&allow_bucket_creation=true&allow_bucket_deletion=true"
+    fs, _ = pafs.FileSystem.from_uri(uri)
+    fs.create_dir("bucket")
+    yield fs, s3_server
+    fs.delete_dir("bucket")
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ HOMES = {
     "safetensors": {"learning", "scoring", "stages"},
 }
 """Rooms that may know a package; others are free above the ground floor."""
-GROUND = {"yaml", "numpy"}
+GROUND = {"yaml", "numpy", "pyarrow"}
 EXCEPTIONS = {
     ("metrics.py", "skimage"),  # SSIM
     ("noise/tensors.py", "torch"),  # the operator on tensors

@@ -3,7 +3,6 @@
 import io
 import pickle
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -216,25 +215,6 @@ def test_deleted_file_is_one_bad_image(image_folder: Path) -> None:
     (image_folder / source.ids[0]).unlink()
     with pytest.raises(InputError, match="cannot be read"):
         source.read(0)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[pafs.FileSystem, str]]:
-    """A real S3 server on loopback: its file system and the query of its URIs."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(key, "test")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    query = f"scheme=http&endpoint_override={host}:{port}&region=us-east-1"
-    uri = f"s3://bucket?{query}&allow_bucket_creation=true"
-    fs, _ = pafs.FileSystem.from_uri(uri)
-    fs.create_dir("bucket")
-    yield fs, query
-    server.stop()
 
 
 def test_bucket_is_read_through_its_uri(bucket: tuple[pafs.FileSystem, str]) -> None:

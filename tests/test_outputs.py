@@ -1,0 +1,153 @@
+"""Claiming an output folder: whose it is, what is replaced, and a stop at any point of it."""
+
+import json
+from pathlib import Path
+
+import pyarrow.fs as pafs
+import pytest
+
+from snr_ray.config import InputError
+from snr_ray.folder import JOB, Folder, LocalFolder, open_folder
+from snr_ray.outputs import claim
+
+MINE = {"stage": "denoise", "source": "scans"}
+OTHER = {"stage": "denoise", "source": "photos"}
+
+
+@pytest.fixture(params=["local", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    if request.param == "local":
+        return open_folder(tmp_path / "out")
+    _, query = request.getfixturevalue("bucket")
+    return open_folder(f"s3://bucket/out?{query}")
+
+
+def take(place: Folder, identity: dict[str, str], overwrite: bool = False) -> bool:
+    return claim(place, identity, owned=("manifest", "parts"), overwrite=overwrite)
+
+
+def test_a_job_continues_and_another_is_refused(place: Folder) -> None:
+    assert take(place, MINE) is False
+    assert take(place, MINE) is True
+    with pytest.raises(InputError, match=r"another job \(source: 'scans' there, 'photos' now\)"):
+        take(place, OTHER)
+
+
+def test_overwrite_removes_what_the_stage_owns(place: Folder) -> None:
+    take(place, MINE)
+    for name in ("manifest", "parts/1/2", "kept.png"):
+        place.write(name, "")
+    assert take(place, OTHER, overwrite=True) is False
+    assert place.list() == [JOB, "kept.png"]
+    assert take(place, OTHER) is True
+
+
+def test_files_of_others_are_left_alone(place: Folder) -> None:
+    place.write("manifest", "theirs")
+    with pytest.raises(InputError, match="holds other files"):
+        take(place, MINE)
+    with pytest.raises(InputError, match="manifest is not from snr"):
+        take(place, MINE, overwrite=True)
+    assert place.list() == ["manifest"]
+
+
+class Stops(LocalFolder):
+    """A folder whose driver is killed at its n-th change."""
+
+    left = 0
+
+    def _count(self) -> None:
+        Stops.left -= 1
+        if Stops.left < 0:
+            raise KeyboardInterrupt
+
+    def write(self, name: str, data: bytes | str, *, durable: bool = False) -> None:
+        self._count()
+        super().write(name, data, durable=durable)
+
+    def create(self, name: str, data: bytes | str) -> bool:
+        self._count()
+        return super().create(name, data)
+
+    def remove(self, name: str) -> None:
+        self._count()
+        super().remove(name)
+
+
+@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("again", [MINE, OTHER])
+def test_a_stop_in_the_middle_of_overwrite(
+    after: int, again: dict[str, str], tmp_path: Path
+) -> None:
+    place = open_folder(tmp_path / "out")
+    take(place, MINE)
+    for name in ("manifest", "parts/1"):
+        place.write(name, "of MINE")
+    Stops.left = after
+    finished = True
+    try:
+        take(Stops(tmp_path / "out"), OTHER, overwrite=True)
+    except KeyboardInterrupt:
+        finished = False
+    # Never refused for ever, and what is left of a job never passes for that of another.
+    if again == OTHER and after:
+        assert take(place, OTHER) is finished
+        assert place.list() == [JOB]
+    elif again == MINE and after == 0:
+        assert take(place, MINE) is True
+        assert place.list() == [JOB, "manifest", "parts/1"]
+    else:
+        with pytest.raises(InputError, match="another job"):
+            take(place, again)
+        assert take(place, again, overwrite=True) is False
+        assert place.list() == [JOB]
+
+
+@pytest.mark.parametrize("text", ["", '{"stage": "den', "[]", "{}", "\udcff"])
+def test_damaged_job_is_a_sentence(text: str, place: Folder) -> None:
+    place.write(JOB, text.encode(errors="surrogateescape"))
+    place.write("manifest", "")
+    with pytest.raises(InputError, match=r"job.json must say .* is damaged; .* --overwrite"):
+        take(place, MINE)
+    assert take(place, MINE, overwrite=True) is False
+    assert place.list() == [JOB]
+
+
+def test_secrets_are_not_written(place: Folder) -> None:
+    take(place, {"source": "s3://key:secret@bucket/x"})
+    assert json.loads(place.read(JOB)) == {"source": "s3://bucket/x"}
+    assert take(place, {"source": "s3://other:key@bucket/x"}) is True
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(
+    bucket: tuple[pafs.FileSystem, str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--out must be a folder that can be written"):
+        take(open_folder(tmp_path / "file" / "out"), MINE)
+    with pytest.raises(InputError, match=r"--out must be a folder, but .*file is a file"):
+        take(open_folder(tmp_path / "file"), MINE)
+    with pytest.raises(InputError, match=r"can be written, but s3://nowhere/out\?.* cannot"):
+        take(open_folder(f"s3://nowhere/out?{bucket[1]}"), MINE)
+
+
+@pytest.fixture
+def rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Another driver, which claims the same folder between our look and our claim."""
+    identity: dict[str, str] = {}
+    create = LocalFolder.create
+
+    def late(self: LocalFolder, name: str, data: bytes | str) -> bool:
+        create(self, name, json.dumps(identity))
+        return create(self, name, data)
+
+    monkeypatch.setattr(LocalFolder, "create", late)
+    return identity
+
+
+def test_another_driver_is_a_moment_faster(rival: dict[str, str], tmp_path: Path) -> None:
+    rival |= OTHER
+    with pytest.raises(InputError, match="another job"):
+        take(open_folder(tmp_path / "out"), MINE)
+    rival |= MINE
+    assert take(open_folder(tmp_path / "out2"), MINE) is True
