@@ -37,6 +37,7 @@ def claim(
     owned: Iterable[str],
     overwrite: bool,
     inputs: Path | None = None,
+    inputs_alone: bool = False,
 ) -> bool:
     """Take an output folder for a job.
 
@@ -47,6 +48,7 @@ def claim(
         owned: names of files and folders in `out` that this stage writes; `overwrite` removes them.
         overwrite: start afresh whatever is there.
         inputs: folder of the images, which the output folder must not be or lie in.
+        inputs_alone: only files of `inputs` itself are read, so the output may lie in it.
 
     Returns:
         True if the folder already belongs to this very job, which then continues.
@@ -58,9 +60,11 @@ def claim(
     out = open_folder(out)
     known: dict[str, Any] = json.loads(without_secrets(json.dumps(identity)))
     place = out.local and out.local.resolve()
-    if place and inputs is not None and (place == inputs or inputs in place.parents):
+    inside = bool(place and inputs and inputs in place.parents) and not inputs_alone
+    if inside or (place and place == inputs):
+        where = "inside" if inside else "their folder"
         raise InputError(
-            f"--out must lie outside the images, but {out} is inside {inputs}; give another --out."
+            f"--out must lie outside the images, but {out} is {where} {inputs}; give another --out."
         )
     if place and place.exists() and not place.is_dir():
         raise InputError(f"--out must be a folder, but {out} is a file.")

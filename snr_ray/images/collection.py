@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from snr_ray.config import ImagesConfig, InputError
 from snr_ray.hashing import hash64
 from snr_ray.images.formats import SUFFIXES, Decoded, decode, prepare, scale
+from snr_ray.images.listing import LeftOut
 
 Array = npt.NDArray[np.float32]
 Raw = bytes | npt.NDArray[np.generic]
@@ -73,23 +74,37 @@ class Source:
     """Class of each image; empty where classes are not known."""
     folder: Path | None = None
     """The local folder that the images lie in, if they do; results must not land there."""
+    alone: bool = False
+    """Whether only files of `folder` itself are meant; results may then go to folders in it."""
     chunks: npt.NDArray[np.int64] | None = None
     """Index of the first image of each chunk that is read as a whole (a row group); none where
     every image is read alone."""
+    identity: str = ""
+    """What a job is known by: the place of the images whatever the user typed, without the secrets
+    that a URI may hold; by default the name."""
+    stamps: Callable[[int], str] | None = None
+    """Size and time of what `fetch` reads; none where images cannot change."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """What lies beside the images and is not read, counted by reason."""
 
     def __post_init__(self) -> None:
+        if not self.identity:
+            object.__setattr__(self, "identity", self.name)
         if not isinstance(self.ids, Texts):
             object.__setattr__(self, "ids", Texts(self.ids))
         assert isinstance(self.ids, Texts)
         if not len(self.ids):
+            others = f"; it has {self.left_out}" if self.left_out.counts else ""
             raise InputError(
                 f"A source must hold at least one image ({' '.join(SUFFIXES)}) or Parquet file, "
-                f"but {self.name} holds none."
+                f"but {self.name} holds none{others}."
             )
-        ordered = np.sort(self._hashes)
-        if (ordered[1:] == ordered[:-1]).any():
-            names, counts = pc.value_counts(self.ids.array).flatten()
-            most = int(np.argmax(counts))
+        names = self.ids.array
+        if pc.all(pc.less(names[:-1], names[1:])).as_py():  # as folders are listed
+            return
+        names, counts = pc.value_counts(names).flatten()
+        most = int(np.argmax(counts))
+        if counts[most].as_py() > 1:
             raise InputError(
                 f"Every image needs an id of its own, but {self.name} holds {counts[most]} images "
                 f"named {names[most].as_py()!r}, which would get the same output name; rename them "
@@ -144,6 +159,18 @@ class Source:
         out = io.BytesIO()
         np.save(out, raw, allow_pickle=False)
         return self.ids[index] + ".npy", out.getvalue()
+
+    def stamp(self, index: int) -> str:
+        """Size and time of the file or table that one image is in; "" where it has none or is gone.
+
+        Another stamp under the same id means that the image may have been replaced.
+        """
+        if self.stamps is None:
+            return ""
+        try:
+            return self.stamps(index)
+        except OSError:
+            return ""
 
     @functools.cached_property
     def _hashes(self) -> npt.NDArray[np.uint64]:

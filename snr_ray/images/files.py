@@ -1,205 +1,125 @@
 """Folders, globs, single files and Parquet tables, on a file system or in a bucket, as a source."""
 
-import fnmatch
 import functools
+import os
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from snr_ray.config import InputError
-from snr_ray.images.collection import Raw, Source, Texts
-from snr_ray.images.formats import SUFFIXES
-
-OWN_TABLES = ("failures.parquet", "manifest.parquet", "scores.parquet")
-"""Parquet files that stages write beside images and rows."""
-_IMAGE_COLUMNS = "a column clean, image, img, bytes or data"
-
-
-def _filesystem(text: str) -> tuple[pafs.FileSystem, str]:
-    if "://" in text:
-        try:
-            return pafs.FileSystem.from_uri(text)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{text} is not a URI that can be opened ({error}).") from None
-    return pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+from snr_ray.images.collection import Source, Texts
+from snr_ray.images.listing import Glob, LeftOut, Listing, list_place
+from snr_ray.images.places import find, printable, shown
+from snr_ray.images.tables import table_source
 
 
 def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
     """A folder (searched with its subfolders), one file, or a glob; local or by URI.
 
     `#COLUMN` at the end names the image column of Parquet files; `known` are words that the user
-    may have meant.
+    may have meant. `name` is what the source is called, and begins the identity where it is not
+    `text`.
 
     Raises:
         InputError: if it is not there or holds no images.
     """
-    wanted = ""
-    globbed = False
-    if not Path(text).expanduser().exists():  # names may hold any character
-        text, _, wanted = text.partition("#")
-        globbed = any(c in text for c in "*[") or ("?" in text and "://" not in text)
-    head, pattern = text, ""
-    if globbed:
-        parts = text.split("/")
-        first = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
-        head, pattern = "/".join(parts[:first]) or ("/" if text.startswith("/") else "."), text
-    fs, root = _filesystem(head)
-    if globbed:
-        pattern = f"{root.rstrip('/')}/{'/'.join(pattern.split('/')[first:])}"
+    place = find(text)
+    kind_of_source = name.removesuffix(text)
+    name = kind_of_source + shown(text)
+    alone = Glob(place.pattern).one_folder
     try:
-        kind = fs.get_file_info(root).type
+        kind = _kind(place.root) if place.local else place.fs.get_file_info(place.root).type
         if kind == pafs.FileType.NotFound:
             raise InputError(
                 f"SRC must be a path that exists, a URI, or one of {', '.join(known)}, "
                 f"but {name!r} is none of these."
             )
         if kind == pafs.FileType.File:
-            files, root = [root], str(PurePosixPath(root).parent)
+            file = PurePosixPath(place.root)
+            root, alone = str(file.parent), True
+            listing = _one_file(file.name)
         else:
-            listed = fs.get_file_info(pafs.FileSelector(root, recursive=True))
-            files = [info.path for info in listed if info.type == pafs.FileType.File]
+            root, listing = place.root, list_place(place)
     except OSError as error:
         raise InputError(f"{name} cannot be listed ({error}).") from None
-    if globbed:
-        files = [path for path in files if fnmatch.fnmatchcase(path, pattern)]
     prefix = root.rstrip("/") + "/"
-    folder = Path(root).resolve() if isinstance(fs, pafs.LocalFileSystem) else None
-    visible = [
-        p for p in sorted(files) if not any(s[:1] == "." for s in p[len(prefix) :].split("/"))
-    ]
-    images = [path for path in visible if path.lower().endswith(SUFFIXES)]
-    if images and not wanted:
-        ids = Texts(path[len(prefix) :] for path in images)
-        return Source(name, ids, functools.partial(_read_file, fs, prefix, ids), folder=folder)
-    tables = [
-        path
-        for path in visible
-        if path.lower().endswith(".parquet") and PurePosixPath(path).name not in OWN_TABLES
-    ]
-    return _parquet(fs, tables, prefix, name, wanted, folder)
-
-
-def _read_file(fs: pafs.FileSystem, prefix: str, ids: Texts, index: int) -> bytes:
-    with fs.open_input_stream(prefix + ids[index]) as stream:
-        return stream.read()
-
-
-def _parquet(
-    fs: pafs.FileSystem,
-    tables: list[str],
-    prefix: str,
-    name: str,
-    wanted: str,
-    folder: Path | None,
-) -> Source:
-    """Parquet rows with encoded images (bytes, or a struct with bytes and path) or tensors."""
-    ids: list[pa.Array] = [pa.array([], pa.string())]
-    classes: list[pa.Array] = [pa.array([], pa.string())]
-    groups: list[tuple[str, int]] = []  # table, row group in it
-    chunks = [0]  # index of the first row of each
-    column, is_tensor = wanted, False
-    for path in tables:
-        try:
-            file = pq.ParquetFile(path, filesystem=fs)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{path} is not a readable Parquet file ({error}).") from None
-        column, id_column = _columns(file.schema_arrow, path, wanted)
-        is_tensor = isinstance(file.schema_arrow.field(column).type, pa.FixedShapeTensorType)
-        # Ids of a data folder are those of its source already.
-        stem = "" if is_tensor and id_column else path[len(prefix) :].removesuffix(".parquet") + "/"
-        for group in range(file.num_row_groups):
-            names = _names(file, path, group, id_column)
-            if "label" in file.schema_arrow.names:
-                column_of_classes = file.read_row_group(group, ["label"]).column(0)
-                classes.append(column_of_classes.cast(pa.string()).combine_chunks())
-            chunks.append(chunks[-1] + len(names))
-            ids.append(pc.binary_join_element_wise(stem, names, ""))
-            groups.append((path, group))
-    starts = np.array(chunks[:-1], np.int64)
-    every = sum(map(len, classes)) == chunks[-1]
-    return Source(
+    source = functools.partial(
+        Source,
         name,
-        Texts(pa.concat_arrays(ids)),
-        functools.partial(_read_row, fs, column, groups, starts),
-        tensors=is_tensor,
-        labels=Texts(pa.concat_arrays(classes)) if every else (),
-        folder=folder,
-        chunks=starts,
+        identity=kind_of_source + place.identity,
+        folder=Path(root).resolve() if place.local else None,
+        alone=alone,
+        left_out=listing.left_out,
     )
+    if place.column or (listing.tables and not len(listing.images)):
+        return table_source(place, listing.tables, prefix, source)
+    for table in listing.tables:
+        listing.left_out.add("Parquet tables beside image files", table)
+    ids = Texts(listing.images)
+    where: _Local | _Remote
+    if place.local:
+        where = _Local(os.fsencode(prefix), ids, listing.odd)
+    else:
+        where = _Remote(place.fs, prefix, ids, listing.sizes, listing.times)
+    return source(ids, where.read, stamps=where.stamp)
 
 
-def _names(file: pq.ParquetFile, path: str, group: int, id_column: str) -> pa.StringArray:
-    """What identifies each row of a row group: its id, or its place where it has none."""
-    keys = pa.nulls(file.metadata.row_group(group).num_rows, pa.string())
-    if id_column:
-        keys = file.read_row_group(group, [id_column]).column(0).combine_chunks()
-        if id_column.endswith(".path"):  # a leaf comes in its struct
-            keys = keys.field("path")
-        try:
-            keys = keys.cast(pa.string())
-        except pa.ArrowException as error:
-            raise InputError(
-                f"Ids of images must be text or numbers, but those of {path} are {keys.type} "
-                f"({error}); name them in another column, or drop this one."
-            ) from None
-    unnamed = pc.equal(pc.fill_null(keys, ""), "")
-    if not pc.any(unnamed).as_py():
-        return keys
-    return pc.if_else(unnamed, [f"{group}-{i:06d}" for i in range(len(keys))], keys)
+@dataclass(frozen=True)
+class _Local:
+    """Files of this machine, or of what is mounted on it."""
+
+    prefix: bytes
+    ids: Texts
+    odd: dict[str, bytes]
+
+    def read(self, index: int) -> bytes:
+        with open(self._path(index), "rb") as file:
+            return file.read()
+
+    def stamp(self, index: int) -> str:
+        status = os.stat(self._path(index))
+        return f"{status.st_size}-{status.st_mtime_ns}"
+
+    def _path(self, index: int) -> bytes:
+        name = self.ids[index]
+        return self.prefix + self.odd.get(name, name.encode())
 
 
-def _columns(schema: pa.Schema, path: str, wanted: str) -> tuple[str, str]:
-    """Names of the image column and of the leaf that identifies a row ("" if none)."""
-    for name in (wanted,) if wanted else ("clean", "image", "img", "bytes", "data"):
-        if name not in schema.names:
-            continue
-        kind = schema.field(name).type
-        if pa.types.is_struct(kind) and "bytes" in {f.name for f in kind}:
-            return name, f"{name}.path" if "path" in {f.name for f in kind} else ""
-        if pa.types.is_binary(kind) or isinstance(kind, pa.FixedShapeTensorType):
-            return name, next((n for n in ("id", "path", "name") if n in schema.names), "")
-    raise InputError(
-        f"A Parquet file must have {f'the column {wanted}' if wanted else _IMAGE_COLUMNS} with "
-        f"encoded images or fixed-shape tensors, but {path} has {', '.join(schema.names)}."
-    )
+@dataclass(frozen=True)
+class _Remote:
+    """Objects of a bucket, with the sizes and times that their listing gave."""
+
+    fs: pafs.FileSystem
+    prefix: str
+    ids: Texts
+    sizes: npt.NDArray[np.int64] | None
+    times: npt.NDArray[np.int64] | None
+
+    def read(self, index: int) -> bytes:
+        with self.fs.open_input_stream(self.prefix + self.ids[index]) as stream:
+            return stream.read()
+
+    def stamp(self, index: int) -> str:
+        if self.sizes is None or self.times is None:
+            info = self.fs.get_file_info(self.prefix + self.ids[index])
+            return f"{info.size}-{info.mtime_ns}"
+        return f"{self.sizes[index]}-{self.times[index]}"
 
 
-def _read_row(
-    fs: pafs.FileSystem,
-    column: str,
-    groups: list[tuple[str, int]],
-    starts: npt.NDArray[np.int64],
-    index: int,
-) -> Raw:
-    chunk = int(np.searchsorted(starts, index, side="right")) - 1
-    path, group = groups[chunk]
-    value = _row_group(_Hashable(fs), path, group, column)[int(index - starts[chunk])]
-    if isinstance(value, pa.FixedShapeTensorScalar):
-        tensor = value.to_numpy()
-        # Tensors of a data folder are [C, H, W] float32 in [0, 1]; scale() wants channels last.
-        return np.moveaxis(tensor, 0, 2) if tensor.ndim == 3 else tensor
-    data = value.as_py()
-    return data["bytes"] if isinstance(data, dict) else data
+def _kind(path: str) -> pafs.FileType:
+    if not os.path.exists(path):
+        return pafs.FileType.NotFound
+    return pafs.FileType.Directory if os.path.isdir(path) else pafs.FileType.File
 
 
-class _Hashable:
-    """Lets a file system be a cache key: equal file systems share a cached row group."""
-
-    def __init__(self, fs: pafs.FileSystem) -> None:
-        self.fs = fs
-
-    def __hash__(self) -> int:
-        return hash(self.fs.type_name)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashable) and self.fs.equals(other.fs)
-
-
-@functools.lru_cache(maxsize=4)
-def _row_group(fs: _Hashable, path: str, group: int, column: str) -> pa.ChunkedArray:
-    return pq.ParquetFile(path, filesystem=fs.fs).read_row_group(group, [column]).column(0)
+def _one_file(name: str) -> Listing:
+    """The listing of a file that was named itself: whatever its suffix, it is meant."""
+    table = name.lower().endswith(".parquet")
+    text = printable(name)
+    odd = {text: os.fsencode(name)} if text != name else {}
+    images = pa.array([] if table else [text], pa.string())
+    return Listing(images, [name] if table else [], LeftOut(), odd, None, None)

@@ -9,6 +9,7 @@ InputError that says so.
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from posixpath import splitext
 
@@ -21,7 +22,19 @@ from snr_ray.config import ImagesConfig, InputError
 
 Array = npt.NDArray[np.float32]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm", ".dicom",
+            ".ima")  # fmt: skip
+HEAD_BYTES = 132
+"""Bytes that say what a file is."""
+_HEADS = (
+    ("png", rb"\x89PNG\r\n\x1a\n"),
+    ("jpeg", rb"\xff\xd8\xff"),
+    ("tiff", rb"II[*+]\0|MM\0[*+]"),
+    ("bmp", rb"BM.{4}\0{4}"),
+    ("webp", rb"RIFF.{4}WEBP"),
+    ("npy", rb"\x93NUMPY"),
+    ("dicom", rb".{128}DICM"),
+)
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow and scikit-image
 
 
@@ -36,6 +49,11 @@ class Decoded:
     pixels: Array
     depth: np.dtype
     span: Span
+
+
+def recognise(head: bytes) -> str | None:
+    """The format of a file by its first bytes: png, jpeg, tiff, bmp, webp, npy or dicom."""
+    return next((kind for kind, start in _HEADS if re.match(start, head, re.DOTALL)), None)
 
 
 def decode(
@@ -74,6 +92,36 @@ def decode(
     return scale(
         np.clip(stored, *window) - window[0], name, white=window[1] - window[0], span=window
     )
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file with one or several pictures, slices or pages, that can be written back as it was."""
+
+    name: str
+    frames: list[Decoded]
+
+    def encode(
+        self, frames: Sequence[Array], name: str, *, clip: bool = True, job: str = ""
+    ) -> bytes:
+        """The bytes of a file like this one, with other pixels.
+
+        Args:
+            frames: [C, H, W] each, in the order of `self.frames` and of their shapes.
+            name: of the result; its suffix says the format.
+            clip: cut pixels to [0, 1] first; formats of integers need that.
+            job: what made the pixels; identifiers of the result follow from it and the old ones,
+                so that the same job writes the same bytes.
+        """
+        (pixels,), (old,) = frames, self.frames
+        return encode(pixels, name, depth=old.depth, span=old.span, clip=clip)
+
+
+def open_file(
+    data: bytes, name: str, *, white: float | None = None, window: Span | None = None
+) -> OpenFile:
+    """Read all pictures of a file; arguments and errors as of `decode`."""
+    return OpenFile(name, [decode(data, name, white=white, window=window)])
 
 
 def scale(

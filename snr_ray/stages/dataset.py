@@ -20,6 +20,7 @@ from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
 from snr_ray.images.collection import Source
 from snr_ray.images.datafolder import DataFolder, Failure, image_columns, row_bytes, tensors
+from snr_ray.images.places import shown
 from snr_ray.images.sources import open_source
 from snr_ray.learning.batches import Pairs
 from snr_ray.stages.simulate import stream
@@ -52,8 +53,8 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """What the user typed."""
-        return str(self.data if self.images is None else self.images)
+        """What the user typed, without keys of buckets."""
+        return shown(str(self.data if self.images is None else self.images))
 
 
 def settle(config: Config, origin: Origin) -> Config:

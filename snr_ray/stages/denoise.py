@@ -108,7 +108,7 @@ def denoise(
         {
             "stage": "denoise",
             "model": fingerprint((model_path(model) / "model.safetensors").read_bytes()),
-            "source": source.name,
+            "source": source.identity,
             "donor": donor,
             "samples": samples,
             "inject": inject,
@@ -120,6 +120,7 @@ def denoise(
         owned=("manifest.parquet", "failures.parquet", "report.html", "parts"),
         overwrite=overwrite,
         inputs=source.folder,
+        inputs_alone=source.alone,
     )
     rows = _rows_done(out) if resumed else []
     done = {row["id"] for row in rows}

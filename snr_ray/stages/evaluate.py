@@ -116,7 +116,7 @@ def evaluate(
         {
             "stage": "evaluate",
             "model": _fingerprint(model_path(model)),
-            "source": images,
+            "source": origin.source.identity,
             "baselines": list(baselines),
             "beside": [f"{other.label} {_fingerprint(other.folder)}" for other in others],
             "limit": limit,

@@ -72,7 +72,7 @@ def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False)
         out,
         {
             "stage": "simulate",
-            "source": source.name,
+            "source": source.identity,
             "ids": fingerprint(source.ids),
             "noise": spec_hash(noise, config.images.size),
             **{f"images.{k}": v for k, v in configs.to_dict(config)["images"].items()},
@@ -80,6 +80,7 @@ def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False)
         owned=(*SPLITS, "manifest.json", "failures.parquet", "plan.json"),
         overwrite=overwrite,
         inputs=source.folder,
+        inputs_alone=source.alone,
     )
     manifest = out / "manifest.json"
     if manifest.is_file() and (out / "plan.json").is_file():
@@ -253,7 +254,7 @@ def _finish(config: Config, source: Source, out: Path, plan: list[dict[str, Any]
     manifest = {
         "version": __version__,
         "format": FORMAT,
-        "source": source.name,
+        "source": source.identity,
         "noise": [dataclasses.asdict(spec) for spec in noise],
         "noise_hash": spec_hash(noise, config.images.size),
         "config": {k: configs.to_dict(config)[k] for k in ("images", "noise")},

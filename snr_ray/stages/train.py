@@ -330,12 +330,14 @@ def identity(config: Config, origin: Origin) -> dict[str, Any]:
         for key, value in values.items()
     }
     data = {}
-    if origin.data:
+    if origin.images:
+        data["source"] = origin.source.identity
+    if origin.data:  # known by what it holds, wherever it lies
         data["data"] = fingerprint((origin.data / "manifest.json").read_bytes())
     if config.train.start:
         weights = model_path(config.train.start) / WEIGHTS_FILE
         data["start"] = fingerprint(weights.read_bytes())
-    return {"stage": "train", "source": origin.name, **data, "seed": config.seed, **flat}
+    return {"stage": "train", **data, "seed": config.seed, **flat}
 
 
 def _outcome(out: Path) -> Outcome:

@@ -1,0 +1,85 @@
+"""What a source is known by: the same for every spelling, another for another place, no secrets."""
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from snr_ray.config import InputError
+from snr_ray.images.places import find, printable, shown
+from snr_ray.images.sources import open_source
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), 9).save(path)
+
+
+def test_spellings_of_a_folder_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "real" / "scans" / "s.png")
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "real")
+    full = str(tmp_path / "real" / "scans")
+    spellings = ["scans", "scans/", "./scans", "../real/scans", full, f"{full}//",
+                 str(tmp_path / "link" / "scans"), f"file://{full}"]  # fmt: skip
+    assert {open_source(text).identity for text in spellings} == {full}
+    monkeypatch.chdir(tmp_path / "link")
+    assert open_source("scans").identity == full
+    assert open_source("./scans/*.png").identity == open_source(f"{full}/*.png").identity
+    assert open_source("scans/s.png").identity == f"{full}/s.png"
+
+
+def test_the_same_name_in_another_folder_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for folder in "AB":
+        picture(tmp_path / folder / "scans" / "s.png")
+        monkeypatch.chdir(tmp_path / folder)
+        found += [open_source("scans").identity, open_source("*/s.png").identity]
+        found.append(open_source("places365:scans").identity)
+    assert len(set(found)) == 6
+
+
+def test_named_sources_are_known_by_their_name() -> None:
+    assert open_source("glyphs").identity == "glyphs"
+
+
+@pytest.mark.parametrize(
+    ("text", "identity"),
+    [
+        ("s3://KEY:SECRET@bucket/scans/?region=eu-1&scheme=http", "s3://bucket/scans"),
+        ("s3://bucket/scans?region=x", "s3://bucket/scans"),
+        ("s3://bucket/a/*.png?endpoint_override=h:9&region=x",
+         "s3://bucket/a?endpoint_override=h:9/*.png"),
+    ],
+)  # fmt: skip
+def test_keys_of_a_bucket_stay_out(text: str, identity: str) -> None:
+    assert find(text).identity == identity
+    assert "SECRET" not in shown(text) + find(text).identity
+
+
+def test_what_is_shown_hides_secrets_only() -> None:
+    assert shown("a b/[c]*.png") == "a b/[c]*.png"
+    assert shown("s3://K:S@b/x*?access_token=T&region=r") == "s3://b/x*?access_token=...&region=r"
+    with pytest.raises(InputError) as error:
+        find("ftp://user:SECRET@host/x")
+    assert "SECRET" not in str(error.value)
+
+
+def test_a_name_that_is_not_utf8_can_be_printed() -> None:
+    assert printable(os.fsdecode(b"caf\xe9")) == "caf\\xe9"
+    find(os.fsdecode(b"/nowhere/caf\xe9")).identity.encode()
+
+
+def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
+    picture(tmp_path / "s.png")
+    source = open_source(str(tmp_path))
+    before = source.stamp(0)
+    assert before == source.stamp(0)
+    Image.new("L", (9, 9), 7).save(tmp_path / "s.png")
+    assert source.stamp(0) not in ("", before)
+    (tmp_path / "s.png").unlink()
+    assert source.stamp(0) == ""
+    assert open_source("glyphs").stamp(0) == ""
