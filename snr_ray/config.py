@@ -73,6 +73,10 @@ class ImagesConfig:
 class NoiseConfig:
     n_views: tuple[int, ...] = (40, 20, 10)
     """One noise id per entry, numbered from 1 (0 is clean): projections over 180 degrees."""
+    views_per_pixel: tuple[float, float] | None = None
+    """Train on every whole view count of this range, low and high, times the longer side of an
+    image, in place of the few of n_views; these then are what is validated and what donors are kept
+    of, at images.size."""
     filter: Literal["ramp", "shepp-logan", "cosine", "hamming", "hann", "none"] = "ramp"
     """Filter of the back projection, by its scikit-image name. The original method uses ramp."""
     angle_range: float = 180.0
@@ -96,6 +100,18 @@ class NoiseConfig:
             f"{self.angle_range:g}.",
         )
         check(self.photons >= 0, f"noise.photons must not be negative, but got {self.photons}.")
+        if self.views_per_pixel is not None:
+            low, high = self.views_per_pixel
+            check(
+                0 < low < high <= VIEWS_PER_PIXEL,
+                f"noise.views_per_pixel must be [low, high] with 0 < low < high <= "
+                f"{VIEWS_PER_PIXEL}, but got [{low:g}, {high:g}].",
+            )
+            check(
+                self.photons == 0,
+                f"noise.views_per_pixel is trained without photon noise, but noise.photons is "
+                f"{self.photons}; set it to 0, or train on the counts of noise.n_views.",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +238,18 @@ class TrainConfig:
     batch_size: int = 8
     """Clean images per step over all workers; each comes with all of its noisy versions. Must be a
     multiple of 2 x workers, so that every image finds a partner on its worker."""
+    sizes: tuple[int, ...] = ()
+    """With noise.views_per_pixel: the sizes of images, each batch one of them; none: images.size.
+    train.batch_size is that of images.size, others hold about as many pixels. An image is seen at
+    the sizes up to its own."""
+    size_weights: tuple[float, ...] = ()
+    """How often batches of each of train.sizes come, relative to the others; none: all alike."""
+    versions: int = 3
+    """With noise.views_per_pixel: noisy versions of each image in a batch, their view counts drawn
+    anew for each batch, one from each of so many parts of the range."""
+    told: float = 0.7
+    """With noise.views_per_pixel: share of images whose view count the solver is told; that of the
+    others it takes from their noise codes."""
     optimizer: Literal["muon", "adam"] = "muon"
     """`muon`: orthogonal steps of the kernels, Adam for the rest. `adam`: Adam for all."""
     lr: float = 6e-3
@@ -264,6 +292,21 @@ class TrainConfig:
         check(0 < self.lr <= 1, f"train.lr must be above 0 and at most 1, but got {self.lr}.")
         check(self.grad_clip > 0, f"train.grad_clip must be above 0, but got {self.grad_clip}.")
         check(0 <= self.ema < 1, f"train.ema must be in [0, 1), but got {self.ema}.")
+        check(self.versions >= 1, f"train.versions must be at least 1, but got {self.versions}.")
+        check(0 <= self.told <= 1, f"train.told must be between 0 and 1, but got {self.told}.")
+        for size in self.sizes:
+            check(8 <= size <= 4096, f"train.sizes must be from 8 to 4096 pixels, but got {size}.")
+        check(
+            len(set(self.sizes)) == len(self.sizes),
+            f"train.sizes must not repeat a size, but got {list(self.sizes)}.",
+        )
+        check(
+            not self.size_weights or len(self.size_weights) == len(self.sizes),
+            f"train.size_weights must have one entry per entry of train.sizes ({len(self.sizes)}), "
+            f"but got {len(self.size_weights)}.",
+        )
+        for weight in self.size_weights:
+            check(weight > 0, f"train.size_weights must be above 0, but got {weight:g}.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -319,12 +362,42 @@ class Config:
             "model.physics needs whole images, but images.crop is set; the linear estimate of a "
             "crop needs the rest of the image.",
         )
-        finest = self.images.side / 2 ** len(self.model.channels)
+        views = self.noise.views_per_pixel
         check(
-            finest >= 1,
-            f"model.channels has {len(self.model.channels)} levels, each halving the image, but "
-            f"images have only {self.images.side} pixels; use fewer levels or larger images.",
+            views is not None or not self.train.sizes,
+            "train.sizes needs noise of all sizes, but noise.n_views counts the views of one; set "
+            "noise.views_per_pixel, such as [0.1,0.8].",
         )
+        if views is not None:
+            check(
+                self.model.kind == "hvae" and self.model.decoder == "operator",
+                "noise.views_per_pixel needs model.kind=hvae and model.decoder=operator, which "
+                f"make any noise, but got {self.model.kind} and {self.model.decoder}.",
+            )
+            for key, unfit in (
+                ("model.physics", self.model.physics),
+                ("images.crop", self.images.crop is not None),
+                ("loss.triplet_form=drawn", self.loss.triplet_form == "drawn"),
+            ):
+                check(
+                    not unfit,
+                    f"noise.views_per_pixel does not go with {key}, which knows a few view counts "
+                    "of one size; leave one of them out.",
+                )
+            low, high = (bound * self.images.size for bound in views)
+            for n_views in self.noise.n_views:
+                check(
+                    round(low) <= n_views <= round(high),
+                    f"noise.n_views must lie within noise.views_per_pixel x images.size = "
+                    f"{low:g} to {high:g} where there is such a range, but got {n_views}.",
+                )
+        for size in (self.images.side, *self.train.sizes):
+            finest = size / 2 ** len(self.model.channels)
+            check(
+                finest >= 1,
+                f"model.channels has {len(self.model.channels)} levels, each halving the image, "
+                f"but images have only {size} pixels; use fewer levels or larger images.",
+            )
         most = VIEWS_PER_PIXEL * self.images.size
         check(
             max(self.noise.n_views) <= most,

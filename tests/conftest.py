@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.fs as pafs
@@ -13,6 +14,10 @@ from PIL import Image
 from snr_ray import configfile as configs
 from snr_ray.cli import prepare_environment
 from snr_ray.config import Config
+
+if TYPE_CHECKING:
+    from snr_ray.learning.batches import Pairs
+    from snr_ray.network.hvae import HVAE
 
 os.environ.pop("RAY_ADDRESS", None)  # tests never touch a cluster that is running
 prepare_environment()
@@ -110,6 +115,13 @@ def physics_folder(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return _model_folder(config, tmp_path_factory.mktemp("physics"))
 
 
+@pytest.fixture(scope="session")
+def range_folder(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a model of a range of view counts."""
+    config = configs.replace(tiny, {"noise.views_per_pixel": [0.2, 0.9]})
+    return _model_folder(config, tmp_path_factory.mktemp("range"))
+
+
 def _model_folder(tiny: Config, run: Path) -> Path:
     import torch
 
@@ -128,7 +140,9 @@ def _model_folder(tiny: Config, run: Path) -> Path:
     if tiny.model.physics:
         learner.fit_physics(pairs)
     maker = getattr(learner.average, "noise_maker", None)
-    if maker is not None:  # its weights begin at zero; here the least change of a code must show
+    if maker is not None and tiny.noise.views_per_pixel is not None:
+        _teach(learner.average, pairs, tiny)
+    elif maker is not None:  # its weights begin at zero; here the least change of a code must show
         code = torch.cat([level.flatten() for level in donor_codes(learner.average, pairs).mean(0)])
         weights = np.random.default_rng(0).normal(size=maker.logits.weight.shape)
         maker.logits.weight.copy_(torch.from_numpy(100 * weights))
@@ -137,3 +151,22 @@ def _model_folder(tiny: Config, run: Path) -> Path:
     run.mkdir(exist_ok=True)
     save_model(run / "model", tiny, learner.average, codes, metrics, "tests")
     return run / "model"
+
+
+def _teach(model: "HVAE", pairs: "Pairs", config: Config) -> None:
+    """Let noise codes tell the noise and the view count of these images, as well as they can."""
+    import torch
+
+    from snr_ray.learning.fit import donor_codes
+
+    maker = model.noise_maker
+    assert maker is not None
+    codes = torch.cat([level.flatten(2) for level in donor_codes(model, pairs).donors], dim=2)
+    ids, donors, _ = codes.shape
+    octaves = np.log(np.array(config.noise.n_views) / config.images.size) - maker.middle
+    truth = np.array([[-8.0, 0.0], *([8.0, octave] for octave in octaves)], np.float32)
+    flat = torch.nn.functional.pad(codes.reshape(ids * donors, -1), (0, 1), value=1.0)
+    wanted = torch.from_numpy(truth).repeat_interleave(donors, 0)
+    solution = torch.linalg.lstsq(flat.double(), wanted.double(), driver="gelsd").solution.float()
+    maker.reading.weight.copy_(solution[:-1].T)
+    maker.reading.bias.copy_(solution[-1])

@@ -97,7 +97,7 @@ def test_more_levels_than_the_image_halves_is_refused() -> None:
 
 
 def test_unknown_config_file_lists_presets() -> None:
-    with pytest.raises(InputError, match=r"one of cifar10, .*but got 'nope'"):
+    with pytest.raises(InputError, match=r"one of any, .*but got 'nope'"):
         configs.load(["nope"])
 
 

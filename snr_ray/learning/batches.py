@@ -39,12 +39,16 @@ class Batch:
 
     clean: Tensor
     """[B, C, H, W] float32."""
-    noisy: Tensor
-    """[B, n_ids, C, H, W] float32, not clipped: noisy[b, k] is clean[b] under noise id k + 1."""
+    noisy: Tensor | None = None
+    """[B, n_ids, C, H, W] float32, not clipped: noisy[b, k] is clean[b] under noise id k + 1; None
+    where it is still to be made."""
+    n_views: tuple[int, ...] = ()
+    """View count of each noise id, where it differs from batch to batch."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same images on a device."""
-        return Batch(self.clean.to(device), self.noisy.to(device))
+        noisy = None if self.noisy is None else self.noisy.to(device)
+        return Batch(self.clean.to(device), noisy, self.n_views)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,9 +25,13 @@ from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
 from snr_ray.learning.fit import LEAST_EXPLAINED, Learner, Metrics, build_model
 from snr_ray.network.hvae import HVAE
-from snr_ray.network.swap import NoiseCodes
+from snr_ray.network.swap import NoiseCodes, detect, read_views
 from snr_ray.network.unet import UNet
+from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import NoiseSpec, noise_specs
+from snr_ray.noise.viewrange import ViewRange
+
+Array = npt.NDArray[np.float32]
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS = "model."
@@ -52,6 +58,60 @@ class TrainedModel:
                 f"but got {n_views}."
             )
         return self.config.noise.n_views.index(n_views) + 1
+
+    @property
+    def views(self) -> ViewRange | None:
+        """The range of view counts that the model was trained on; None of one of a few counts."""
+        return ViewRange.of(self.config.noise)
+
+    @property
+    def views_per_pixel(self) -> tuple[float, float]:
+        """The least and the most views per pixel of the longer side that the model has seen."""
+        if self.views is not None:
+            return self.views.low, self.views.high
+        counts, size = self.config.noise.n_views, self.config.images.size
+        return min(counts) / size, max(counts) / size
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The smallest and the largest side of the images that the model was trained on."""
+        sizes = self.config.train.sizes or (self.config.images.size,)
+        return min(sizes), max(sizes)
+
+    def knows(self, n_views: int, height: int, width: int) -> bool:
+        """Whether images of a size and view count are within what the model was trained on: of a
+        range, any size of as many views per pixel as it has seen, to the nearest whole count."""
+        if self.views is None:
+            return n_views in self.config.noise.n_views
+        least, most = self.views.counts(max(height, width))
+        return least <= n_views <= most
+
+    def guess_views(self, images: Array) -> npt.NDArray[np.int64]:
+        """View count of each of images [B, C, H, W] by its noise code, 0 of clean ones: [B].
+
+        A model of a range reads a number, which is near the true one and seldom equal to it; one of
+        a few view counts takes the nearest of them.
+        """
+        if self.model.noise_maker is not None:
+            return read_views(self.model, images)
+        return np.array((0, *self.config.noise.n_views))[detect(self.model, self.codes, images)]
+
+    def donors(self, n_views: int, height: int, width: int) -> list[Tensor]:
+        """Noise codes of donors that inject a view count in images of a size: per level
+        [n_donors, C_noise, h, w]. 0 is clean.
+
+        Raises:
+            InputError: of a model of a few view counts, if it was not trained on it.
+        """
+        if n_views == 0 or self.views is None:
+            noise_id = self.noise_id(n_views) if n_views else 0
+            return [level[noise_id] for level in self.codes.donors]
+        check(n_views >= 1, f"A view count must be at least 1, but got {n_views}.")
+        side, maker = max(height, width), self.model.noise_maker
+        assert isinstance(maker, ViewCountMaker)
+        octaves = np.log(np.array(self.config.noise.n_views) / self.config.images.size)
+        codes = self.codes.between(octaves, float(np.log(n_views / side)))
+        return maker.moved(codes, n_views, side)
 
     @property
     def can_be_told(self) -> bool:
@@ -263,13 +323,32 @@ def _card(config: Config, model: HVAE | UNet, metrics: Metrics, origin: str) -> 
         "noisy one adds them."
     )
     photons = "with" if config.noise.photons else "without"
-    told = isinstance(model, HVAE) and model.unrolls
-    views = ", and other view counts must be told" if told else ", and so are other view counts"
+    if config.noise.views_per_pixel is not None:
+        low, high = config.noise.views_per_pixel
+        sizes = ", ".join(map(str, config.train.sizes or (size,)))
+        seen = (
+            f"{colour} images of {sizes} pixels; views per pixel of the longer side: {low:g} to "
+            f"{high:g}, any whole count"
+        )
+        limits = (
+            "Limits: trained on simulated noise, without photon noise. What it knows is views per\n"
+            "pixel, not a size: larger images are cleaned as well where theirs lie in the range; "
+            "below\nit, and with other filters, it fails. Its noise code tells the view count to a "
+            "few percent,\nwhich is not exact; `--views` says it."
+        )
+    else:
+        seen = f"{size}x{size} {colour} images; views: {', '.join(map(str, config.noise.n_views))}"
+        told = isinstance(model, HVAE) and model.unrolls
+        views = ", and other view counts must be told" if told else ", and so are other view counts"
+        limits = (
+            f"Limits: trained on simulated noise, {photons} photon noise, of images of this size; "
+            f"streaks of\nother sizes or filters are outside what it has seen{views}."
+        )
     return f"""# snr_ray model
 
 {what}
 
-- trained on {size}x{size} {colour} images; views: {", ".join(map(str, config.noise.n_views))};
+- trained on {seen};
   filter: {config.noise.filter}
 - {n_weights:,} weights; {config.train.steps} steps of {config.train.batch_size} images and their
   noisy versions
@@ -281,6 +360,5 @@ Validation images (PSNR in dB, clipped to [0, 1], mean clean noise code):
 |---|---|
 {rows}
 
-Limits: trained on simulated noise, {photons} photon noise, of images of this size; streaks of
-other sizes or filters are outside what it has seen{views}.
+{limits}
 """

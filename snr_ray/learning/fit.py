@@ -22,11 +22,13 @@ from snr_ray.learning.muon import Muon
 from snr_ray.metrics import psnr
 from snr_ray.network.blocks import PixelLevel
 from snr_ray.network.hvae import HVAE
+from snr_ray.network.noisemaker import noise_of
 from snr_ray.network.physics import LinearInverse
 from snr_ray.network.swap import N_DONORS, NoiseCodes, collect, swap
 from snr_ray.network.trust import least_explained
 from snr_ray.network.unet import UNet, regress
 from snr_ray.noise.operator import noise_operator, noise_specs
+from snr_ray.noise.viewrange import ViewRange
 
 LOG_EVERY_STEPS = 25
 SCORE_BATCH = 256
@@ -51,8 +53,8 @@ def build_model(config: Config) -> HVAE | UNet:
         torch.manual_seed(config.seed)
         if config.model.kind == "unet":
             return UNet(config.model, channels, inverse)
-        specs = noise_specs(config.noise)
-        return HVAE(config.model, channels, specs, inverse, one_pass=one_pass)
+        noise = ViewRange.of(config.noise) or noise_specs(config.noise)
+        return HVAE(config.model, channels, noise, inverse, one_pass=one_pass)
 
 
 def build_objective(config: Config) -> Objective | Regression:
@@ -60,6 +62,8 @@ def build_objective(config: Config) -> Objective | Regression:
     model, n_ids = build_model(config), len(config.noise.n_views)
     if isinstance(model, UNet):
         return Regression(model, config.loss, n_ids)
+    if config.noise.views_per_pixel is not None:
+        return Objective(model, config.loss, config.train.versions, told=config.train.told)
     return Objective(model, config.loss, n_ids)
 
 
@@ -133,6 +137,15 @@ class Learner:
             kernel[:, : known.shape[1]] = known
             model.load_state_dict({**weights, "stem.conv.weight": kernel}, strict=False)
 
+    def with_noise(self, batch: Batch) -> Batch:
+        """A batch with the noise of its view counts, made on its device."""
+        views = ViewRange.of(self.config.noise)
+        if batch.noisy is not None or views is None:
+            return batch
+        with torch.no_grad():
+            noisy = [noise_of(views.spec(n_views), batch.clean) for n_views in batch.n_views]
+        return Batch(batch.clean, torch.stack(noisy, dim=1), batch.n_views)
+
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step; returns the loss and its parts.
 
@@ -140,7 +153,7 @@ class Learner:
         worker skips the same one.
         """
         config = self.config.train
-        batch = batch.to(self.device)
+        batch = self.with_noise(batch.to(self.device))
         normal = StepNormal(self.config.seed, self.step, self.share, self.device)
         progress = self.step / max(1, self.config.loss.warmup * config.steps)
         rate = config.lr * self._schedule()
@@ -170,7 +183,8 @@ class Learner:
         """Noise codes of the moving average (None of a U-Net) and its validation PSNR."""
         n_views, model = self.config.noise.n_views, self.average
         codes = None if isinstance(model, UNet) else donor_codes(model, donors)
-        return codes, validate(model, codes, val, n_views)
+        views = ViewRange.of(self.config.noise)
+        return codes, validate(model, codes, val, n_views, views)
 
     def least_explained(self, codes: NoiseCodes | None, val: Pairs) -> Metrics:
         """What good answers to validation images explain at the least, by views per pixel, dB.
@@ -267,7 +281,11 @@ def donor_codes(model: HVAE, pairs: Pairs) -> NoiseCodes:
 
 
 def validate(
-    model: HVAE | UNet, codes: NoiseCodes | None, pairs: Pairs, n_views: tuple[int, ...]
+    model: HVAE | UNet,
+    codes: NoiseCodes | None,
+    pairs: Pairs,
+    n_views: tuple[int, ...],
+    told: ViewRange | None = None,
 ) -> Metrics:
     """PSNR in dB of cleaned images for each noise id and their mean, under `swap_psnr`.
 
@@ -277,6 +295,8 @@ def validate(
             whose scores are named `unet_psnr`.
         pairs: validation images.
         n_views: view count of each noise id, for the names of the metrics.
+        told: of a model of a range; images are then scored told their view count as well, under
+            `told_psnr`.
     """
     rows = np.arange(len(pairs))
     name = "unet_psnr" if codes is None else "swap_psnr"
@@ -292,10 +312,14 @@ def validate(
             if isinstance(model, HVAE):
                 assert codes is not None
                 image = swap(model, noisy, codes.mean(0), noise_ids=ids)
+                if told is not None:
+                    known = swap(model, noisy, codes.mean(0), geometry=told.spec(views))
+                    scored[f"told_psnr_{views}"] = psnr(known, clean)
             else:
                 image = regress(model, noisy, ids)
             scored[f"{name}_{views}"] = psnr(image, clean)
         for metric, values in scored.items():
             sums[metric] = sums.get(metric, 0.0) + float(values.sum()) / len(rows)
-    sums[name] = float(np.mean([sums[f"{name}_{views}"] for views in n_views]))
+    for total in (name, "told_psnr") if told is not None else (name,):
+        sums[total] = float(np.mean([sums[f"{total}_{views}"] for views in n_views]))
     return sums

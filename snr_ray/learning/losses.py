@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from snr_ray.config import LossConfig
 from snr_ray.learning.batches import Batch, StepNormal
 from snr_ray.network.blocks import Gaussian, kl, standard
-from snr_ray.network.hvae import HVAE
+from snr_ray.network.hvae import HVAE, Inference
+from snr_ray.network.noisemaker import NoiseMaker
 from snr_ray.network.unet import UNet
+from snr_ray.network.viewcount import ViewCountMaker
 
 SIGMA_FLOOR = 0.01
 ERROR_FLOOR = 1e-8
@@ -24,11 +26,15 @@ NOISE_ID = 0.1
 """Weight of the cross-entropy of the noise id that a decoder with the operator reads from codes."""
 GRAINY = 0.5
 """Share of noisy images that get Gaussian noise on top with loss.grain."""
+N_VIEWS = 0.3
+"""Weight of the error of the view count, as a logarithm, that codes tell of a range."""
 WITHHELD = 0.125
 """Share of images that a model with model.physics sees without their noise id."""
 
 
-def triplet_loss(mu: Tensor, n_ids: int, form: str, margin: float) -> Tensor:
+def triplet_loss(
+    mu: Tensor, n_ids: int, form: str, margin: float, n_views: tuple[int, ...] = ()
+) -> Tensor:
     """Triplet loss on the noise codes of one level; a scalar.
 
     Args:
@@ -40,6 +46,8 @@ def triplet_loss(mu: Tensor, n_ids: int, form: str, margin: float) -> Tensor:
             push clean from noisy and noisy ids from each other up to the margin. Without the clean
             pull, clean images hide content in their noise code.
         margin: in units of d, the mean squared difference.
+        n_views: view count of each noisy id where they are drawn from a range: two of them are
+            pushed apart as far as they differ, by the margin from a factor of two on.
     """
     code = mu.flatten(1).unflatten(0, (-1, 1 + n_ids))  # [B, 1 + n_ids, dims]
     noisy, clean = code[:, 1:], code[:, :1]
@@ -52,14 +60,18 @@ def triplet_loss(mu: Tensor, n_ids: int, form: str, margin: float) -> Tensor:
     if form == "drawn":
         return F.relu(pull[:, 1:] - push + margin).mean()
 
-    def short_of_margin(d: Tensor) -> Tensor:
+    def short_of_margin(d: Tensor, share: Tensor | float = 1.0) -> Tensor:
         # The root keeps its slope where codes are still equal, so that they part at once; a
         # squared distance has none there and leaves the codes together for hundreds of steps.
-        return F.relu(margin - (d + ROOT_EPSILON).sqrt()).mean()
+        return F.relu(share * margin - (d + ROOT_EPSILON).sqrt()).mean()
 
     loss = 0.5 * (pull[:, 1:].mean() + pull[:, 0].mean()) + short_of_margin(push)
     if n_ids > 1:
-        loss = loss + short_of_margin(distance(noisy, noisy.roll(1, dims=1)))
+        apart: Tensor | float = 1.0
+        if n_views:
+            octaves = torch.tensor(n_views, device=mu.device).log2()
+            apart = (octaves - octaves.roll(1)).abs().clamp(max=1.0)
+        loss = loss + short_of_margin(distance(noisy, noisy.roll(1, dims=1)), apart)
     return loss
 
 
@@ -123,6 +135,7 @@ class Regression(nn.Module):
 
     def forward(self, batch: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
         """Loss of one worker's images, a scalar; the sampling noise and the warm-up are unused."""
+        assert batch.noisy is not None
         n_ids = batch.noisy.shape[1]
         ids = torch.arange(1, n_ids + 1, device=batch.noisy.device).repeat(len(batch.noisy))
         seen = _as_found(batch.noisy.flatten(0, 1), ids, self.config, normal)
@@ -134,9 +147,10 @@ class Regression(nn.Module):
 class Objective(nn.Module):
     """Model and loss as one module, so that data-parallel training wraps both."""
 
-    def __init__(self, model: HVAE, config: LossConfig, n_ids: int) -> None:
+    def __init__(self, model: HVAE, config: LossConfig, n_ids: int, *, told: float = 0.0) -> None:
+        """`told`: share of images whose view count a model of a range is told."""
         super().__init__()
-        self.model, self.config, self.n_ids = model, config, n_ids
+        self.model, self.config, self.n_ids, self.told = model, config, n_ids, told
         self.likelihood = Likelihood(config, n_ids)
 
     def forward(self, batch: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
@@ -150,9 +164,10 @@ class Objective(nn.Module):
         Returns:
             Scalars: loss, recon (per pixel, with the sigma term), kl_content, kl_noise (nats per
             image), triplet, content_kl (nats per image), noise_id (nats; 0 for a decoder that
-            learns the noise).
+            learns the noise), and of a range of view counts views_error, that of their logarithm.
         """
         config = self.config
+        assert batch.noisy is not None
         n_images, n_versions = len(batch.clean), 1 + self.n_ids
         x = torch.cat([batch.clean[:, None], batch.noisy], dim=1).flatten(0, 1)
         n_pixels = x[0].numel()
@@ -170,7 +185,18 @@ class Objective(nn.Module):
             # Sometimes the id is withheld: that is how ids are detected and unknown ones cleaned.
             known = ids.masked_fill(normal.uniform(len(x)) < WITHHELD, 0)
         seen = _as_found(x, ids, config, normal)
-        result = self.model(seen, donors=donor, normal=normal, noise_ids=known)
+        counts = told = None
+        if batch.n_views:
+            counts = torch.tensor((0, *batch.n_views), device=x.device)
+            told = counts[ids].masked_fill(normal.uniform(len(x)) >= self.told, -1)
+        result = self.model(
+            seen,
+            donors=donor,
+            normal=normal,
+            noise_ids=known,
+            told=told,
+            wanted=None if counts is None else counts[wanted],
+        )
 
         weight = torch.where((ids == 0) & (wanted > 0), config.injection, 1.0)
         recon = (weight * self.likelihood(result.image, x[target], ids, wanted)).mean()
@@ -179,7 +205,7 @@ class Objective(nn.Module):
         paid = sum(F.relu(nats - config.free_bits).mean() for nats in kl_content + kl_noise)
         triplet = torch.stack(
             [
-                triplet_loss(q.mu, self.n_ids, config.triplet_form, config.margin)
+                triplet_loss(q.mu, self.n_ids, config.triplet_form, config.margin, batch.n_views)
                 for q in result.noise
             ]
         ).mean()
@@ -188,7 +214,12 @@ class Objective(nn.Module):
         if config.content_kl:
             loss = loss + warmup * config.content_kl * content_kl.mean() / n_pixels
         noise_id = torch.zeros_like(loss)
-        if self.model.noise_maker is not None:
+        views_error: dict[str, Tensor] = {}
+        if counts is not None:
+            noise_id, error = self._reading(result, counts, ids, wanted)
+            loss = loss + NOISE_ID * noise_id + N_VIEWS * error
+            views_error = {"views_error": error.detach()}
+        elif isinstance(self.model.noise_maker, NoiseMaker):
             logits = self.model.noise_maker.noise_id(result.codes.noise)
             noise_id = F.cross_entropy(logits, wanted)
             loss = loss + NOISE_ID * noise_id
@@ -200,7 +231,19 @@ class Objective(nn.Module):
             "triplet": triplet.detach(),
             "content_kl": content_kl.mean().detach(),
             "noise_id": noise_id.detach(),
+            **views_error,
         }
+
+    def _reading(
+        self, result: Inference, counts: Tensor, ids: Tensor, wanted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the codes in use, and the images' own, tell of view counts: losses of
+        `ViewCountMaker.loss`."""
+        maker, side = self.model.noise_maker, max(result.codes.size)
+        assert isinstance(maker, ViewCountMaker)
+        own = maker.loss([q.mu for q in result.noise], counts[ids], side)
+        used = maker.loss(result.codes.noise, counts[wanted], side)
+        return 0.5 * (own[0] + used[0]), 0.5 * (own[1] + used[1])
 
 
 def _as_found(x: Tensor, ids: Tensor, config: LossConfig, normal: StepNormal) -> Tensor:

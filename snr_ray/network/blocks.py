@@ -107,17 +107,29 @@ class NoiseHead(nn.Module):
     It does not see the top-down state, so a donor's noise code can be computed once and reused.
     """
 
-    def __init__(self, channels: int, noise_channels: int, *, spatial: bool) -> None:
+    def __init__(
+        self, channels: int, noise_channels: int, *, spatial: bool, compares: bool = False
+    ) -> None:
+        """`compares`: means over the image are also set in relation to each other, so that the
+        code of a vector may tell few views of a pale image from many of a strong one."""
         super().__init__()
-        self.spatial = spatial
+        self.spatial, self.compares = spatial, compares
         self.features = nn.Conv2d(channels, channels, 3, padding=1)
         self.out = nn.Conv2d(channels, 2 * noise_channels, 1)
+        if compares:
+            last = nn.Conv2d(2 * channels, channels, 1)
+            for parameter in last.parameters():  # at the start, nothing is added
+                nn.init.zeros_(parameter)
+            wide = nn.Conv2d(channels, 2 * channels, 1)
+            self.among = nn.Sequential(nn.GroupNorm(1, channels), wide, nn.SiLU(), last)
 
     def forward(self, bottom_up: Tensor) -> Gaussian:
         """[B, C, h, w] -> Gaussian over [B, C_noise, h, w] (map) or [B, C_noise, 1, 1] (vector)."""
         h = F.silu(self.features(F.silu(bottom_up)))
         if not self.spatial:
             h = h.mean((2, 3), keepdim=True)
+        if self.compares:
+            h = h + self.among(h)
         return gaussian(self.out(h))
 
 

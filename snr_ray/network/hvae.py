@@ -39,7 +39,9 @@ from snr_ray.network.blocks import (
 )
 from snr_ray.network.noisemaker import NoiseMaker, noise_of
 from snr_ray.network.physics import LinearInverse
+from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import NoiseSpec
+from snr_ray.noise.viewrange import ViewRange
 
 
 @dataclass
@@ -75,18 +77,21 @@ class HVAE(nn.Module):
         self,
         config: ModelConfig,
         channels: int,
-        noise: list[NoiseSpec],
+        noise: list[NoiseSpec] | ViewRange,
         inverse: LinearInverse | None = None,
         *,
         one_pass: bool = True,
     ) -> None:
-        """`noise` is what a decoder that knows the operator makes; `inverse` gives the second input
+        """`noise` is what a decoder that knows the operator makes, one spec for each noise id or
+        all of a range; `inverse` gives the second input
         of a model with model.physics; `one_pass` says that the swap is trained, and so how it is
         done."""
         super().__init__()
         self.channels, self.one_pass = channels, one_pass
-        self.noise_maker: NoiseMaker | None = None
-        if config.decoder == "operator":
+        self.noise_maker: NoiseMaker | ViewCountMaker | None = None
+        if isinstance(noise, ViewRange):
+            self.noise_maker = ViewCountMaker(noise, sum(config.noise_channels))
+        elif config.decoder == "operator":
             self.noise_maker = NoiseMaker(noise, sum(config.noise_channels))
         self.unrolls = self.noise_maker is not None and config.unrolled > 0
         widths = (config.stem_channels, *config.channels)
@@ -100,7 +105,7 @@ class HVAE(nn.Module):
         )
         spatial = config.noise_code == "map"
         self.noise_heads = nn.ModuleList(
-            NoiseHead(width, n_noise, spatial=spatial)
+            NoiseHead(width, n_noise, spatial=spatial, compares=isinstance(noise, ViewRange))
             for width, n_noise in zip(config.channels, config.noise_channels, strict=True)
         )
         self.levels = nn.ModuleList(
@@ -141,6 +146,8 @@ class HVAE(nn.Module):
         noise_ids: Tensor | None = None,
         geometry: NoiseSpec | None = None,
         prior_levels: int = 0,
+        told: Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Inference:
         """Encode images and decode them again, with their own noise codes or others.
 
@@ -155,6 +162,10 @@ class HVAE(nn.Module):
                 count that no training image had. None: as their noise codes say.
             prior_levels: so many of the finest levels take their content from the prior, not from
                 the image.
+            told: [B] view counts of the images, where they differ, for a model of a range of them:
+                0 of clean ones, below 0 where it is for their noise codes to say.
+            wanted: [B] the same of the noise that is made of the content, in place of what the
+                noise codes in use say: whole counts have no gradient to learn from.
         """
         seen = self.bottom_up(x, noise_ids)
         posteriors = self.noise_posteriors(seen)
@@ -162,6 +173,7 @@ class HVAE(nn.Module):
             seen.noisy = functools.partial(noise_of, geometry)
         elif self.noise_maker is not None:
             own = self.noise_maker.shares([q.mu for q in posteriors])
+            own = self._known(own, told, x)
             seen.noisy = functools.partial(self.noise_maker, shares=own)
         if noise is None:
             noise = [q.sample(normal) for q in posteriors]
@@ -180,7 +192,7 @@ class HVAE(nn.Module):
             finer = seen.levels[level - 1].shape if level else x.shape
             state = self._up(level, state, finer[-2:])
         codes = Codes(z, noise, (x.shape[-2], x.shape[-1]))
-        return Inference(self._image(state, codes), codes, content, posteriors)
+        return Inference(self._image(state, codes, wanted), codes, content, posteriors)
 
     def encode(self, x: Tensor, noise: list[Tensor] | None = None) -> Codes:
         """Posterior-mean codes of images [B, C, H, W]; with `noise`, the codes of the swap."""
@@ -209,11 +221,18 @@ class HVAE(nn.Module):
         assert isinstance(layer, TopDownLevel)
         return layer
 
-    def _image(self, state: Tensor, codes: Codes) -> Tensor:
+    def _known(self, shares: Tensor, n_views: Tensor | None, images: Tensor) -> Tensor:
+        if n_views is None:
+            return shares
+        assert isinstance(self.noise_maker, ViewCountMaker)
+        return self.noise_maker.told(shares, n_views, max(images.shape[-2:]))
+
+    def _image(self, state: Tensor, codes: Codes, n_views: Tensor | None = None) -> Tensor:
         image = self.head(F.silu(state)).float() + PIXEL_OFFSET
         if self.noise_maker is None:
             return image
         finest = self._level(0)
         assert isinstance(finest, PixelLevel)
         clean = image + finest.pixels(codes.content[0], codes.size)
-        return self.noise_maker(clean, self.noise_maker.shares(codes.noise))
+        shares = self._known(self.noise_maker.shares(codes.noise), n_views, clean)
+        return self.noise_maker(clean, shares)

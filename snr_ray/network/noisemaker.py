@@ -49,6 +49,11 @@ class NoiseMaker(nn.Module):
         shares = shares * (shares > NEGLIGIBLE)
         return shares / shares.sum(1, keepdim=True)
 
+    def counts(self, shares: Tensor, side: int) -> Tensor:
+        """View count [B] of the largest share, 0 of clean images; the same at every size."""
+        known = torch.tensor([0, *(spec.n_views for spec in self.noise)], device=shares.device)
+        return known[shares.argmax(1)]
+
     def forward(self, clean: Tensor, shares: Tensor) -> Tensor:
         """Images [B, C, H, W] float32 of clean ones and the shares [B, ids] of their noise."""
         image = clean * shares[:, :1, None, None]

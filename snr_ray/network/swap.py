@@ -61,6 +61,19 @@ class NoiseCodes:
         scores = given @ weights - 0.5 * (means * weights.T).sum(1)
         return scores.argmax(1)
 
+    def between(self, octaves: npt.NDArray[np.float64], octave: float) -> list[Tensor]:
+        """Donors' noise codes of a view count, [n_donors, C_noise, h, w] per level: those of the
+        nearest counts above and below, weighed by their distance.
+
+        Args:
+            octaves: of the noise ids, the clean one left out: logarithms of their view counts.
+            octave: of the view count; beyond all others it is the last of them.
+        """
+        order = np.argsort(octaves)
+        place = float(np.interp(octave, octaves[order], np.arange(len(order))))
+        below, above = (1 + int(order[int(end)]) for end in (np.floor(place), np.ceil(place)))
+        return [level[below].lerp(level[above], place % 1) for level in self.donors]
+
     def pick(self, noise_id: int, donor: npt.NDArray[np.int64]) -> list[Tensor]:
         """Noise codes of chosen donors per level: [len(donor), C_noise, h, w]."""
         index = torch.from_numpy(donor)
@@ -97,6 +110,17 @@ class Exchanged:
     n_views: npt.NDArray[np.int64] | None
     """View count that the noise codes say most of, 0 for a clean image, [B]; None of a model whose
     decoder does not know the noise."""
+
+
+@torch.inference_mode()
+def read_views(model: HVAE, images: Array) -> npt.NDArray[np.int64]:
+    """View counts [B] that noise codes of images [B, C, H, W] say, 0 of clean ones, for a decoder
+    that knows the noise."""
+    maker = model.noise_maker
+    assert maker is not None
+    shares = maker.shares(_noise_codes(model, images))
+    counts: npt.NDArray[np.int64] = maker.counts(shares, max(images.shape[2:])).cpu().numpy()
+    return counts
 
 
 def swap(
@@ -183,8 +207,8 @@ def exchange(
         again = maker(decoded, shares) if geometry is None else noise_of(geometry, decoded)
         decibels = _decibels(unexplained(x, again), batch)
     if maker is not None and shares is not None:
-        counts = np.array([0, *(spec.n_views for spec in maker.noise)])
-        n_views = counts[shares.reshape(batch, apart, -1).sum(1).argmax(1).cpu().numpy()]
+        of_image = shares.reshape(batch, apart, -1).mean(1)
+        n_views = maker.counts(of_image, max(images.shape[2:])).cpu().numpy()
     image = decoded.cpu().numpy()
     if apart > 1:
         image = image.reshape(images.shape)

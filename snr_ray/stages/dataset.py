@@ -123,9 +123,13 @@ def open_rows(
 
 def fits_in_memory(config: Config, count: int) -> bool:
     """Whether rows of this config fit the object store of every node beside all else it holds."""
+    return count * row_bytes(config.images, len(config.noise.n_views)) <= memory_for_rows()
+
+
+def memory_for_rows() -> float:
+    """Bytes of the object store of every node that rows may take."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    store = min(node.get("object_store_memory", 0.0) for node in nodes)
-    return count * row_bytes(config.images, len(config.noise.n_views)) <= MEMORY_SHARE * store
+    return MEMORY_SHARE * min(node.get("object_store_memory", 0.0) for node in nodes)
 
 
 def gather(batches: Iterator[pa.Table], config: Config) -> tuple[Pairs, list[Failure]]:

@@ -39,7 +39,9 @@ from snr_ray.learning.checkpoint import (
     save_model,
 )
 from snr_ray.learning.fit import Learner, Metrics, fit
+from snr_ray.learning.mixed import MixedFeed
 from snr_ray.learning.shardfeed import ShardFeed
+from snr_ray.network.swap import N_DONORS
 from snr_ray.noise.lmmse import FIT_IMAGES
 from snr_ray.outputs import Progress, claim
 from snr_ray.stages.cluster import connected, cpus, gpus
@@ -52,6 +54,7 @@ from snr_ray.stages.dataset import (
     open_rows,
     settle,
 )
+from snr_ray.stages.pictures import check_memory, gather_pictures, open_pictures
 from snr_ray.stages.simulate import Outcome, simulate
 
 OWNED = ("config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "failures.parquet",
@@ -90,14 +93,20 @@ def train(
     with connected():
         _check_resources(config)
         failures: list[Failure] = []
-        in_memory = fits_in_memory(config, counts["train"])
+        mixed = config.noise.views_per_pixel is not None
+        if mixed:
+            check_memory(config, counts["train"])
+        in_memory = mixed or fits_in_memory(config, counts["train"])
         if not in_memory and origin.images:
             print(f"The images do not fit in memory; they go to {out / 'data'}.", file=sys.stderr)
             simulate(config, images=origin.images, out=out / "data")
             origin = Origin(data=out / "data")
             failures = pq.read_table(out / "data" / "failures.parquet").to_pylist()
         datasets = {"val": open_rows(config, origin, "val", config.train.val_images).materialize()}
-        if in_memory:
+        if mixed:
+            datasets["train"] = open_pictures(config, origin, "train").materialize()
+            datasets["donors"] = open_rows(config, origin, "train", N_DONORS).materialize()
+        elif in_memory:
             datasets["train"] = open_rows(config, origin, "train").materialize()
         if config.model.physics:
             datasets["physics"] = open_rows(config, origin, "train", FIT_IMAGES).materialize()
@@ -153,8 +162,13 @@ def _worker(job: dict[str, Any]) -> None:
     torch.set_num_threads(config.train.cpus_per_worker)
     val, val_failures = gather(_tables("val"), config)
     failures = job["failures"] + val_failures
-    feed: PairFeed | ShardFeed
-    if job["data"]:
+    feed: PairFeed | ShardFeed | MixedFeed
+    if config.noise.views_per_pixel is not None:
+        donors, _ = gather(_tables("donors"), config)
+        pictures, train_failures = gather_pictures(_tables("train"), config)
+        failures += train_failures
+        feed = MixedFeed(pictures, config, share)
+    elif job["data"]:
         feed, donors = ShardFeed(job["data"], config, share), val
     else:
         donors, train_failures = gather(_tables("train"), config)

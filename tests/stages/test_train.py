@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
+from snr_ray.learning.checkpoint import load_model
 from snr_ray.stages import dataset
 from snr_ray.stages.dataset import Origin
 from snr_ray.stages.simulate import simulate
@@ -63,6 +65,33 @@ def test_finished_run_is_left_alone(tiny: Config, unbroken: Path) -> None:
     outcome = train(tiny, origin=GLYPHS, out=unbroken)
     assert outcome.images == 20
     assert (unbroken / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_a_range_of_views_is_learned_on_several_sizes(
+    tiny: Config, image_folder: Path, tmp_path: Path
+) -> None:
+    # Of images of 18 and 10 pixels, a file that is none, and a run that is continued.
+    for k in range(30):
+        Image.new("L", (10, 10 + k % 2), 8 * k).save(image_folder / "a" / f"small{k}.png")
+    (image_folder / "b" / "none.png").write_bytes(b"no image")
+    config = configs.replace(
+        tiny,
+        {"noise.views_per_pixel": [0.2, 0.9], "train.sizes": [8, 16], "train.batch_size": 2},
+    )
+    origin, out = Origin(images=str(image_folder)), tmp_path / "run"
+    outcome = train(config, origin=origin, out=out)
+    trained = load_model(out / "model")
+    assert trained.views_per_pixel == (0.2, 0.9)
+    assert trained.sizes == (8, 16)
+    rows = read_metrics(out / "metrics.jsonl")
+    assert rows[-2]["views_error"] > 0
+    assert {"told_psnr", "told_psnr_12", "swap_psnr_6"} <= set(rows[-1])
+    with (out / "failures.parquet").open("rb") as file:
+        failed = pq.read_table(file)["id"].to_pylist()
+    assert failed in (["b/none.png"], [])  # it may lie in the test split
+    assert outcome.images == config.train.steps
 
 
 def test_folder_of_another_run_is_refused(tiny: Config, unbroken: Path) -> None:

@@ -1,0 +1,35 @@
+"""Ranges of view counts: what is drawn from them."""
+
+import numpy as np
+import pytest
+
+from snr_ray.config import InputError, NoiseConfig
+from snr_ray.noise.operator import NoiseSpec
+from snr_ray.noise.viewrange import ViewRange
+
+
+def test_a_range_is_what_the_configuration_says() -> None:
+    config = NoiseConfig(views_per_pixel=(0.1, 0.8), filter="hann", angle_range=120.0)
+    views = ViewRange.of(config)
+    assert views is not None
+    assert views.spec(7) == NoiseSpec(7, "hann", 120.0)
+    assert ViewRange.of(NoiseConfig()) is None
+
+
+@pytest.mark.parametrize("views", [(0.8, 0.1), (0.0, 0.5), (0.1, 5.0), (0.3, 0.3)])
+def test_a_range_rises_within_what_the_operator_takes(views: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match="views_per_pixel"):
+        NoiseConfig(views_per_pixel=views)
+
+
+@pytest.mark.parametrize("side", [8, 28, 128, 512])
+def test_every_count_of_the_range_is_drawn_and_none_beyond_it(side: int) -> None:
+    views, rng = ViewRange(0.1, 0.8), np.random.default_rng(0)
+    least, most = views.counts(side)
+    drawn = np.array([views.draw(side, 3, rng) for _ in range(3000)])
+    assert (drawn.min(), drawn.max()) == (least, most)
+    assert (np.diff(drawn) <= 0).all()
+    if side <= 128:
+        assert set(drawn.ravel()) == set(range(least, most + 1))
+    middle = np.sqrt(least * most)  # of the logarithms
+    assert np.mean(drawn > middle) == pytest.approx(0.5, abs=0.08 if side > 8 else 0.3)
