@@ -19,8 +19,10 @@ import pyarrow.compute as pc
 
 from snr_ray.config import ImagesConfig, InputError
 from snr_ray.hashing import hash64
-from snr_ray.images.formats import SUFFIXES, Decoded, decode, prepare, scale
+from snr_ray.images.errors import unreadable
+from snr_ray.images.formats import SUFFIXES, decode, output_name
 from snr_ray.images.listing import LeftOut
+from snr_ray.images.pixels import Decoded, prepare, scale
 
 Array = npt.NDArray[np.float32]
 Raw = bytes | npt.NDArray[np.generic]
@@ -121,11 +123,15 @@ class Source:
         name, raw = self.ids[index], self._raw(index)
         if isinstance(raw, bytes):
             return decode(raw, name, white=config.white, window=config.window)
-        return scale(raw, name, white=1.0 if self.tensors else config.white)
+        return scale(raw, name, white=config.white, window=config.window, tensors=self.tensors)
 
     def load(self, index: int, config: ImagesConfig) -> Array:
         """One image as noise is made of it: [channels, size, size] float32. Raises InputError."""
         return prepare(self.read(index, config).pixels, config, self.ids[index])
+
+    def output(self, name: str) -> str:
+        """Relative path of the result of the image with this id."""
+        return output_name(name, tensors=self.tensors, file=self.chunks is None)
 
     def select(self, split: str, limit: int | None = None) -> npt.NDArray[np.int64]:
         """Indices of a split ("train", "val" or "test"), in the order of id hashes.
@@ -192,7 +198,7 @@ class Source:
         try:
             raw = self.fetch(index)
         except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{self.ids[index]} cannot be read ({error}).") from None
+            raise unreadable(self.ids[index], error) from None
         if raw is None:
             raise InputError(f"A row must hold an image, but {self.ids[index]} is null.")
         return raw

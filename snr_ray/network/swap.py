@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from snr_ray.images.formats import with_channels
+from snr_ray.images.pixels import with_channels
 from snr_ray.network.blocks import Normal, unexplained
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.noisemaker import noise_of

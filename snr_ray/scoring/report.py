@@ -266,10 +266,9 @@ def _figure(
         caption += f", {row['explained']:.0f} dB"
     try:
         stored = source.read(index[row["id"]], images)
-        before, (low, high) = stored.pixels, stored.span
-        after = decode((out / row["output"]).read_bytes(), row["output"], white=1.0).pixels
-        if stored.depth != np.uint8:  # which is in [0, 1] already
-            after = (after - low) / (high - low)
+        before, data = stored.pixels, (out / row["output"]).read_bytes()
+        white = 1.0 if source.tensors else images.white
+        after = decode(data, row["output"], white=white, window=images.window).pixels
     except (InputError, OSError):
         return ""
     return (

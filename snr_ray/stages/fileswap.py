@@ -16,7 +16,8 @@ import torch
 
 from snr_ray.config import ImagesConfig, InputError
 from snr_ray.hashing import hash64
-from snr_ray.images.formats import Decoded, decode, encode
+from snr_ray.images.formats import decode, encode
+from snr_ray.images.pixels import Decoded
 from snr_ray.learning.checkpoint import TrainedModel
 from snr_ray.network.blocks import Normal
 from snr_ray.network.swap import detect, exchange, explained, swap

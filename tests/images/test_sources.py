@@ -213,7 +213,7 @@ def test_empty_folder_is_refused(tmp_path: Path) -> None:
 def test_deleted_file_is_one_bad_image(image_folder: Path) -> None:
     source = open_source(str(image_folder))
     (image_folder / source.ids[0]).unlink()
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is gone"):
         source.read(0)
 
 

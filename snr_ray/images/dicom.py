@@ -1,0 +1,205 @@
+"""CT slices (DICOM) <-> Hounsfield units; what comes back is a derived series of its own.
+
+    stored --slope, intercept of the frame--> Hounsfield units --...--> stored, same slope and bits
+
+Patient, study, geometry and all else stay; the new identifiers follow from the old ones and the
+job, so slices of a series stay together and the same job writes the same bytes. pydicom is an
+extra.
+"""
+
+import copy
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from snr_ray import __version__
+from snr_ray.config import InputError
+from snr_ray.images.pixels import Contents, Stored, Values
+
+LONGEST_TEXT = {"SeriesDescription": 64, "DerivationDescription": 1024}
+"""Characters that their value representations (LO, ST) hold."""
+UNITS = ("HU", "HU_MOD")
+"""Rescale types that are Hounsfield units; a CT image without one is in them too."""
+
+
+def read(data: bytes, name: str) -> Contents:
+    """The frames of a CT image.
+
+    Raises:
+        InputError: if it is no CT image, does not say how its numbers become Hounsfield units, or
+            pydicom is not there.
+    """
+    try:
+        import pydicom
+        from pydicom.errors import InvalidDicomError
+
+        from snr_ray.images import dicomcodecs
+    except ImportError:
+        raise InputError(
+            f"Reading DICOM needs pydicom, and {name} is one; pip install 'snr-ray[dicom]'."
+        ) from None
+    with warnings.catch_warnings():  # files of older scanners break rules that do not matter here
+        warnings.simplefilter("ignore")
+        try:
+            file = pydicom.dcmread(io.BytesIO(data))
+        except InvalidDicomError:  # without the preamble, as old scanners wrote
+            file = pydicom.dcmread(io.BytesIO(data), force=True)
+            if "SOPClassUID" not in file:
+                raise
+        _check_kind(file, name)
+        scales = [_scale_of(file, k, name) for k in range(int(file.get("NumberOfFrames") or 1))]
+        dicomcodecs.register()
+        stored = file.pixel_array
+    frames = stored if stored.ndim == 3 else stored[None]
+    units = [
+        Stored((frame * slope + intercept).astype(np.float32), hounsfield=True)
+        for frame, (slope, intercept) in zip(frames, scales, strict=True)
+    ]
+
+    def rewrite(values: Sequence[Values], job: str) -> bytes:
+        return _write(file, frames, scales, values, job)
+
+    return Contents(units, rewrite)
+
+
+def _check_kind(file: Any, name: str) -> None:
+    modality = file.get("Modality", "unknown")
+    if modality != "CT":
+        raise InputError(
+            f"Of DICOM files those of CT are read, whose numbers are Hounsfield units, but {name} "
+            f"is of modality {modality}; convert it to TIFF and say what is white with "
+            "images.white."
+        )
+    if "PixelData" not in file:
+        raise InputError(f"A CT slice must hold pixels, but {name} has none (tag 7FE0,0010).")
+    if file.get("SamplesPerPixel", 1) != 1:
+        raise InputError(
+            f"A CT slice must be grey, but {name} holds {file.SamplesPerPixel} samples per pixel; "
+            "it is a picture of a slice and no slice."
+        )
+
+
+def _scale_of(file: Any, frame: int, name: str) -> tuple[float, float]:
+    """Slope and intercept of a frame: its own, those of all frames, or those of the file."""
+    own = file.get("PerFrameFunctionalGroupsSequence") or []
+    groups = [*own[frame : frame + 1], *(file.get("SharedFunctionalGroupsSequence") or [])]
+    found = [
+        item
+        for group in groups
+        for item in group.get("PixelValueTransformationSequence") or []
+        if "RescaleSlope" in item
+    ]
+    item = [*found, file][0]
+    if item.get("RescaleSlope") is None or item.get("RescaleIntercept") is None:
+        raise InputError(
+            f"A CT slice must say how its numbers become Hounsfield units, but {name} has no "
+            "RescaleSlope and RescaleIntercept (tags 0028,1053 and 0028,1052); add them, or "
+            "convert it to TIFF and say what is white with images.white."
+        )
+    units = str(item.get("RescaleType") or UNITS[0]).strip()
+    if units not in UNITS:
+        raise InputError(
+            f"A CT slice must be in Hounsfield units, but those of {name} are {units} (tag "
+            "0028,1054); convert it to TIFF and say what is white with images.white."
+        )
+    slope = float(item.RescaleSlope)
+    if not slope:
+        raise InputError(f"RescaleSlope must not be 0, but that of {name} is (tag 0028,1053).")
+    return slope, float(item.RescaleIntercept)
+
+
+def _write(
+    old: Any,
+    frames: Values,
+    scales: Sequence[tuple[float, float]],
+    units: Sequence[Values],
+    job: str,
+) -> bytes:
+    """The file with other Hounsfield units; pixels that the old one calls padding stay."""
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    file = copy.deepcopy(old)
+    low = -(2 ** (file.BitsStored - 1)) if file.PixelRepresentation else 0
+    high = low + 2**file.BitsStored - 1
+    padding = _padding(file, frames)
+    stored = np.empty_like(frames)
+    for k, (values, (slope, intercept)) in enumerate(zip(units, scales, strict=True)):
+        numbers = np.round((values.astype(np.float64) - intercept) / slope)
+        stored[k] = np.clip(numbers, low, high)
+    stored[padding] = frames[padding]
+    compressed = file.file_meta.get("TransferSyntaxUID", ExplicitVRLittleEndian).is_compressed
+    if compressed or "TransferSyntaxUID" not in file.file_meta:
+        file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    little = file.file_meta.TransferSyntaxUID.is_little_endian
+    size = file.BitsAllocated // 8
+    kind = f"{'<' if little else '>'}{'i' if file.PixelRepresentation else 'u'}{size}"
+    pixels = stored.astype(kind).tobytes()
+    file.PixelData = pixels + b"\0" * (len(pixels) % 2)
+    file["PixelData"].VR = "OB" if size == 1 else "OW"
+    file["PixelData"].is_undefined_length = False
+    for tag, value in (("SmallestImagePixelValue", stored.min()),
+                       ("LargestImagePixelValue", stored.max())):  # fmt: skip
+        if tag in file:
+            setattr(file, tag, int(value))
+    _derive(file, job)
+    out = io.BytesIO()
+    with warnings.catch_warnings():  # as the old file broke them
+        warnings.simplefilter("ignore")
+        file.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+def _padding(file: Any, frames: Values) -> Any:
+    """Where stored numbers mean "no pixel here": [n, H, W] bool."""
+    value = file.get("PixelPaddingValue")
+    if value is None:
+        return np.zeros(frames.shape, bool)
+    limit = file.get("PixelPaddingRangeLimit", value)
+    ends = np.array([value, limit], np.int64)
+    bits = 2**file.BitsAllocated
+    if file.PixelRepresentation:  # some writers store a negative one as unsigned
+        ends = np.where(ends >= bits // 2, ends - bits, ends)
+    return (frames >= ends.min()) & (frames <= ends.max())
+
+
+def _derive(file: Any, job: str) -> None:
+    """Make it an image of its own, derived from the old one.
+
+    Source: DICOM PS3.3, C.7.6.1.1.2 (image type), C.12.4 (derivation), C.7.6.1 (source image).
+    """
+    from pydicom.dataset import Dataset
+    from pydicom.uid import generate_uid
+
+    if "SOPInstanceUID" in file:
+        source = Dataset()
+        source.ReferencedSOPClassUID = file.SOPClassUID
+        source.ReferencedSOPInstanceUID = file.SOPInstanceUID
+        purpose = Dataset()
+        purpose.CodeValue, purpose.CodingSchemeDesignator = "121322", "DCM"
+        purpose.CodeMeaning = "Source image for image processing operation"
+        source.PurposeOfReferenceCodeSequence = [purpose]
+        file.SourceImageSequence = [source]
+    for tag in ("SOPInstanceUID", "SeriesInstanceUID"):
+        old = str(file.get(tag, ""))
+        setattr(file, tag, generate_uid(entropy_srcs=[tag, old, job]))
+    file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID
+    file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID
+    _append(file, "SeriesDescription", "denoised")
+    _append(file, "DerivationDescription", f"sparse-view noise removed by snr_ray {__version__}")
+    if "ImageType" in file:
+        file.ImageType = ["DERIVED", "SECONDARY", *list(file.ImageType)[2:]]
+    groups = [*(file.get("SharedFunctionalGroupsSequence") or []),
+              *(file.get("PerFrameFunctionalGroupsSequence") or [])]  # fmt: skip
+    for group in groups:
+        for item in group.get("CTImageFrameTypeSequence") or []:
+            if "FrameType" in item:
+                item.FrameType = ["DERIVED", *list(item.FrameType)[1:]]
+
+
+def _append(file: Any, tag: str, text: str) -> None:
+    old = str(file.get(tag) or "").strip()
+    room = LONGEST_TEXT[tag] - len(text) - 2
+    setattr(file, tag, f"{old[:room].rstrip()}; {text}" if old else text)

@@ -1,0 +1,224 @@
+"""TIFF <-> stored pixels: every tag that says what numbers mean is obeyed, or the file refused.
+
+    page --tifffile--> samples --photometric, extra samples, bits--> grey or RGB --turned--> upright
+
+Pages are pictures of their own and are written back as a stack, with resolution, colour profile,
+compression and place on the map; thumbnails and masks beside them are left out.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
+from PIL import Image
+from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG
+
+from snr_ray.config import InputError
+from snr_ray.images.pixels import Contents, Stored, Values, turn, without_alpha
+
+COLOURS = {
+    PHOTOMETRIC.MINISBLACK: 1,
+    PHOTOMETRIC.MINISWHITE: 1,
+    PHOTOMETRIC.PALETTE: 1,
+    PHOTOMETRIC.RGB: 3,
+    PHOTOMETRIC.YCBCR: 3,
+    PHOTOMETRIC.SEPARATED: 4,
+}
+"""Samples of a pixel, without extra ones, of the kinds that are read."""
+WRITTEN_AS = {
+    COMPRESSION.NONE: None,
+    COMPRESSION.LZW: "lzw",
+    COMPRESSION.ZSTD: "zstd",
+    COMPRESSION.PACKBITS: "packbits",
+}
+"""What a result is compressed with; all else becomes zlib, which like these loses nothing."""
+KEPT_TAGS = (
+    271, 272, 305, 306, 315, 33432,  # make, model, software, date, artist, copyright
+    33550, 33922, 34264, 34735, 34736, 34737, 42112,  # place on the map
+)  # fmt: skip
+_ALPHA = (1, 2)  # associated or not, in tag 338
+_BESIDE = 0b101  # reduced images and masks, in tag 254
+_JPEG = (COMPRESSION.OJPEG, COMPRESSION.JPEG)
+
+
+def read(data: bytes, name: str) -> Contents:
+    """All pictures of a file.
+
+    Raises:
+        InputError: for kinds of pixels that are not known, or transparent ones.
+    """
+    with tifffile.TiffFile(io.BytesIO(data), name=name) as file:
+        pages = [page for page in file.pages if not int(page.subfiletype) & _BESIDE]
+        frames: list[Stored] = []
+        options: list[dict[str, Any]] = []
+        for page in pages or file.pages[:1]:
+            for samples in _samples(file, page, len(pages)):
+                frames.append(_meant(samples, page, data, name))
+                options.append(_options(page, frames[-1]))
+        big, order = file.is_bigtiff, file.byteorder
+
+    def rewrite(values: Sequence[Values], job: str) -> bytes:
+        return write(values, options, bigtiff=big, byteorder=order)
+
+    return Contents(frames, rewrite)
+
+
+def write(
+    pages: Sequence[Values], options: Sequence[dict[str, Any]] | None = None, **of_file: Any
+) -> bytes:
+    """A file of pictures [H, W] or [H, W, 3], each with its options of tifffile."""
+    out = io.BytesIO()
+    with tifffile.TiffWriter(out, **of_file) as file:
+        for k, values in enumerate(pages):
+            colour = "rgb" if values.ndim == 3 else "minisblack"
+            mine = {"photometric": colour, "metadata": None} | (options[k] if options else {})
+            file.write(values, contiguous=False, **mine)
+    return out.getvalue()
+
+
+def _samples(file: tifffile.TiffFile, page: tifffile.TiffPage, n_pages: int) -> Iterator[Values]:
+    """The pictures of a page, [H, W, samples]: one, but for volumes and stacks of one header."""
+    whole = page.asarray(squeeze=False)  # [planes, depth, H, W, samples]
+    if n_pages == 1 and file.series and file.series[0].size > whole.size:
+        whole = file.series[0].asarray().reshape(-1, *whole.shape)
+    else:
+        whole = whole[None]
+    for volume in whole:
+        if page.planarconfig == PLANARCONFIG.SEPARATE and page.samplesperpixel > 1:
+            yield from np.moveaxis(volume[..., 0], 0, -1)
+        else:
+            yield from volume[0]
+
+
+def _meant(samples: Values, page: tifffile.TiffPage, data: bytes, name: str) -> Stored:
+    """What samples [H, W, samples] stand for, upright."""
+    kind, bits = page.photometric, int(page.bitspersample)
+    values = _without_extra(samples, page, name)
+    white: float | None = None
+    if values.dtype.kind == "b" or (values.dtype.kind == "u" and bits < 16):
+        white = 2.0**bits - 1
+    if kind == PHOTOMETRIC.MINISWHITE:
+        values = _inverted(values, bits, name)
+    elif kind == PHOTOMETRIC.PALETTE:
+        values, white = _coloured(values, page.colormap), 255.0
+    elif kind == PHOTOMETRIC.SEPARATED:
+        values, white = _from_inks(values, page, name)
+    elif kind == PHOTOMETRIC.YCBCR and page.compression not in _JPEG:
+        values = _by_pillow(data, page.index)
+    if white is not None and white < 255:  # 1, 2, 4 bits and so on: written as 8
+        values = np.round(values * np.float32(255 / white)).astype(np.uint8)
+        white = 255.0
+    orientation = page.tags.get(274)
+    values = turn(values, int(orientation.value) if orientation else 1)
+    return Stored(values, white)
+
+
+def _without_extra(samples: Values, page: tifffile.TiffPage, name: str) -> Values:
+    """The colours alone; what else a pixel has must be an alpha that hides nothing."""
+    if page.photometric not in COLOURS:
+        kind = getattr(page.photometric, "name", page.photometric)
+        raise InputError(
+            f"{name} holds pixels of the kind {kind} (tag 262), which are not read; convert them "
+            "to grey or RGB."
+        )
+    n_colours, n = COLOURS[page.photometric], samples.shape[2]
+    kinds = [int(kind) for kind in page.extrasamples]
+    if n < n_colours:
+        raise InputError(
+            f"A pixel of the kind {page.photometric.name} has {n_colours} samples, but {name} has "
+            f"{n} (tag 277)."
+        )
+    if n_colours == 1 and n == 3 and not any(kind in _ALPHA for kind in kinds):
+        return samples  # three channels that nobody called red, green and blue
+    if n > n_colours + 1:
+        raise InputError(
+            f"An image must be grey or have three colours, but {name} has {n} samples in a pixel; "
+            "write the ones that matter into files of their own."
+        )
+    if n == n_colours:
+        return samples
+    bits, kind = int(page.bitspersample), samples.dtype.kind
+    opaque = 1.0 if kind == "f" else 2.0 ** (bits - (kind == "i")) - 1
+    if kinds and kinds[0] not in _ALPHA and np.any(samples[:, :, -1] != opaque):
+        raise InputError(
+            f"{name} has a channel beside its colours of which it does not say what it is "
+            "(tag 338); drop it, or write it into a file of its own."
+        )
+    return without_alpha(samples, name, opaque)
+
+
+def _inverted(values: Values, bits: int, name: str) -> Values:
+    if values.dtype == bool:
+        return ~values
+    if values.dtype.kind != "u":
+        raise InputError(
+            f"{name} calls 0 white (tag 262), but its {values.dtype.name} pixels have no largest "
+            "value that would be black; invert it."
+        )
+    return np.array(2**bits - 1, values.dtype) - values
+
+
+def _coloured(values: Values, colormap: npt.NDArray[np.uint16]) -> Values:
+    """RGB [H, W, 3] uint8 of places [H, W, 1] in a palette [3, n] of 16 bits."""
+    if colormap.max() > 255:  # some writers fill it with 8 bits
+        colormap = colormap // 256
+    return colormap.astype(np.uint8).T[values[:, :, 0].astype(np.intp)]
+
+
+def _from_inks(values: Values, page: tifffile.TiffPage, name: str) -> tuple[Values, float]:
+    """RGB of cyan, magenta, yellow and black (0: no ink), as screens show it without a profile."""
+    inks = page.tags.get(332)
+    if values.dtype.kind != "u" or (inks and int(inks.value) != 1):
+        raise InputError(
+            f"{name} is separated into inks that are not cyan, magenta, yellow and black in whole "
+            "numbers (tag 332), which are not read; convert it to RGB."
+        )
+    top = 2.0 ** int(page.bitspersample) - 1
+    paper = 1 - values.astype(np.float32) / np.float32(top)
+    return np.round(paper[:, :, :3] * paper[:, :, 3:] * top).astype(values.dtype), top
+
+
+def _by_pillow(data: bytes, index: int) -> Values:
+    """RGB of a page of luma and chroma, which tifffile gives as they are."""
+    with Image.open(io.BytesIO(data)) as file:
+        file.seek(index)
+        return np.asarray(file.convert("RGB"))
+
+
+def _options(page: tifffile.TiffPage, frame: Stored) -> dict[str, Any]:
+    """How to write a result like a page."""
+    bits, values = int(page.bitspersample), frame.values
+    compression = WRITTEN_AS.get(page.compression, "zlib")
+    options: dict[str, Any] = {"compression": compression}
+    if values.dtype.kind == "u" and 8 < bits < 16:
+        options |= {"bitspersample": bits, "compression": None}  # packed: one or the other
+    elif compression in ("lzw", "zlib", "zstd") and page.predictor > 1:
+        options["predictor"] = True
+    if page.is_tiled:
+        options["tile"] = (page.tilelength, page.tilewidth)
+    tags = page.tags
+    if page.photometric == PHOTOMETRIC.MINISBLACK and values.ndim == 3 and values.shape[2] == 3:
+        options |= {"photometric": "minisblack", "planarconfig": "contig"}
+    if 282 in tags and 283 in tags:
+        across, down = (_ratio(tags[code].value) for code in (282, 283))
+        turned = 274 in tags and int(tags[274].value) > 4
+        options["resolution"] = (down, across) if turned else (across, down)
+        options["resolutionunit"] = int(tags[296].value) if 296 in tags else 2
+    if 34675 in tags and page.photometric != PHOTOMETRIC.SEPARATED:
+        options["iccprofile"] = tags[34675].value
+    if 270 in tags and not page.is_shaped:
+        options["description"] = tags[270].value
+    options["extratags"] = [
+        (code, tags[code].dtype, tags[code].count, tags[code].value, True)
+        for code in KEPT_TAGS
+        if code in tags
+    ]
+    options["software"] = False
+    return options
+
+
+def _ratio(value: tuple[int, int]) -> float:
+    return value[0] / value[1] if value[1] else 1.0
