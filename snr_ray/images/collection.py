@@ -84,6 +84,9 @@ class Source:
     identity: str = ""
     """What a job is known by: the place of the images whatever the user typed, without the secrets
     that a URI may hold; by default the name."""
+    home: str = ""
+    """The same of the folder that ids are relative to: a file, a glob and the folder they choose
+    from share it, and with it and its id an image is known; by default the identity."""
     stamps: Callable[[int], str] | None = None
     """Size and time of what `fetch` reads; none where images cannot change."""
     left_out: LeftOut = field(default_factory=LeftOut)
@@ -92,6 +95,8 @@ class Source:
     def __post_init__(self) -> None:
         if not self.identity:
             object.__setattr__(self, "identity", self.name)
+        if not self.home:
+            object.__setattr__(self, "home", self.identity)
         if not isinstance(self.ids, Texts):
             object.__setattr__(self, "ids", Texts(self.ids))
         assert isinstance(self.ids, Texts)

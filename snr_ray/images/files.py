@@ -31,6 +31,7 @@ def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
     kind_of_source = name.removesuffix(text)
     name = kind_of_source + shown(text)
     alone = Glob(place.pattern).one_folder
+    home = place.home
     try:
         kind = _kind(place.root) if place.local else place.fs.get_file_info(place.root).type
         if kind == pafs.FileType.NotFound:
@@ -41,6 +42,7 @@ def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
         if kind == pafs.FileType.File:
             file = PurePosixPath(place.root)
             root, alone = str(file.parent), True
+            home = home.rpartition("/")[0] or "/"
             listing = _one_file(file.name)
         else:
             root, listing = place.root, list_place(place)
@@ -51,6 +53,7 @@ def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
         Source,
         name,
         identity=kind_of_source + place.identity,
+        home=kind_of_source + home + (f"#{place.column}" if place.column else ""),
         folder=Path(root).resolve() if place.local else None,
         alone=alone,
         left_out=listing.left_out,

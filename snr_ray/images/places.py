@@ -35,6 +35,8 @@ class Place:
     """Column of Parquet tables that was asked for, or ""."""
     identity: str
     """The same for all spellings, without secrets."""
+    home: str
+    """The same of `root` alone, whatever is chosen in it; no column."""
 
     @property
     def local(self) -> bool:
@@ -70,13 +72,16 @@ def find(text: str) -> Place:
             raise InputError(f"{shown(text)} is not a URI that can be opened ({reason}).") from None
     else:
         fs, root = pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
-    if isinstance(fs, pafs.LocalFileSystem):
-        identity = printable(os.path.realpath(root))
-    else:
-        identity = _address(text)
+    local = isinstance(fs, pafs.LocalFileSystem)
+    home = _address(text)
+    if local and os.path.isdir(root):
+        home = printable(os.path.realpath(root)).rstrip("/")
+    elif local:  # a link to a file is known by its own name, which is that of the result
+        folder, name = os.path.split(root.rstrip("/"))
+        home = printable(f"{os.path.realpath(folder).rstrip('/')}/{name}")
     tail = f"/{printable(pattern)}" if pattern else ""
-    identity = identity.rstrip("/") + tail + (f"#{column}" if column else "") or "/"
-    return Place(fs, root, pattern, column, identity)
+    wanted = f"#{column}" if column else ""
+    return Place(fs, root, pattern, column, home + tail + wanted or "/", home or "/")
 
 
 def shown(text: str) -> str:

@@ -108,7 +108,7 @@ def denoise(
         {
             "stage": "denoise",
             "model": fingerprint((model_path(model) / "model.safetensors").read_bytes()),
-            "source": source.identity,
+            "source": source.home,
             "donor": donor,
             "samples": samples,
             "inject": inject,

@@ -28,6 +28,7 @@ def test_spellings_of_a_folder_are_one(tmp_path: Path, monkeypatch: pytest.Monke
     assert open_source("scans").identity == full
     assert open_source("./scans/*.png").identity == open_source(f"{full}/*.png").identity
     assert open_source("scans/s.png").identity == f"{full}/s.png"
+    assert {open_source(f"scans{tail}").home for tail in ("", "/*", "/s.png")} == {full}
 
 
 def test_the_same_name_in_another_folder_is_another(
