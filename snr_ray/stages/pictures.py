@@ -15,7 +15,7 @@ import ray
 from snr_ray.config import Config, InputError, check
 from snr_ray.images.collection import Source
 from snr_ray.images.datafolder import Array, Failure, tensors
-from snr_ray.images.formats import prepare
+from snr_ray.images.pixels import prepare
 from snr_ray.learning.mixed import Pictures, own_side, training_sizes
 from snr_ray.stages.cluster import shared
 from snr_ray.stages.dataset import Origin, memory_for_rows, open_rows
