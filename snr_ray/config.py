@@ -141,6 +141,9 @@ class ModelConfig:
     unrolled: int = 4
     """Steps of the unrolled solver in the encoder, each of which guesses the clean image, makes its
     noise and sees what is left unexplained; 0: none. Of a decoder with the operator alone."""
+    correction: int = 0
+    """Iterations, at most, of least squares behind the network that pull cleaned images towards
+    what the noise operator says; 0: none. Of a model that unrolls; training is without it."""
     blocks: int = 1
     """Residual blocks per level in each direction."""
     upsampling: Literal["shuffle", "nearest"] = "shuffle"
@@ -164,7 +167,11 @@ class ModelConfig:
             self.stem_kernel % 2 == 1,
             f"model.stem_kernel must be odd, but got {self.stem_kernel}.",
         )
-        check(self.unrolled >= 0, f"model.unrolled must not be negative, but got {self.unrolled}.")
+        for name in ("unrolled", "correction"):
+            check(
+                getattr(self, name) >= 0,
+                f"model.{name} must not be negative, but got {getattr(self, name)}.",
+            )
         for name in ("stem_channels", "stem_kernel", "blocks"):
             check(
                 getattr(self, name) >= 1,

@@ -94,6 +94,7 @@ class HVAE(nn.Module):
         elif config.decoder == "operator":
             self.noise_maker = NoiseMaker(noise, sum(config.noise_channels))
         self.unrolls = self.noise_maker is not None and config.unrolled > 0
+        self.correction = config.correction if self.unrolls else 0
         widths = (config.stem_channels, *config.channels)
         self.stem = Stem(config, channels, inverse)
         self.down = nn.ModuleList(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from snr_ray.images.pixels import with_channels
 from snr_ray.network.blocks import Normal, unexplained
+from snr_ray.network.correction import corrected
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.noisemaker import noise_of
 from snr_ray.noise.operator import NoiseSpec
@@ -162,6 +163,9 @@ def exchange(
     Content is inferred as it was in training: against the new noise codes where the swap was
     trained, else against those of the image itself (`HVAE.one_pass`).
 
+    Cleaned images are corrected as model.correction says, but for samples and images whose noise
+    code says that they are clean.
+
     A grey model takes RGB channel by channel; an RGB model takes grey repeated and answers with
     the mean of its channels.
 
@@ -201,14 +205,21 @@ def exchange(
         decoded = model.decode(dataclasses.replace(inference.codes, noise=noise))
     shares = None if maker is None else maker.shares([q.mu for q in inference.noise])
     decibels = n_views = None
-    if explain and model.unrolls:
-        assert maker is not None
-        assert shares is not None
-        again = maker(decoded, shares) if geometry is None else noise_of(geometry, decoded)
-        decibels = _decibels(unexplained(x, again), batch)
     if maker is not None and shares is not None:
+        side = max(images.shape[2:])
         of_image = shares.reshape(batch, apart, -1).mean(1)
-        n_views = maker.counts(of_image, max(images.shape[2:])).cpu().numpy()
+        n_views = maker.counts(of_image, side).cpu().numpy()
+        with torch.inference_mode(mode=False):  # gradients go back through what is made
+            make = functools.partial(maker, shares=shares.clone())
+        known = maker.counts(shares, side) > 0
+        if geometry is not None:
+            make, known = functools.partial(noise_of, geometry), torch.ones_like(known)
+        removes = noise is not None and not maker.counts(maker.shares(noise), side).any()
+        if model.correction and removes and normal is None:
+            better = corrected(x, decoded, make, model.correction)
+            decoded = torch.where(known[:, None, None, None], better, decoded)
+        if explain and model.unrolls:
+            decibels = _decibels(unexplained(x, make(decoded)), batch)
     image = decoded.cpu().numpy()
     if apart > 1:
         image = image.reshape(images.shape)

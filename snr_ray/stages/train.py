@@ -322,6 +322,7 @@ def settle_start(config: Config) -> Config:
         )
     mine, stored = configs.to_dict(config)["model"], configs.to_dict(its)["model"]
     stored["physics"] = stored["physics"] or mine["physics"]
+    stored["correction"] = mine["correction"]  # which has no weights
     for key, value in stored.items():
         if mine[key] != value:
             print(f"{start} has model.{key}={value}, which is used in place of {mine[key]}.",

@@ -1,0 +1,76 @@
+"""The last step is exact: an answer is pulled towards what the noise operator says of the image.
+
+What an answer leaves of the image unexplained is taken back by least squares, with conjugate
+gradients from the answer on, and stopped where that explains the image no better. Of an image that
+the operator made, each iteration takes away a good part of what is left; of Gaussian noise or
+rounding next to nothing, since the operator makes no such images. So there is no weight to choose:
+noise that comes from elsewhere ends it before it is fitted.
+
+Source: conjugate gradients on the normal equations, and early stopping as regularisation: Hanke,
+Conjugate gradient type methods for ill-posed problems (1995).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from snr_ray.network.blocks import unexplained
+
+WORTH = 0.9
+"""An iteration must bring what is left below this share of it, root mean square; the last that does
+is kept. Chosen on validation images: the first iterations come to 0.6 to 0.8 on exact input, to 0.9
+and more where fitting the image would cost quality, and wrong view counts bring no progress."""
+FAR = 0.5
+"""Answers that leave more than this share of what they took away, root mean square, are not
+corrected: that is no error of an answer but other noise, or a wrong view count, and some of it
+could be fitted. Good answers leave a tenth."""
+TINY = 1e-30
+
+
+def corrected(
+    images: Tensor, clean: Tensor, make: Callable[[Tensor], Tensor], iterations: int
+) -> Tensor:
+    """Clean images [B, C, H, W] whose noisy versions are nearer to the images, each on its own.
+
+    Args:
+        images: what was seen, [B, C, H, W] float32.
+        clean: what was made of it, of the same shape.
+        make: noisy versions of clean images; affine and differentiable.
+        iterations: at most; each makes noise once and goes back once.
+    """
+    with torch.inference_mode(mode=False), torch.no_grad():
+        images, clean = images.clone().float(), clean.clone().float()
+        nothing = make(torch.zeros_like(clean))
+        again = make(clean)
+        left = unexplained(images, again)
+        counts = (left == images - again).float()  # not what lies beyond the bounds of a file
+        gradient = _back(make, left * counts)
+        step, power = gradient.clone(), _power(gradient)
+        active = (_power(left) > TINY) & (_power(left) < FAR**2 * _power(images - clean))
+        for _ in range(iterations):
+            made = counts * (make(step) - nothing)
+            rate = power / _power(made).clamp(min=TINY)
+            after = left - rate * made
+            active = active & (_power(after) < WORTH**2 * _power(left))
+            if not active.any():
+                break
+            clean = torch.where(active, clean + rate * step, clean)
+            left = torch.where(active, after, left)
+            gradient = _back(make, left * counts)
+            before, power = power, _power(gradient)
+            step = gradient + power / before.clamp(min=TINY) * step
+        return clean
+
+
+def _power(x: Tensor) -> Tensor:
+    """Sum of squares of each image: [B, 1, 1, 1]."""
+    return x.square().sum((1, 2, 3), keepdim=True)
+
+
+def _back(make: Callable[[Tensor], Tensor], noisy: Tensor) -> Tensor:
+    """The adjoint of the linear part of `make`."""
+    with torch.enable_grad():
+        clean = torch.zeros_like(noisy, requires_grad=True)
+        (back,) = torch.autograd.grad(make(clean), clean, noisy)
+    return back

@@ -1,0 +1,129 @@
+"""The exact last step: nearer to the truth on exact input, and never a step for the worse."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from random_models import images, model_of
+
+from snr_ray import configfile as configs
+from snr_ray.images.sources import open_source
+from snr_ray.learning.checkpoint import load_model
+from snr_ray.metrics import psnr
+from snr_ray.network.correction import corrected
+from snr_ray.network.hvae import HVAE
+from snr_ray.network.noisemaker import noise_of
+from snr_ray.network.swap import exchange, swap
+from snr_ray.noise.operator import NoiseSpec
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def letters() -> torch.Tensor:
+    source = open_source("glyphs")
+    config = configs.load([], [f"images.size={SIZE}"]).images
+    return torch.from_numpy(np.stack([source.load(row, config) for row in range(0, 4000, 500)]))
+
+
+def answers(clean: torch.Tensor, sigma: float = 0.03) -> torch.Tensor:
+    """Answers of some network: the truth and a smooth error."""
+    error = torch.randn(len(clean), 1, 8, 8, generator=torch.manual_seed(1))
+    return clean + sigma * torch.nn.functional.interpolate(error, size=SIZE, mode="bicubic")
+
+
+def gain(noisy: torch.Tensor, clean: torch.Tensor, n_views: int, iterations: int = 8) -> np.ndarray:
+    """PSNR of corrected answers over that of the answers, dB."""
+    guess = answers(clean)
+    make = functools.partial(noise_of, NoiseSpec(n_views))
+    better = corrected(noisy, guess, make, iterations)
+    return psnr(better.numpy(), clean.numpy()) - psnr(guess.numpy(), clean.numpy())
+
+
+@pytest.mark.parametrize("n_views", [6, 12, 24])
+def test_answers_to_exact_images_get_better(letters: torch.Tensor, n_views: int) -> None:
+    noisy = noise_of(NoiseSpec(n_views), letters)
+    gains = [gain(noisy, letters, n_views, iterations) for iterations in (1, 3, 8)]
+    assert gains[0].min() > 0
+    assert gains[1].mean() > gains[0].mean()
+    assert gains[2].mean() > max(gains[1].mean(), 1.0)
+
+
+@pytest.mark.parametrize("n_views", [6, 24])
+def test_files_of_8_bits_get_better_by_what_they_hold(letters: torch.Tensor, n_views: int) -> None:
+    noisy = (noise_of(NoiseSpec(n_views), letters).clamp(0, 1) * 255).round() / 255
+    assert gain(noisy, letters, n_views).min() > -0.05
+    assert gain(noisy, letters, n_views).mean() > 0.3
+
+
+@pytest.mark.parametrize("n_views", [6, 12, 24])
+@pytest.mark.parametrize("sigma", [0.01, 0.03, 0.1])
+def test_gaussian_noise_is_not_fitted(letters: torch.Tensor, n_views: int, sigma: float) -> None:
+    noise = sigma * torch.randn(letters.shape, generator=torch.manual_seed(2))
+    assert gain(noise_of(NoiseSpec(n_views), letters) + noise, letters, n_views).min() > -0.3
+
+
+def test_a_wrong_view_count_does_not_pull(letters: torch.Tensor) -> None:
+    assert gain(noise_of(NoiseSpec(12), letters), letters, 13).min() > -0.3
+
+
+def test_an_exact_answer_and_no_iterations_change_nothing(letters: torch.Tensor) -> None:
+    make = functools.partial(noise_of, NoiseSpec(8))
+    assert torch.equal(corrected(make(letters), letters, make, 5), letters)
+    guess = answers(letters)
+    assert torch.equal(corrected(make(letters), guess, make, 0), guess)
+
+
+def test_images_do_not_depend_on_their_neighbours(letters: torch.Tensor) -> None:
+    make = functools.partial(noise_of, NoiseSpec(8))
+    noisy, guess = make(letters), answers(letters)
+    noisy[3] += 0.1 * torch.randn(noisy[3].shape, generator=torch.manual_seed(0))
+    together = corrected(noisy, guess, make, 6)
+    for k in (2, 3, 4):
+        alone = corrected(noisy[k : k + 1], guess[k : k + 1], make, 6)
+        torch.testing.assert_close(together[k : k + 1], alone, atol=1e-4, rtol=0)
+
+
+def model(correction: int) -> HVAE:
+    config = configs.load(["smoke"], [f"model.correction={correction}"])
+    its = model_of(config)
+    assert its.noise_maker is not None
+    return its
+
+
+def test_the_swap_corrects_what_it_cleans_and_explains_more(letters: torch.Tensor) -> None:
+    trained, clean = load_model("notmnist"), letters[..., 2:-2, 2:-2].numpy()
+    noisy = noise_of(NoiseSpec(20), torch.from_numpy(clean)).numpy()
+    assert trained.model.correction == 0  # as it was shipped
+    for geometry in (None, NoiseSpec(20)):
+        made = []
+        for iterations in (0, 6):
+            trained.model.correction = iterations
+            code = trained.codes.mean(0)
+            made.append(exchange(trained.model, noisy, code, geometry=geometry, explain=True))
+        assert made[0].explained is not None
+        assert made[1].explained is not None
+        assert (made[1].explained > made[0].explained).all()
+        better = psnr(made[1].images, clean) - psnr(made[0].images, clean)
+        assert better.min() > -0.05
+        assert better.mean() > 0.2
+        rgb = swap(trained.model, noisy.repeat(3, axis=1), code, geometry=geometry)
+        np.testing.assert_allclose(rgb, made[1].images.repeat(3, axis=1), atol=1e-3)
+
+
+def test_reconstructions_injections_and_samples_are_not_corrected() -> None:
+    plain, exact = model(0), model(6)
+    noisy = images(3)
+    normal = lambda shape: torch.zeros(shape)  # noqa: E731
+    noisy_code = [torch.zeros(1, 2, 1, 1) for _ in range(2)]
+    for its in (plain, exact):
+        assert its.noise_maker is not None
+        its.noise_maker.logits.bias.data.copy_(torch.tensor([0.0, 9.0, 0.0]))
+    for options in (
+        {"noise": None},
+        {"noise": noisy_code},
+        {"noise": noisy_code, "normal": normal},
+    ):
+        results = [swap(its, noisy, **options) for its in (plain, exact)]  # type: ignore[arg-type]
+        np.testing.assert_array_equal(*results)
