@@ -209,7 +209,7 @@ def _options(page: tifffile.TiffPage, frame: Stored) -> dict[str, Any]:
         options["resolutionunit"] = int(tags[296].value) if 296 in tags else 2
     if 34675 in tags and page.photometric != PHOTOMETRIC.SEPARATED:
         options["iccprofile"] = tags[34675].value
-    if 270 in tags and not page.is_shaped:
+    if 270 in tags and not str(tags[270].value).startswith('{"shape"'):  # tifffile's own
         options["description"] = tags[270].value
     options["extratags"] = [
         (code, tags[code].dtype, tags[code].count, tags[code].value, True)
