@@ -35,6 +35,11 @@ def read(data: bytes, name: str) -> Contents:
     try:
         import pydicom
         from pydicom.errors import InvalidDicomError
+        from pydicom.uid import (
+            ExplicitVRBigEndian,
+            ExplicitVRLittleEndian,
+            ImplicitVRLittleEndian,
+        )
 
         from snr_ray.images import dicomcodecs
     except ImportError:
@@ -49,6 +54,10 @@ def read(data: bytes, name: str) -> Contents:
             file = pydicom.dcmread(io.BytesIO(data), force=True)
             if "SOPClassUID" not in file:
                 raise
+            if "TransferSyntaxUID" not in file.file_meta:
+                implicit, little = file.original_encoding
+                plain = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+                file.file_meta.TransferSyntaxUID = plain if little else ExplicitVRBigEndian
         _check_kind(file, name)
         scales = [_scale_of(file, k, name) for k in range(int(file.get("NumberOfFrames") or 1))]
         dicomcodecs.register()
@@ -130,8 +139,7 @@ def _write(
         numbers = np.round((values.astype(np.float64) - intercept) / slope)
         stored[k] = np.clip(numbers, low, high)
     stored[padding] = frames[padding]
-    compressed = file.file_meta.get("TransferSyntaxUID", ExplicitVRLittleEndian).is_compressed
-    if compressed or "TransferSyntaxUID" not in file.file_meta:
+    if file.file_meta.TransferSyntaxUID.is_compressed:
         file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     little = file.file_meta.TransferSyntaxUID.is_little_endian
     size = file.BitsAllocated // 8
