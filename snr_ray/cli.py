@@ -3,13 +3,17 @@
 import argparse
 import os
 import secrets
+import signal
+import socket
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from snr_ray import __version__
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config, InputError, Lost
+from snr_ray.folder import without_secrets
 
 SRC_HELP = """SRC is one of
   glyphs              letters A to J in matplotlib's fonts, made here
@@ -59,20 +63,41 @@ PURPOSE = {
 }
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as Slurm, Docker and Kubernetes send it: an interruption like Ctrl-C."""
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one stage. Returns 0 done, 2 wrong usage or input, 3 some images failed, 1 else."""
+    """Run one stage. Returns 0 done, 2 wrong usage or input, 3 some images failed, 1 else; 143
+    after SIGTERM."""
     args = _parser().parse_args(argv)
     prepare_environment()
+    main_thread = threading.current_thread() is threading.main_thread()
+    stops = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
     try:
         presets = ["demo", *args.config] if args.stage == "demo" else args.config
         config = configs.load(presets, args.set)
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # the entrypoint of a job
+            from snr_ray.stages.submitted import check_paths
+
+            check_paths(args, config)
         return _run(args, config)
     except InputError as error:
-        print(f"snr {args.stage}: {error}", file=sys.stderr)
+        print(f"snr {args.stage}: {without_secrets(str(error))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\nsnr {args.stage}: interrupted; the same command continues.", file=sys.stderr)
+    except Lost as error:
+        print(f"snr {args.stage}: {error}; the same command continues.", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as stop:
+        print(f"\nsnr {args.stage}: interrupted; the same command continues.", file=sys.stderr)
+        return 143 if isinstance(stop, Terminated) else 1
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, stops)
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 def prepare_environment() -> None:
@@ -83,11 +108,41 @@ def prepare_environment() -> None:
     # A thread of Ray Data that prefetches may outlive the stage that asked for it; without this it
     # starts another Ray, which ends the process when it goes.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
-        # A local Ray listens on every interface of the machine, and who reaches it runs code: a
-        # token of this process's own keeps others out and leaves no file behind.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # A node that is cut off is given up after 25 seconds instead of 7 minutes.
+    os.environ.setdefault("RAY_grpc_client_keepalive_time_ms", "15000")
+    os.environ.setdefault("RAY_grpc_client_keepalive_timeout_ms", "10000")
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        # Whoever reaches a Ray runs code: a local one stays on loopback, which Ray has no other
+        # option for, and asks for a token of this process's own, which leaves no file behind.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    elif _on_loopback_only(address):  # else Ray asks this machine's other address instead
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+def _on_loopback_only(address: str) -> bool:
+    """Whether a cluster at HOST:PORT answers to this machine alone, as cluster/local.sh's does."""
+    host, _, port = address.rpartition(":")
+    if not (port.isdecimal() and (host == "localhost" or host.startswith("127."))):
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # of no one; nothing is sent
+            others_see = probe.getsockname()[0]
+        except OSError:  # no network
+            return True
+    return _answers(host, int(port)) and not _answers(others_see, int(port))
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def _run(args: argparse.Namespace, config: Config) -> int:

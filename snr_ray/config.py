@@ -16,6 +16,10 @@ class InputError(ValueError):
     """Something the user can put right; its text says the rule, what came, and the way out."""
 
 
+class Lost(RuntimeError):
+    """What a job worked with went away, such as its cluster; the same command continues."""
+
+
 def check(rule: bool, sentence: str) -> None:
     """Raise InputError with the sentence where the rule does not hold."""
     if not rule:

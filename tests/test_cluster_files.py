@@ -1,8 +1,12 @@
 """The files of cluster/ agree with Ray, with each other and with the repository."""
 
 import json
+import os
+import runpy
 import shlex
 import subprocess
+import sys
+import zipfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ import jsonschema
 import pytest
 import ray
 import yaml
+from ray._private.runtime_env.packaging import create_package
 
 from snr_ray import __version__, cli
 
@@ -89,6 +94,23 @@ def test_stages_find_nodes_when_they_start() -> None:
     assert min(least) >= 1
 
 
+def test_a_node_that_is_cut_off_is_given_up_soon() -> None:
+    wanted = {
+        "RAY_grpc_client_keepalive_time_ms": "15000",
+        "RAY_grpc_client_keepalive_timeout_ms": "10000",
+    }
+    # Ray's own figures let a job stand still for seven minutes. Every node and driver needs them.
+    options = read("autoscaler.yaml")["docker"]["run_options"]
+    assert {f"-e {key}={value}" for key, value in wanted.items()} <= set(options)
+    for name in KUBERAY:
+        for group in groups(name):
+            for container in group["template"]["spec"]["containers"]:
+                assert {e["name"]: e["value"] for e in container["env"]} == wanted
+    for key, value in wanted.items():
+        assert f"export {key}=${{{key}:-{value}}}" in (CLUSTER / "local.sh").read_text()
+        assert os.environ[key] == value  # snr itself has set them
+
+
 def test_head_takes_no_work() -> None:
     # A task that exhausts the head's memory ends the whole cluster.
     assert read("autoscaler.yaml")["available_node_types"]["head"]["resources"]["CPU"] == 0
@@ -149,13 +171,38 @@ def test_rayjob_is_a_raycluster_with_a_job() -> None:
 
 def test_rayjob_entrypoint_is_a_command_that_parses() -> None:
     words = shlex.split(read("rayjob.yaml")["spec"]["entrypoint"])
-    assert words[0] == "python"
     # The image copies jobs/ to the folder where jobs start.
-    script = REPOSITORY / words[1]
-    assert script.is_file()
-    arguments = cli._parser().parse_args([script.stem, *words[2:]])
+    assert words[:2] == ["python", "jobs/rayjob.py"]
+    arguments = cli._parser().parse_args(words[2:])
     # What a retry continues must outlive its cluster.
     assert arguments.out.is_relative_to("/mnt/share")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["demo", "--config", "none"], 0, "status 2, which no retry mends: its input"),
+        (["denoise", "--modle", "none"], 0, "status 2, which no retry mends: its input"),
+        (["--version"], 0, ""),
+    ],
+)
+def test_rayjob_does_not_retry_what_stays_wrong(
+    words: list[str], status: int, said: str, tmp_path: Path
+) -> None:
+    run = subprocess.run(
+        [sys.executable, REPOSITORY / "jobs" / "rayjob.py", *words],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == status
+    assert said in run.stdout
+    assert bool(said) == ("rayjob:" in run.stdout)
+
+
+def test_rayjob_retries_what_ended_by_accident(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = runpy.run_path(str(REPOSITORY / "jobs" / "rayjob.py"))
+    for status, told in ((0, 0), (1, 1), (2, 0), (3, 0), (143, 143)):
+        monkeypatch.setitem(job["once"].__globals__, "main", lambda argv, status=status: status)
+        assert job["once"]([]) == told
 
 
 def test_rayjob_retries() -> None:
@@ -190,6 +237,19 @@ def test_runtime_env_leaves_out_what_is_large() -> None:
     # The job itself must travel.
     kept = {"jobs", "snr_ray", "pyproject.toml"}
     assert not kept & {pattern.strip("/") for pattern in environment["excludes"]}
+
+
+def test_shipped_models_travel_with_a_job_and_other_weights_do_not(tmp_path: Path) -> None:
+    for name in ("runs/a/model/model.safetensors", "mine/model.safetensors", "data/x.parquet",
+                 "snr_ray/shipped/new/model.safetensors", "snr_ray/cli.py"):  # fmt: skip
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    package = tmp_path.with_suffix(".zip")
+    create_package(str(tmp_path), package, True, excludes=read("runtime_env.yaml")["excludes"])
+    sent = {Path(name).as_posix() for name in zipfile.ZipFile(package).namelist()}
+    files = {name for name in sent if (tmp_path / name).is_file()}
+    assert files == {"snr_ray/shipped/new/model.safetensors", "snr_ray/cli.py"}
 
 
 def test_local_script_parses() -> None:

@@ -1,20 +1,29 @@
-"""Connecting to Ray: what goes wrong is said in one sentence."""
+"""Connecting to Ray: what goes wrong is said in one sentence, and soon; others stay out."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import grpc
 import pytest
 import ray
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
+from snr_ray.cli import _on_loopback_only
 from snr_ray.config import InputError
-from snr_ray.stages.cluster import connected
+from snr_ray.stages import cluster
+from snr_ray.stages.cluster import check_cluster, closed_folder, connected
 
 
 @pytest.mark.parametrize(
     ("problem", "raised", "said"),
     [
-        (ConnectionError("refused"), InputError, r"does not answer \(refused\); unset it"),
         (
             Exception("The current node timed out during startup. And so on."),
             InputError,
@@ -43,3 +52,122 @@ def test_nothing_starts_ray_by_the_way() -> None:
     )
     assert done.returncode == 1
     assert "Ray has not been started" in done.stderr
+
+
+@pytest.fixture
+def heads() -> Iterator[Callable[[dict[str, str], str], str]]:
+    """Starts what a head answers its drivers with: versions, to those with the token."""
+    servers = []
+
+    def start(versions: dict[str, str], token: str) -> str:
+        class Store(gcs_service_pb2_grpc.InternalKVGcsServiceServicer):
+            def InternalKVGet(self, request, context):
+                sent = dict(context.invocation_metadata()).get("authorization")
+                if token and sent != f"Bearer {token}":
+                    context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+                return gcs_service_pb2.InternalKVGetReply(value=json.dumps(versions).encode())
+
+        server = grpc.server(ThreadPoolExecutor(1))
+        gcs_service_pb2_grpc.add_InternalKVGcsServiceServicer_to_server(Store(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        servers.append(server)
+        return f"127.0.0.1:{port}"
+
+    yield start
+    for server in servers:
+        server.stop(None)
+
+
+OURS = {"ray_version": ray.__version__, "python_version": sys.version.split()[0]}
+
+
+def test_a_cluster_like_ours_is_taken(heads: Callable[[dict[str, str], str], str]) -> None:
+    check_cluster(heads(OURS, ""))
+    check_cluster(heads({}, ""))
+
+
+@pytest.mark.parametrize(
+    ("versions", "said"),
+    [
+        ({"ray_version": "2.9.0"}, r"must run the Ray of the driver, 2\.\S+, but .* runs 2\.9\.0"),
+        ({"python_version": "3.12.1"}, r"the Python of the driver, 3\.\S+, but .* runs 3\.12\.1"),
+    ],
+)
+def test_another_ray_or_python_is_told(
+    versions: dict[str, str], said: str, heads: Callable[[dict[str, str], str], str]
+) -> None:
+    with pytest.raises(InputError, match=said):
+        check_cluster(heads(OURS | versions, ""))
+
+
+def test_no_token_and_a_wrong_one_are_told(
+    heads: Callable[[dict[str, str], str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = heads(OURS, "feed" * 16)
+    with pytest.raises(InputError, match="asks for a token, but ours is another; set RAY_AUTH_MO"):
+        check_cluster(address)  # the tests have one of their own
+    code = f"""
+from snr_ray.config import InputError
+from snr_ray.stages.cluster import check_cluster
+try: check_cluster({address!r})
+except InputError as error: print(error)
+"""
+    without = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+    for settings, said in (
+        ({}, "asks for a token, but none was sent"),
+        ({"RAY_AUTH_MODE": "token"}, "RAY_AUTH_MODE=token needs a token, but there is none"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "feed" * 16}, ""),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=without | {"HOME": "/nonexistent"} | settings,
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert said in done.stdout if said else not done.stdout
+
+
+@pytest.mark.parametrize("kind", ["dead", "silent", "unknown", "http", "no port"])
+def test_an_address_without_a_cluster_is_told_soon(
+    kind: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "ANSWER_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        free = silent.getsockname()[1]
+        http = s3_server.split("endpoint_override=")[1].split("&")[0]
+        places = {
+            "silent": f"127.0.0.1:{free}",
+            "unknown": "nowhere.invalid:6379",
+            "http": http,
+            "no port": "127.0.0.1",
+            "dead": "127.0.0.1:9",
+        }
+        begun = time.monotonic()
+        with pytest.raises(InputError, match=r"^RAY_ADDRESS must .*; unset it to work on this"):
+            check_cluster(places[kind])
+    assert time.monotonic() - begun < 20
+
+
+def test_a_loopback_cluster_is_known_by_who_it_answers_to() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert _on_loopback_only(f"127.0.0.1:{port}")
+        assert _on_loopback_only(f"localhost:{port}")
+    assert not _on_loopback_only(f"127.0.0.1:{port}")
+    with socket.create_server(("0.0.0.0", 0)) as server:
+        assert not _on_loopback_only(f"127.0.0.1:{server.getsockname()[1]}")
+    for address in ("10.0.0.1:6379", "auto", "ray://127.0.0.1:10001", "head:6379"):
+        assert not _on_loopback_only(address)
+
+
+def test_the_folder_of_a_local_ray_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "SHORT", tmp_path)
+    folder = closed_folder()
+    folder.chmod(0o777)  # Ray does this to a folder that it is given
+    assert closed_folder().stat().st_mode & 0o777 == 0o700
+    folder.rename(tmp_path / "theirs")
+    folder.symlink_to(tmp_path / "theirs")
+    with pytest.raises(InputError, match="is a link or belongs to another"):
+        closed_folder()
