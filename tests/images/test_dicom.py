@@ -1,5 +1,6 @@
 """CT slices in and out: units, frames, compression, what is kept, what is new, what is refused."""
 
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -141,12 +142,12 @@ def test_frames_of_an_enhanced_image_have_units_of_their_own(own: bool) -> None:
 
 
 ENCODERS: dict[str, Callable[[np.ndarray], bytes]] = {
-    uid.JPEGLosslessSV1: lambda a: imagecodecs.ljpeg_encode(a),
-    uid.JPEGLSLossless: lambda a: imagecodecs.jpegls_encode(a),
-    uid.JPEG2000Lossless: lambda a: imagecodecs.jpeg2k_encode(
-        a, reversible=True, codecformat="j2k"
+    uid.JPEGLosslessSV1: imagecodecs.ljpeg_encode,
+    uid.JPEGLSLossless: imagecodecs.jpegls_encode,
+    uid.JPEG2000Lossless: functools.partial(
+        imagecodecs.jpeg2k_encode, reversible=True, codecformat="j2k"
     ),
-    uid.HTJ2KLossless: lambda a: imagecodecs.htj2k_encode(a, reversible=True),
+    uid.HTJ2KLossless: functools.partial(imagecodecs.htj2k_encode, reversible=True),
 }
 
 

@@ -241,7 +241,7 @@ def test_hounsfield_units_are_read_by_the_window_and_written_in_it(dtype: Any) -
 
 
 def test_complex_numbers_are_refused() -> None:
-    with pytest.raises(InputError, match="must be numbers, but a.tif holds complex64"):
+    with pytest.raises(InputError, match=r"must be numbers, but a\.tif holds complex64"):
         decode(tiff(GREY.astype(np.complex64)), "a.tif", white=1)
 
 
@@ -256,6 +256,6 @@ def test_a_damaged_file_is_told_from_a_decoder_that_is_missing(
         raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
 
     monkeypatch.setattr(tifffile.TiffPage, "asarray", gone)
-    with pytest.raises(InputError, match="a decoder that is not installed .*imagecodecs") as error:
+    with pytest.raises(InputError, match=r"a decoder that is not installed .*imagecodecs") as error:
         decode(data, "a.tif")
     assert "replace" not in str(error.value)
