@@ -177,10 +177,10 @@ def _run(args: argparse.Namespace, config: Config) -> int:
         )
         what = f"{outcome.images:,} images in {outcome.out}; look at {outcome.out / 'report.html'}"
     elif args.stage == "evaluate":
-        from snr_ray.scoring.methods import BASELINES
+        from snr_ray.scoring.methods import QUICK_BASELINES
         from snr_ray.stages.evaluate import evaluate
 
-        asked = BASELINES if args.baselines is None else args.baselines.split(",")
+        asked = QUICK_BASELINES if args.baselines is None else args.baselines.split(",")
         names = tuple(dict.fromkeys(name.strip() for name in asked if name.strip()))
         outcome = evaluate(
             config,
@@ -277,7 +277,9 @@ def _parser() -> argparse.ArgumentParser:
         "noise code of each image says which of those that the model was trained on",
     )
     add = parsers["evaluate"].add_argument
-    add("--baselines", metavar="tv,sart,lmmse", help="comma-separated; default all, '' for none")
+    add("--baselines", metavar="tv,tvrec,...",
+        help="out of tv, tvrec, sart and lmmse, comma-separated; '' for none; default all but "
+             "tvrec, total variation reconstruction, which takes seconds an image")  # fmt: skip
     add("--beside", metavar="M", action="append", default=[],
         help="another model folder for the same table, such as a U-Net's; may be given several "
              "times, and models that differ only by their seed share a row")  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a user would try first: total variation, SART and the linear estimate, and their fitting.
+"""What a user would try first: total variation, SART, the linear estimate; how each is fitted.
 
 They take images [B, C, H, W].
 """
@@ -15,11 +15,15 @@ from snr_ray.learning.batches import Pairs
 from snr_ray.metrics import psnr
 from snr_ray.noise.lmmse import ImagePrior, Lmmse
 from snr_ray.noise.operator import NoiseSpec, RadonNoise, noise_operator
+from snr_ray.scoring.cases import Case, Restore, as_seen
+from snr_ray.scoring.variational import reconstruct
 
 Array = npt.NDArray[np.float32]
-Restore = Callable[[Array], Array]
-"""Noisy images [B, C, H, W] -> cleaned ones."""
 
+TVREC_WEIGHTS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)
+TVREC_IMAGES = 12
+"""Validation images that choose between these."""
+TVREC_TASKS = ("remove", "remove_grainy", "remove_stored")
 TV_WEIGHTS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 SART_ITERATIONS = 10
 SART_RELAXATION = 0.3
@@ -45,25 +49,56 @@ class Fitting:
         train = self._train()
         return ImagePrior(train.take(np.arange(len(train)), 0))
 
-    def pair(self, noise_id: int) -> tuple[Array, Array]:
-        """Noisy and clean validation images of a noise id, [B, C, H, W] each."""
-        rows = np.arange(len(self.val))
-        return self.val.take(rows, noise_id), self.val.take(rows, 0)
-
-    def operator(self, noise_id: int) -> RadonNoise:
-        """Noise operator of a noise id for images of this size."""
-        return noise_operator(self.specs[noise_id - 1], *self.val.clean[0].shape[2:])
+    def pair(
+        self, noise_id: int, task: str = "remove", limit: int | None = None
+    ) -> tuple[Array, Array]:
+        """Noisy and clean validation images of a noise id as a task has them, [B, C, H, W] each."""
+        rows = np.arange(len(self.val))[:limit]
+        names = sorted(self.val.ids)[:limit]
+        return as_seen(task, self.val.take(rows, noise_id), names), self.val.take(rows, 0)
 
 
 def fit_tv(fitting: Fitting, noise_id: int) -> Restore:
     """Total variation of the best weight."""
-    return functools.partial(tv, weight=best_tv_weight(*fitting.pair(noise_id)))
+    return functools.partial(_tv, best_tv_weight(*fitting.pair(noise_id)))
+
+
+def _tv(weight: float, case: Case) -> Array:
+    return tv(case.noisy, weight)
+
+
+def fit_tvrec(fitting: Fitting, noise_id: int) -> Restore:
+    """Total variation reconstruction, with the best weight for each kind of input."""
+    spec = fitting.specs[noise_id - 1]
+    weights = {
+        task: best_tvrec_weight(*fitting.pair(noise_id, task, TVREC_IMAGES), spec)
+        for task in TVREC_TASKS
+    }
+    return functools.partial(_tvrec, spec, weights)
+
+
+def _tvrec(spec: NoiseSpec, weights: dict[str, float], case: Case) -> Array:
+    return reconstruct(case.noisy, spec, weights[case.task])
 
 
 def fit_lmmse(fitting: Fitting, noise_id: int) -> Restore:
     """The linear estimate."""
     side = fitting.prior.images.shape[2]
-    return Lmmse(fitting.prior, noise_operator(fitting.specs[noise_id - 1], side, side))
+    lmmse = Lmmse(fitting.prior, noise_operator(fitting.specs[noise_id - 1], side, side))
+    return functools.partial(_lmmse, lmmse)
+
+
+def _lmmse(lmmse: Lmmse, case: Case) -> Array:
+    return lmmse(case.noisy)
+
+
+def fit_sart(fitting: Fitting, noise_id: int) -> Restore:
+    """SART, which has nothing to fit."""
+    return functools.partial(_sart, fitting.specs[noise_id - 1])
+
+
+def _sart(spec: NoiseSpec, case: Case) -> Array:
+    return sart(case.clean, noise_operator(spec, *case.clean.shape[2:]))
 
 
 def tv(noisy: Array, weight: float) -> Array:
@@ -76,6 +111,24 @@ def tv(noisy: Array, weight: float) -> Array:
 def best_tv_weight(noisy: Array, clean: Array) -> float:
     """The weight of the fixed grid with the highest mean PSNR; for images not scored later."""
     return max(TV_WEIGHTS, key=lambda weight: float(psnr(tv(noisy, weight), clean).mean()))
+
+
+def best_tvrec_weight(noisy: Array, clean: Array, spec: NoiseSpec) -> float:
+    """The weight of the fixed grid, from its middle uphill, with the highest mean PSNR."""
+    reached: dict[int, float] = {}
+
+    def decibels(k: int) -> float:
+        if k not in range(len(TVREC_WEIGHTS)):
+            return -np.inf
+        if k not in reached:
+            image = reconstruct(noisy, spec, TVREC_WEIGHTS[k])
+            reached[k] = float(psnr(image, clean).mean())
+        return reached[k]
+
+    best = len(TVREC_WEIGHTS) // 2
+    while decibels(other := max(best - 1, best + 1, key=decibels)) > decibels(best):
+        best = other
+    return TVREC_WEIGHTS[best]
 
 
 def sart(clean: Array, noise: RadonNoise) -> Array:

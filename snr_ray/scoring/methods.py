@@ -1,11 +1,10 @@
 """Every method of the tables in one place: its key, its label, and how it is computed.
 
-A method is one entry of `METHODS`; what runs, scores and draws them reads all else from there. The
-kinds of task are in `TASKS` likewise.
+A method is one entry of `METHODS`; what runs, scores and draws them reads all else from there.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,60 +18,14 @@ from snr_ray.learning.checkpoint import TrainedModel, TrainedUNet
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.swap import detect, swap
 from snr_ray.network.unet import regress
-from snr_ray.noise.operator import NoiseSpec, noise_operator
-from snr_ray.scoring.baselines import Fitting, Restore, fit_lmmse, fit_tv, sart
+from snr_ray.scoring.baselines import Fitting, fit_lmmse, fit_sart, fit_tv, fit_tvrec
+from snr_ray.scoring.cases import REMOVE, Case, Restore
 
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
 SART_EVERY = 8
 """SART takes hundreds of times as long as the rest; every so many images are enough."""
-
-TASKS = {
-    "remove": "Cleaned",
-    "make": "Made from codes, unclipped where the truth is noisy",
-    "remove_grainy": "Cleaned, with Gaussian noise of sigma 0.01 added to the input",
-    "remove_stored": "Cleaned, from input cut to [0, 1] and rounded to 8 bits",
-    "remove_unseen": "Cleaned, of view counts that no model was trained on",
-}
-"""Titles of what is scored, in the order of the tables. `remove*`: cleaned images against clean
-ones; `make`: images decoded from codes against those that they are meant to give."""
-REMOVE = tuple(task for task in TASKS if task.startswith("remove"))
-
-
-@dataclass(frozen=True)
-class Case:
-    """The images of one block under one task: what every method gets."""
-
-    task: str
-    """Out of TASKS."""
-    names: list[str]
-    """Ids of the images."""
-    clean: Array
-    """[B, C, H, W]"""
-    noisy: Array
-    """The same with noise on, and the clean ones where there is none."""
-    noise_ids: Labels
-    """[B] of the noisy images, told or detected."""
-    spec: NoiseSpec | None = None
-    """How the noise was made; None where there is none."""
-    fitted: Mapping[str, Restore | None] = dataclasses.field(default_factory=dict)
-    """Baselines that were asked for and fit this noise, by key; None for one that is not fitted."""
-
-    @property
-    def n_views(self) -> int:
-        """Of the noisy images; 0 where there is no noise."""
-        return self.spec.n_views if self.spec else 0
-
-    def take(self, which: npt.NDArray[np.bool_]) -> "Case":
-        """The case of some of the images."""
-        return dataclasses.replace(
-            self,
-            names=[name for name, kept in zip(self.names, which, strict=True) if kept],
-            clean=self.clean[which],
-            noisy=self.noisy[which],
-            noise_ids=self.noise_ids[which],
-        )
 
 
 def _noisy_case(case: Case, _: Any) -> bool:
@@ -111,22 +64,22 @@ class Method:
     """The answer is there before any work is done."""
     every: int = 1
     """Only images whose hash is a multiple of it are scored."""
-    fit: Callable[[Fitting, int], Restore | None] | None = None
-    """Of a baseline: validation and training images and a noise id -> what cleans noisy images."""
+    fit: Callable[[Fitting, int], Restore] | None = None
+    """Of a baseline: validation and training images and a noise id -> what cleans a case."""
+    costly: bool = False
+    """A baseline of seconds an image, which is run only where it is asked for."""
     operator: bool = False
     """A baseline that knows the operator of whole images, which crops of larger ones have not."""
 
 
-def _baseline(
-    key: str, text: str, fit: Callable[[Fitting, int], Restore | None], **more: Any
-) -> Method:
-    def run(case: Case, _: Any) -> Array:
-        restore = case.fitted[key]
-        assert restore is not None
-        return restore(case.noisy)
-
-    settings: dict[str, Any] = {"tasks": REMOVE, "run": run, "model": None} | more
-    return Method(key, text, when=lambda case, _: key in case.fitted, fit=fit, **settings)
+def _baseline(key: str, text: str, fit: Callable[[Fitting, int], Restore], **more: Any) -> Method:
+    settings: dict[str, Any] = {
+        "tasks": REMOVE,
+        "run": lambda case, _: case.fitted[key](case),
+        "model": None,
+        "when": lambda case, _: key in case.fitted,
+    }
+    return Method(key, text, fit=fit, **(settings | more))
 
 
 def _swap(case: Case, model: TrainedModel) -> Array:
@@ -180,11 +133,6 @@ def _others(case: Case, model: TrainedModel) -> Array:
     return with_channels(case.noisy, model.model.channels)[::-1]
 
 
-def _sart(case: Case, _: Any) -> Array:
-    assert case.spec is not None
-    return sart(case.clean, noise_operator(case.spec, *case.clean.shape[2:]))
-
-
 @torch.inference_mode()
 def exchanged(model: HVAE, noisy: Array, ids: Labels) -> Array:
     """All codes of image n - 1 - i decoded in the place of image i: [B, C, H, W]."""
@@ -199,11 +147,17 @@ _ORDERED = (
     Method("noisy", "noisy input", REMOVE, _noisy, model=None, given=True),
     _baseline("tv", "total variation, weight chosen on validation images", fit_tv),
     _baseline(
+        "tvrec",
+        "total variation reconstruction, knows the operator and its view count",
+        fit_tvrec,
+        operator=True,
+        costly=True,
+    ),
+    _baseline(
         "sart",
         "SART from the sinogram (every eighth image or so)",
-        lambda fitting, noise_id: None,
+        fit_sart,
         tasks=("remove",),
-        run=_sart,
         every=SART_EVERY,
         operator=True,
     ),
@@ -288,3 +242,5 @@ _ORDERED = (
 METHODS = {method.key: method for method in _ORDERED}
 """By key, in the order of the tables."""
 BASELINES = tuple(key for key, method in METHODS.items() if method.fit)
+QUICK_BASELINES = tuple(key for key in BASELINES if not METHODS[key].costly)
+"""Those that are run where none are named."""

@@ -17,7 +17,7 @@ from snr_ray.config import ImagesConfig, InputError
 from snr_ray.hashing import hash64
 from snr_ray.images.collection import Source
 from snr_ray.images.formats import decode
-from snr_ray.scoring.methods import TASKS
+from snr_ray.scoring.cases import TASKS
 
 Array = npt.NDArray[np.float32]
 

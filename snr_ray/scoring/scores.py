@@ -11,24 +11,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from snr_ray.hashing import hash64
 from snr_ray.learning.batches import Pairs
 from snr_ray.learning.checkpoint import TrainedModel, TrainedUNet
-from snr_ray.learning.losses import stored
 from snr_ray.metrics import psnr, ssim
 from snr_ray.network.swap import detect
 from snr_ray.noise.operator import noise_operator, noise_specs
-from snr_ray.scoring.baselines import Restore
-from snr_ray.scoring.methods import METHODS, Case, Method
+from snr_ray.scoring.cases import Case, Restore, as_seen
+from snr_ray.scoring.methods import METHODS, Method
 
 Array = npt.NDArray[np.float32]
 
 UNSEEN_VIEWS = (30, 15)
 """View counts to try that no model was trained on."""
-EXTRA_SIGMA = 0.01
-"""Standard deviation of Gaussian noise added to the noisy image, for the rows about it."""
 
 
 class Row(NamedTuple):
@@ -61,7 +57,7 @@ class Scorer:
     def __init__(
         self,
         trained: TrainedModel,
-        baselines: dict[str, list[Restore | None]],
+        baselines: dict[str, list[Restore]],
         beside: dict[str, TrainedModel | TrainedUNet],
         pairs: Pairs,
     ) -> None:
@@ -92,11 +88,8 @@ class Scorer:
             case = Case("remove", self.ids, clean, noisy, known, spec, fitted)
             yield case
             yield dataclasses.replace(case, task="make")
-            grain = np.random.default_rng([int(value) for value in self.hashes])
-            grainy = noisy + EXTRA_SIGMA * grain.standard_normal(noisy.shape, np.float32)
-            yield dataclasses.replace(case, task="remove_grainy", noisy=grainy)
-            files = stored(torch.from_numpy(noisy)).numpy()
-            yield dataclasses.replace(case, task="remove_stored", noisy=files)
+            for task in ("remove_grainy", "remove_stored"):
+                yield dataclasses.replace(case, task=task, noisy=as_seen(task, noisy, self.ids))
         for views in UNSEEN_VIEWS:
             if views not in noise.n_views and self.trained.config.images.crop is None:
                 spec = noise_specs(dataclasses.replace(noise, n_views=(views,)))[0]

@@ -35,8 +35,9 @@ from snr_ray.noise.lmmse import FIT_IMAGES
 from snr_ray.noise.operator import noise_specs
 from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.scoring import probes
-from snr_ray.scoring.baselines import Fitting, Restore
-from snr_ray.scoring.methods import BASELINES, METHODS, TASKS
+from snr_ray.scoring.baselines import Fitting
+from snr_ray.scoring.cases import TASKS, Restore
+from snr_ray.scoring.methods import BASELINES, METHODS, QUICK_BASELINES
 from snr_ray.scoring.report import calibration, evaluation_table, grid
 from snr_ray.scoring.scores import Row, Scorer
 from snr_ray.stages.cluster import connected, shared
@@ -65,7 +66,7 @@ def evaluate(
     model: str,
     images: str,
     out: Path,
-    baselines: tuple[str, ...] = BASELINES,
+    baselines: tuple[str, ...] = QUICK_BASELINES,
     beside: tuple[str, ...] = (),
     limit: int | None = None,
     overwrite: bool = False,
@@ -235,8 +236,8 @@ def _open_beside(config: Config, folders: Iterable[str]) -> list[Beside]:
 
 def _fit_baselines(
     config: Config, origin: Origin, baselines: tuple[str, ...]
-) -> dict[str, list[Restore | None]]:
-    """Per baseline, what cleans images of each noise id; None for one that is not fitted."""
+) -> dict[str, list[Restore]]:
+    """Per baseline, what cleans images of each noise id."""
 
     def read(split: str, limit: int) -> Pairs:
         return collect_pairs(open_rows(config, origin, split, limit), config)[0]
