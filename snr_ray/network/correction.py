@@ -6,6 +6,9 @@ the operator made, each iteration takes away a good part of what is left; of Gau
 rounding next to nothing, since the operator makes no such images. So there is no weight to choose:
 noise that comes from elsewhere ends it before it is fitted.
 
+Answers beyond 0 and 1 are cut to these, and stay: air that is known to be air leaves so many pixels
+less to be found from the same views. On CT slices that is most of the gain.
+
 Source: conjugate gradients on the normal equations, and early stopping as regularisation: Hanke,
 Conjugate gradient type methods for ill-posed problems (1995).
 """
@@ -17,11 +20,11 @@ from torch import Tensor
 
 from snr_ray.network.blocks import unexplained
 
-WORTH = 0.9
+WORTH = 0.97
 """An iteration must bring what is left below this share of it, root mean square; the last that does
-is kept. Chosen on validation images: the first iterations come to 0.6 to 0.8 on exact input, to 0.9
-and more where fitting the image would cost quality, and wrong view counts bring no progress."""
-FAR = 0.5
+is kept. Chosen on validation images: no image of 8 bits or with 0.3 or 1 % Gaussian noise comes out
+worse, and half of what sixty iterations bring to exact ones is kept by twelve."""
+FAR = 0.35
 """Answers that leave more than this share of what they took away, root mean square, are not
 corrected: that is no error of an answer but other noise, or a wrong view count, and some of it
 could be fitted. Good answers leave a tenth."""
@@ -33,6 +36,8 @@ def corrected(
 ) -> Tensor:
     """Clean images [B, C, H, W] whose noisy versions are nearer to the images, each on its own.
 
+    They are cut to [0, 1] where the answers leave that range, and nowhere else.
+
     Args:
         images: what was seen, [B, C, H, W] float32.
         clean: what was made of it, of the same shape.
@@ -40,12 +45,14 @@ def corrected(
         iterations: at most; each makes noise once and goes back once.
     """
     with torch.inference_mode(mode=False), torch.no_grad():
-        images, clean = images.clone().float(), clean.clone().float()
+        images, answer = images.clone().float(), clean.clone().float()
+        clean = answer.clamp(0, 1)
+        free = ((answer > 0) & (answer < 1)).float()
         nothing = make(torch.zeros_like(clean))
         again = make(clean)
         left = unexplained(images, again)
         counts = (left == images - again).float()  # not what lies beyond the bounds of a file
-        gradient = _back(make, left * counts)
+        gradient = free * _back(make, left * counts)
         step, power = gradient.clone(), _power(gradient)
         active = (_power(left) > TINY) & (_power(left) < FAR**2 * _power(images - clean))
         for _ in range(iterations):
@@ -57,7 +64,7 @@ def corrected(
                 break
             clean = torch.where(active, clean + rate * step, clean)
             left = torch.where(active, after, left)
-            gradient = _back(make, left * counts)
+            gradient = free * _back(make, left * counts)
             before, power = power, _power(gradient)
             step = gradient + power / before.clamp(min=TINY) * step
         return clean

@@ -44,10 +44,10 @@ def gain(noisy: torch.Tensor, clean: torch.Tensor, n_views: int, iterations: int
 @pytest.mark.parametrize("n_views", [6, 12, 24])
 def test_answers_to_exact_images_get_better(letters: torch.Tensor, n_views: int) -> None:
     noisy = noise_of(NoiseSpec(n_views), letters)
-    gains = [gain(noisy, letters, n_views, iterations) for iterations in (1, 3, 8)]
-    assert gains[0].min() > 0
+    gains = [gain(noisy, letters, n_views, iterations) for iterations in (1, 3, 12)]
+    assert gains[0].min() >= 0
     assert gains[1].mean() > gains[0].mean()
-    assert gains[2].mean() > max(gains[1].mean(), 1.0)
+    assert gains[2].mean() > max(gains[1].mean(), 3.0)
 
 
 @pytest.mark.parametrize("n_views", [6, 24])
@@ -61,24 +61,35 @@ def test_files_of_8_bits_get_better_by_what_they_hold(letters: torch.Tensor, n_v
 @pytest.mark.parametrize("sigma", [0.01, 0.03, 0.1])
 def test_gaussian_noise_is_not_fitted(letters: torch.Tensor, n_views: int, sigma: float) -> None:
     noise = sigma * torch.randn(letters.shape, generator=torch.manual_seed(2))
-    assert gain(noise_of(NoiseSpec(n_views), letters) + noise, letters, n_views).min() > -0.3
+    assert gain(noise_of(NoiseSpec(n_views), letters) + noise, letters, n_views).min() > -0.5
 
 
 def test_a_wrong_view_count_does_not_pull(letters: torch.Tensor) -> None:
     assert gain(noise_of(NoiseSpec(12), letters), letters, 13).min() > -0.3
 
 
+def test_air_stays_air(letters: torch.Tensor) -> None:
+    # Of answers that know where there is nothing, the rest is found from the same views.
+    make = functools.partial(noise_of, NoiseSpec(6))
+    knows = torch.where(letters == 0, -0.01, answers(letters).clamp(min=1e-3))
+    not_so = torch.where(letters == 0, 1e-4, knows)
+    better = [corrected(make(letters), guess, make, 12) for guess in (knows, not_so)]
+    assert (better[0][letters == 0] == 0).all()
+    exact, moved = (psnr(image.numpy(), letters.numpy()).mean() for image in better)
+    assert exact > moved + 1
+
+
 def test_an_exact_answer_and_no_iterations_change_nothing(letters: torch.Tensor) -> None:
     make = functools.partial(noise_of, NoiseSpec(8))
     assert torch.equal(corrected(make(letters), letters, make, 5), letters)
     guess = answers(letters)
-    assert torch.equal(corrected(make(letters), guess, make, 0), guess)
+    assert torch.equal(corrected(make(letters), guess, make, 0), guess.clamp(0, 1))
 
 
 def test_images_do_not_depend_on_their_neighbours(letters: torch.Tensor) -> None:
     make = functools.partial(noise_of, NoiseSpec(8))
     noisy, guess = make(letters), answers(letters)
-    noisy[3] += 0.1 * torch.randn(noisy[3].shape, generator=torch.manual_seed(0))
+    noisy[3] += 0.02 * torch.randn(noisy[3].shape, generator=torch.manual_seed(0))
     together = corrected(noisy, guess, make, 6)
     for k in (2, 3, 4):
         alone = corrected(noisy[k : k + 1], guess[k : k + 1], make, 6)
