@@ -28,6 +28,8 @@ Array = npt.NDArray[np.float32]
 Raw = bytes | npt.NDArray[np.generic]
 
 SPLITS = ("train", "val", "test")
+CHECKED = 100
+"""Images that are tried before a collection is given up; of one that can be used, the first."""
 
 
 class Texts(Sequence[str]):
@@ -133,6 +135,24 @@ class Source:
     def load(self, index: int, config: ImagesConfig) -> Array:
         """One image as noise is made of it: [channels, size, size] float32. Raises InputError."""
         return prepare(self.read(index, config).pixels, config, self.ids[index])
+
+    def check(self, rows: npt.NDArray[np.int64], config: ImagesConfig) -> None:
+        """Look whether any of the first of these images can be read.
+
+        Raises:
+            InputError: if none of CHECKED can, with the reason of the first: then it is not
+                the files, but a setting or the collection.
+        """
+        reason = ""
+        for index in rows[:CHECKED]:
+            try:
+                self.read(int(index), config)
+                return
+            except InputError as error:
+                reason = reason or str(error)
+        if reason:
+            looked = min(len(rows), CHECKED)
+            raise InputError(f"Of {looked} images of {self.name} none can be read: {reason}")
 
     def output(self, name: str) -> str:
         """Relative path of the result of the image with this id."""

@@ -144,6 +144,12 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return out.getvalue()
 
 
+def read_failures(folder: Path) -> list[Failure]:
+    """Rows of the failures.parquet of a folder; none where it has no such file."""
+    path = folder / "failures.parquet"
+    return pq.read_table(path).to_pylist() if path.is_file() else []
+
+
 def write_failures(path: Path, failures: Iterable[Failure]) -> None:
     """Write failures.parquet: one row per failed image with id, stage and reason."""
     rows = sorted(failures, key=lambda failure: failure["id"])

@@ -305,8 +305,10 @@ class _Names:
         sizes, times = None, None
         if self._stamps:
             sizes, times = np.array(self._stamps, np.int64)[order.to_numpy()].T
-        tables = sorted(self.tables)
-        return Listing(names.take(order), tables, self.left_out, self.odd, sizes, times)
+        images = names.take(order)
+        del names, order
+        pa.default_memory_pool().release_unused()
+        return Listing(images, sorted(self.tables), self.left_out, self.odd, sizes, times)
 
 
 def _text(name: bytes) -> str:

@@ -91,7 +91,7 @@ def table_source(
     starts = np.array(rows.starts[:-1], np.int64)
     every = sum(map(len, rows.classes)) == rows.starts[-1]
     return source(
-        Texts(_safe(pa.concat_arrays(rows.ids))),
+        Texts(pa.concat_arrays(rows.ids)),
         functools.partial(_read_row, place.fs, rows.groups, starts),
         tensors=bool(tensors),
         labels=Texts(pa.concat_arrays(rows.classes)) if every else (),
@@ -108,7 +108,8 @@ def _table_rows(
     stem = "" if columns.tensors and columns.id else name.removesuffix(".parquet") + "/"
     found = []
     for group in range(file.num_row_groups):
-        ids = pc.binary_join_element_wise(stem, _names(file, path, group, columns.id), "")
+        names = _safe(_names(file, path, group, columns.id))
+        ids = pc.binary_join_element_wise(stem, names, "")
         classes = pa.array([], pa.string())
         if "label" in file.schema_arrow.names:
             labels = file.read_row_group(group, ["label"]).column(0)

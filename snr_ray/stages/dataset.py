@@ -19,10 +19,17 @@ import ray
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
 from snr_ray.images.collection import Source
-from snr_ray.images.datafolder import DataFolder, Failure, image_columns, row_bytes, tensors
+from snr_ray.images.datafolder import (
+    DataFolder,
+    Failure,
+    image_columns,
+    read_failures,
+    row_bytes,
+    tensors,
+)
 from snr_ray.images.places import shown
-from snr_ray.images.sources import open_source
 from snr_ray.learning.batches import Pairs
+from snr_ray.stages.inputs import open_images
 from snr_ray.stages.simulate import stream
 
 MEMORY_SHARE = 0.5
@@ -43,7 +50,7 @@ class Origin:
     @functools.cached_property
     def source(self) -> Source:
         """The source, listed once."""
-        return open_source(str(self.images))
+        return open_images(str(self.images))
 
     @functools.cached_property
     def folder(self) -> DataFolder:
@@ -93,16 +100,23 @@ def count_rows(config: Config, origin: Origin, split: str) -> int:
     """Images of a split, those that will fail included. Needs no Ray.
 
     Raises:
-        InputError: if the split is empty.
+        InputError: if the split is empty, or none of its images can be used.
     """
     if origin.images is not None:
-        count = len(origin.source.select(split, config.images.limit))
+        rows = origin.source.select(split, config.images.limit)
+        count = len(rows)
+        origin.source.check(rows, config.images)
     else:
         count = sum(pq.read_metadata(path).num_rows for path in origin.folder.shards(split))
     if not count:
+        failed = [] if origin.data is None else read_failures(origin.folder.path)
         raise InputError(
-            f"The {split} split must hold images, but that of {origin.name} is empty; splits are "
-            "80 / 10 / 10 % by hash of the image id, so give more images."
+            f"The {split} split must hold images, but that of {origin.name} is empty; "
+            + (
+                f"{len(failed)} images of it could not be used, such as: {failed[0]['reason']}"
+                if failed
+                else "splits are 80 / 10 / 10 % by hash of the image id, so give more images."
+            )
         )
     return count
 
@@ -136,6 +150,9 @@ def gather(batches: Iterator[pa.Table], config: Config) -> tuple[Pairs, list[Fai
     """Tables of rows as Pairs, without copying where a block has no failed image.
 
     Images are numbered in the order of their ids, whatever order the blocks came in.
+
+    Raises:
+        InputError: if every image failed.
     """
     blocks, failures = [], []
     for table in batches:
@@ -149,6 +166,9 @@ def gather(batches: Iterator[pa.Table], config: Config) -> tuple[Pairs, list[Fai
                 table = table.filter(pc.equal(table["error"], ""))
         if len(table):
             blocks.append(table)
+    if not blocks:
+        why = f": {failures[0]['reason']}" if failures else "."
+        raise InputError(f"Of {len(failures)} images none can be used{why}")
     ids = [i for table in blocks for i in table["id"].to_pylist()]
     clean, *noisy = ([tensors(t[name]) for t in blocks] for name in image_columns(config))
     pairs = Pairs(

@@ -42,6 +42,7 @@ from snr_ray.outputs import Progress, claim, write_atomic
 from snr_ray.scoring.report import denoise_report
 from snr_ray.stages.cluster import connected, gpus, shared
 from snr_ray.stages.fileswap import MANIFEST_SCHEMA, FileSwapper, ImageFile
+from snr_ray.stages.inputs import open_images
 from snr_ray.stages.simulate import Outcome
 
 Array = npt.NDArray[np.float32]
@@ -98,7 +99,7 @@ def denoise(
     if n_views is not None:
         _check_views(trained, n_views, inject)
     noise_id = 0 if inject is None else trained.noise_id(inject)
-    source = open_source(images)
+    source = open_images(images)
     out = out.absolute()
     outputs = _output_names(source, samples)
     pool = _pool(trained, donor, noise_id, config)

@@ -36,10 +36,10 @@ from snr_ray.images.datafolder import (
     whole,
     write_failures,
 )
-from snr_ray.images.sources import open_source
 from snr_ray.noise.operator import noise_operator, noise_specs, spec_hash
 from snr_ray.outputs import Progress, atomic, claim, write_atomic
 from snr_ray.stages.cluster import connected, cpus, shared
+from snr_ray.stages.inputs import open_images
 
 SHARD_BYTES = 128 * 2**20
 """Tensors of a shard; readers want files of 64 to 256 MB."""
@@ -66,7 +66,8 @@ def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False)
     Raises:
         InputError: for a source, folder or setting the user can put right.
     """
-    source = open_source(images)
+    source = open_images(images)
+    source.check(source.select("train", config.images.limit), config.images)
     noise = noise_specs(config.noise)
     claim(
         out,

@@ -243,6 +243,61 @@ def test_null_row_is_one_bad_image(tmp_path: Path) -> None:
         source.file(1)
 
 
+def test_a_setting_that_spoils_every_image_is_told_before_any_work(tmp_path: Path) -> None:
+    for k in range(3):
+        Image.fromarray(np.full((8, 8), 500, np.uint16)).save(tmp_path / f"{k}.png")
+    source = open_source(str(tmp_path))
+    every = np.arange(3)
+    with pytest.raises(InputError, match=r"Of 3 images of .* none can be read: uint16 .*white"):
+        source.check(every, ImagesConfig())
+    source.check(every, ImagesConfig(white=500))
+    (tmp_path / "0.png").write_bytes(b"")  # one bad image is one failure
+    source.check(every, ImagesConfig(white=500))
+
+
+def test_one_odd_table_is_one_failed_item(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(1), png(2)]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"img": [png(3)]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"label": [1, 2]}), tmp_path / "classes.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 cut short")
+    source = open_source(str(tmp_path))
+    assert source.ids == ["a/0-000000", "a/0-000001", "b/0-000000", "broken.parquet"]
+    assert source.left_out.counts == {"tables without images": 1}
+    for index, seed in enumerate((1, 2, 3)):
+        assert source.file(index)[1] == png(seed)
+    with pytest.raises(InputError, match=r"broken\.parquet is not a readable Parquet file"):
+        source.read(3)
+    assert len({source.stamp(k) for k in range(4)}) == 3  # that of the table
+
+
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view"])
+@pytest.mark.parametrize("in_struct", [False, True])
+def test_bytes_of_every_arrow_kind_are_images(kind: str, in_struct: bool, tmp_path: Path) -> None:
+    data = pa.array([png(1)], getattr(pa, kind)())
+    if in_struct:
+        data = pa.StructArray.from_arrays([data, pa.array(["x.png"])], ["bytes", "path"])
+    pq.write_table(pa.table({"image": data}), tmp_path / "t.parquet")
+    assert open_source(str(tmp_path)).file(0)[1] == png(1)
+
+
+def test_tables_of_tensors_and_of_files_are_not_mixed(tmp_path: Path) -> None:
+    pixels = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((2, 1, 8, 8), np.float32))
+    pq.write_table(pa.table({"clean": pixels}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [png(1)]}), tmp_path / "b.parquet")
+    source = open_source(str(tmp_path))
+    assert len(source.ids) == 2
+    assert source.tensors
+    assert sum(source.left_out.counts.values()) == 1
+
+
+def test_ids_of_tables_stay_inside_the_output_folder(tmp_path: Path) -> None:
+    ids = ["../../up.png", "/abs/x.png", "a/../b.png", "fine..png", ".."]
+    pq.write_table(pa.table({"id": ids, "image": [png(k) for k in range(5)]}),
+                   tmp_path / "t.parquet")  # fmt: skip
+    assert open_source(str(tmp_path)).ids == [
+        "t/__/__/up.png", "t/abs/x.png", "t/a/__/b.png", "t/fine..png", "t/__"]  # fmt: skip
+
+
 def test_empty_text_is_refused() -> None:
     with pytest.raises(InputError, match="but is empty"):
         open_source(" ")
