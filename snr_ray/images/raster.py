@@ -80,7 +80,7 @@ def write(values: Values, kind: str, **kept: Any) -> bytes:
             ".tif or .npy."
         )
     if deep and values.ndim == 3:
-        return bytes(imagecodecs.png_encode(values))
+        return bytes(imagecodecs.png_encode(np.ascontiguousarray(values)))
     options: dict[str, dict[str, Any]] = {
         "JPEG": {"quality": JPEG_QUALITY, "subsampling": 0},
         "WEBP": {"lossless": True, "exact": True},
@@ -95,7 +95,8 @@ def write(values: Values, kind: str, **kept: Any) -> bytes:
 def _values(image: Image.Image, name: str) -> Values:
     clear = "transparency" in image.info
     if image.mode == "P" or (image.mode in ("L", "RGB") and clear):
-        image = image.convert("RGBA" if clear else "RGB")
+        alpha = "LA" if image.mode == "L" else "RGBA"
+        image = image.convert(alpha if clear else "RGB")
     if image.mode in ("LA", "RGBA", "PA"):
         full = image.convert("RGBA") if image.mode == "PA" else image
         return without_alpha(np.asarray(full), name)

@@ -1,0 +1,139 @@
+"""PNG, JPEG, BMP and WebP: depth, colour and turn as stored, metadata kept, the rest refused."""
+
+import io
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+
+from snr_ray.config import InputError
+from snr_ray.images.formats import decode, encode, open_file
+
+Y, X = np.mgrid[:32, :24]
+GREY = (120 + 100 * np.sin(Y / 9) * np.cos(X / 5 + 1)).astype(np.uint8)
+RGB = np.dstack([GREY, 255 - GREY, np.flip(GREY, 1)])
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def saved(pixels: np.ndarray | Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    image.save(out, format=kind, **options)
+    return out.getvalue()
+
+
+def again(data: bytes, name: str, **options: Any) -> tuple[np.ndarray, bytes]:
+    """The pixels of a file, and the file with the same pixels written anew."""
+    file = open_file(data, name, **options)
+    (pixels,) = (frame.pixels for frame in file.frames)
+    return pixels, file.encode([pixels], name)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_sixteen_bits_of_colour_stay_sixteen(channels: int) -> None:
+    deep = np.dstack([RGB, np.full_like(GREY, 255)]).astype(np.uint16) * 257 - 100
+    stored = np.ascontiguousarray(deep[:, :, [0, 3]] if channels == 2 else deep[:, :, :channels])
+    if channels != 3:
+        stored[:, :, -1] = 65535
+    data = bytes(imagecodecs.png_encode(stored))
+    pixels, written = again(data, "a.png", white=65535)
+    wanted = stored if channels == 3 else stored[:, :, :-1]
+    np.testing.assert_allclose(pixels, np.moveaxis(wanted, 2, 0) / 65535, atol=1e-6)
+    np.testing.assert_array_equal(imagecodecs.png_decode(written).reshape(wanted.shape), wanted)
+    if channels != 3:
+        stored[3, 3, -1] = 0
+        with pytest.raises(InputError, match="transparent"):
+            decode(bytes(imagecodecs.png_encode(stored)), "a.png", white=65535)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_resolution_profile_and_exif_are_kept(kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "maker", 6
+    options = {} if kind == "webp" else {"dpi": (300, 300)}
+    data = saved(RGB, kind, icc_profile=PROFILE, exif=exif, **options)
+    pixels, written = again(data, f"a.{kind}")
+    assert pixels.shape == (3, 24, 32)  # as it is to be seen
+    after = Image.open(io.BytesIO(written))
+    assert after.size == (32, 24)
+    assert after.info["icc_profile"] == PROFILE
+    assert after.getexif()[0x010F] == "maker"
+    assert after.getexif().get(0x0112, 1) == 1
+    if kind != "webp":
+        assert round(after.info["dpi"][0]) == 300
+
+
+def test_profile_and_gamma_do_not_change_pixels() -> None:
+    plain, profiled = (decode(saved(RGB, "png", **options), "a.png").pixels
+                       for options in ({}, {"icc_profile": PROFILE}))  # fmt: skip
+    np.testing.assert_array_equal(plain, profiled)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("deep", [False, True])
+def test_exif_turns_every_depth_alike(orientation: int, deep: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(RGB, "png", exif=exif)
+    wanted = decode(data, "a.png").pixels
+    if deep:  # the same pixels in 16 bits, with the chunk of the other file
+        at = data.index(b"eXIf") - 4
+        length = int.from_bytes(data[at : at + 4], "big") + 12
+        plain = bytes(imagecodecs.png_encode(RGB.astype(np.uint16) * 257))
+        data = plain[:33] + data[at : at + length] + plain[33:]
+    seen = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_allclose(wanted, np.moveaxis(np.asarray(seen), 2, 0) / 255, atol=1e-6)
+    np.testing.assert_allclose(decode(data, "a.png", white=65535).pixels, wanted, atol=1e-6)
+
+
+def test_inks_of_a_jpeg_become_rgb_without_the_profile_of_the_inks() -> None:
+    image = Image.fromarray(np.dstack([RGB, GREY // 3]), "CMYK")
+    data = saved(image, "jpeg", quality=98, icc_profile=PROFILE)
+    pixels, written = again(data, "a.jpg")
+    seen = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_allclose(pixels, np.moveaxis(seen, 2, 0) / 255, atol=1e-6)
+    after = Image.open(io.BytesIO(written))
+    assert after.mode == "RGB"
+    assert "icc_profile" not in after.info
+
+
+def test_the_first_picture_of_a_phone_is_the_image() -> None:
+    data = saved(RGB, "mpo", save_all=True, append_images=[Image.fromarray(GREY)], quality=98)
+    assert open_file(data, "phone.jpg").kind == "jpeg"
+    pixels, written = again(data, "phone.jpg")
+    assert pixels.shape == (3, 32, 24)
+    assert Image.open(io.BytesIO(written)).format == "JPEG"
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (saved(RGB, "gif"), "is a GIF file, a format that is not read; convert it"),
+        (saved(RGB, "jpeg2000"), "is a JPEG2000 file, a format"),
+        (saved(RGB, "png", save_all=True, append_images=[Image.fromarray(255 - RGB)]),
+         "must hold one image, but a.png holds 2"),
+        (saved(GREY, "png", transparency=int(GREY[4, 4])), "must be opaque"),
+        (saved(GREY.astype(np.uint16), "png", transparency=int(GREY[4, 4])), "must be opaque"),
+        (saved(RGB, "png")[:300], "cannot be read as an image .*; replace the file"),
+        (b"GIF89a", "cannot be read as an image"),
+    ],
+    ids=["gif", "jpeg 2000", "animation", "key", "16-bit key", "cut", "cut gif"],
+)  # fmt: skip
+def test_what_is_not_known_is_refused_by_its_cause(data: bytes, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        decode(data, "a.png", white=255)
+
+
+def test_a_transparent_colour_that_no_pixel_has_hides_nothing() -> None:
+    unused = min(set(range(256)) - set(GREY.ravel().tolist()))
+    for pixels in (GREY, GREY.astype(np.uint16)):
+        data = saved(pixels, "png", transparency=unused)
+        assert decode(data, "a.png", white=255).pixels.shape == (1, 32, 24)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp", "a.webp"])
+def test_float_pixels_are_not_forced_into_a_format_that_cannot_hold_them(name: str) -> None:
+    with pytest.raises(InputError, match=r"cannot hold float32 pixels; .*\.tif or \.npy"):
+        encode(np.zeros((1, 4, 4), np.float32), name, depth=np.dtype(np.float32))
