@@ -145,6 +145,9 @@ class ModelConfig:
     unrolled: int = 4
     """Steps of the unrolled solver in the encoder, each of which guesses the clean image, makes its
     noise and sees what is left unexplained; 0: none. Of a decoder with the operator alone."""
+    bounded: bool = False
+    """Guesses of the solver are cut to [0, 1], where clean images lie, before their noise is made:
+    air that is known to be air leaves so many pixels less to be found."""
     correction: int = 0
     """Iterations, at most, of least squares behind the network that pull cleaned images towards
     what the noise operator says; 0: none. Of a model that unrolls; training is without it."""

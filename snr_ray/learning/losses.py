@@ -26,7 +26,7 @@ NOISE_ID = 0.1
 """Weight of the cross-entropy of the noise id that a decoder with the operator reads from codes."""
 GRAINY = 0.5
 """Share of noisy images that get Gaussian noise on top with loss.grain."""
-N_VIEWS = 0.3
+N_VIEWS = 0.6
 """Weight of the error of the view count, as a logarithm, that codes tell of a range."""
 WITHHELD = 0.125
 """Share of images that a model with model.physics sees without their noise id."""

@@ -202,8 +202,10 @@ class ConsistencyStep(nn.Module):
     Marino, Yue and Mandt, Iterative amortized inference (2018).
     """
 
-    def __init__(self, width: int, channels: int) -> None:
+    def __init__(self, width: int, channels: int, *, bounded: bool = False) -> None:
+        """`bounded`: noise is made of the guess cut to [0, 1]."""
         super().__init__()
+        self.bounded = bounded
         self.guess = nn.Conv2d(width, channels, 3, padding=1)
         self.see = nn.Conv2d(2 * channels, width, 3, padding=1)
         self.blocks = residual_blocks(width, 1)
@@ -212,7 +214,8 @@ class ConsistencyStep(nn.Module):
         """Features [B, width, H, W] and guess [B, C, H, W] after the step, from those before."""
         assert seen.noisy is not None
         guess = guess + self.guess(F.silu(h)).float()
-        left = unexplained(seen.image, seen.noisy(guess))
+        possible = guess.clamp(0, 1) if self.bounded else guess
+        left = unexplained(seen.image, seen.noisy(possible))
         news = torch.cat([guess - PIXEL_OFFSET, left], dim=1)
         return self.blocks(h + self.see(news)), guess
 
@@ -237,7 +240,8 @@ class PixelLevel(TopDownLevel):
             nn.Conv2d(2 * narrow, narrow, 3, padding=1), residual_blocks(narrow, 1)
         )
         self.steps = nn.ModuleList(
-            ConsistencyStep(narrow, channels) for _ in range(config.unrolled)
+            ConsistencyStep(narrow, channels, bounded=config.bounded)
+            for _ in range(config.unrolled)
         )
         n_content = n_pixels + config.content_channels[0]
         self.code = nn.Conv2d(stride**2 * narrow, 2 * n_content, 1)

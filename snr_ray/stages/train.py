@@ -322,7 +322,8 @@ def settle_start(config: Config) -> Config:
         )
     mine, stored = configs.to_dict(config)["model"], configs.to_dict(its)["model"]
     stored["physics"] = stored["physics"] or mine["physics"]
-    stored["correction"] = mine["correction"]  # which has no weights
+    for key in ("bounded", "correction"):  # which have no weights
+        stored[key] = mine[key]
     for key, value in stored.items():
         if mine[key] != value:
             print(f"{start} has model.{key}={value}, which is used in place of {mine[key]}.",

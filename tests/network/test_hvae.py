@@ -151,6 +151,20 @@ def test_the_encoder_sees_what_its_guess_leaves_unexplained(tiny: Config, told: 
         np.testing.assert_allclose(unexplained, expected, atol=1e-3)
 
 
+def test_noise_is_made_of_guesses_within_the_bounds_of_clean_images(tiny: Config) -> None:
+    made: list[torch.Tensor] = []
+    for bounded in (False, True):
+        model = model_of(configs.replace(tiny, {"model.bounded": bounded}))
+        assert model.noise_maker is not None
+        model.noise_maker.register_forward_pre_hook(lambda _, given: made.append(given[0]))
+        swap(model, 3 * images(2) - 1, None)
+    free, cut = made[: len(made) // 2], made[len(made) // 2 :]
+    assert all(guess.min() < 0 and guess.max() > 1 for guess in free)
+    for guess in cut[: tiny.model.unrolled]:
+        assert (float(guess.min()), float(guess.max())) == (0, 1)
+    assert cut[-1].min() < 0  # of the decoder, whose answer may leave them
+
+
 def test_pixels_that_a_file_has_cut_are_bounds(tiny: Config) -> None:
     model, guesses = model_of(tiny), np.float32([-0.5, 0.5, 1.5])
     image = torch.tensor([0.0, 0.25, 1.0])[:, None, None, None].expand(3, 1, 3, 3)

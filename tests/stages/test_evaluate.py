@@ -209,7 +209,9 @@ def test_bad_requests_are_refused(
         options = {"model": str(model_folder), "images": "glyphs", "out": tmp_path / "o"} | changes
         evaluate(tiny, **options)  # type: ignore[arg-type]
 
-    with pytest.raises(InputError, match="--baselines takes tv, tvrec, sart, lmmse, but got 'bm3d'"):
+    with pytest.raises(
+        InputError, match="--baselines takes tv, tvrec, sart, lmmse, but got 'bm3d'"
+    ):
         run(baselines=("bm3d",))
     with pytest.raises(InputError, match="--limit must be at least 1, but got 0"):
         run(limit=0)
