@@ -35,9 +35,11 @@ class ImagesConfig:
     fit: Literal["resize", "crop"] = "resize"
     """`resize` scales the shorter side to `size` and then crops the centre; `crop` only crops."""
     white: float | None = None
-    """The stored value that means 1.0 in 16-bit and float images; 8-bit images always use 255."""
+    """The stored value that means 1.0 in 16-bit and float images; 8-bit images always use 255, and
+    other numbers of bits their largest."""
     window: tuple[float, float] | None = None
-    """Hounsfield units that mean 0.0 and 1.0 in CT slices (DICOM); those outside are clipped."""
+    """Hounsfield units that mean 0.0 and 1.0, in CT slices (DICOM) and in 16-bit and float images
+    of any format where `white` is not set; those outside are clipped."""
     crop: int | None = None
     """Keep a square of so many pixels of each image, at a place drawn by its id, after the noise of
     the whole image was made: streaks come from all of it."""

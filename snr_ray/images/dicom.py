@@ -8,6 +8,7 @@ extra.
 """
 
 import copy
+import functools
 import io
 import warnings
 from collections.abc import Sequence
@@ -68,10 +69,7 @@ def read(data: bytes, name: str) -> Contents:
         for frame, (slope, intercept) in zip(frames, scales, strict=True)
     ]
 
-    def rewrite(values: Sequence[Values], job: str) -> bytes:
-        return _write(file, frames, scales, values, job)
-
-    return Contents(units, rewrite)
+    return Contents(units, functools.partial(_write, file, frames, scales))
 
 
 def _check_kind(file: Any, name: str) -> None:

@@ -1,6 +1,6 @@
 """Image files <-> float32 arrays [C, H, W]: the format of a file by its first bytes, and back.
 
-One module for each format says what its numbers mean (`raster`, `tiff`, `dicom`), `pixels` makes
+One module for each format says what its numbers mean (`raster`, `tiff`, `dicom`, `nifti`), `pixels` makes
 images of them. What would be read silently wrong raises an InputError that says so.
 """
 
@@ -13,7 +13,7 @@ from posixpath import splitext
 import numpy as np
 
 from snr_ray.config import InputError
-from snr_ray.images import dicom, raster, tiff
+from snr_ray.images import dicom, nifti, raster, tiff
 from snr_ray.images.errors import unreadable
 from snr_ray.images.pixels import (
     Array,
@@ -38,6 +38,8 @@ KINDS = {
     ".dcm": "dicom",
     ".dicom": "dicom",
     ".ima": "dicom",
+    ".nii": "nifti",
+    ".nii.gz": "nifti",
 }
 SUFFIXES = tuple(KINDS)
 HEAD_BYTES = 132
@@ -84,7 +86,7 @@ class OpenFile:
             stored_values(pixels, old.depth, old.span, clip=clip)
             for pixels, old in zip(frames, self.frames, strict=True)
         ]
-        kind = KINDS.get(splitext(name)[1].lower(), self.kind)
+        kind = KINDS.get(split(name)[1].lower(), self.kind)
         return self.write(values, job) if kind == self.kind else _write(values, kind, name)
 
 
@@ -93,13 +95,23 @@ def recognise(head: bytes) -> str | None:
     return next((kind for kind, start in _HEADS if re.match(start, head, re.DOTALL)), None)
 
 
+def split(name: str) -> tuple[str, str]:
+    """A name without its suffix, and the suffix; that of packed files is the longer one."""
+    stem, suffix = splitext(name)
+    if suffix.lower() == ".gz" and splitext(stem)[1].lower() + ".gz" in KINDS:
+        stem, inner = splitext(stem)
+        suffix = inner + suffix
+    return stem, suffix
+
+
 def open_file(
     data: bytes, name: str, *, white: float | None = None, window: Span | None = None
 ) -> OpenFile:
     """Read all pictures of a file.
 
     Args:
-        data: the file's bytes; PNG, JPEG, TIFF, BMP, WebP, NPY ([H, W] or [H, W, C]) or DICOM.
+        data: the file's bytes; PNG, JPEG, TIFF, BMP, WebP, NPY ([H, W] or [H, W, C]), DICOM or
+            NIfTI.
         name: used in errors, and for the format of what does not tell it by its first bytes.
         white: the stored value that means 1.0, for 16-bit and float pixels.
         window: stored values that mean 0.0 and 1.0, for Hounsfield units; those outside are cut.
@@ -110,7 +122,7 @@ def open_file(
     """
     if not data:
         raise InputError(f"An image file must hold pixels, but {name} is empty (0 bytes).")
-    kind = recognise(data[:HEAD_BYTES]) or KINDS.get(splitext(name)[1].lower(), "")
+    kind = recognise(data[:HEAD_BYTES]) or KINDS.get(split(name)[1].lower(), "")
     try:
         contents = _READERS.get(kind, raster.read)(data, name)
     except InputError:
@@ -141,7 +153,7 @@ def encode(
     JPEG, BMP and WebP hold 8 bits; JPEG is written at quality 95 without chroma subsampling.
     """
     values = stored_values(pixels, depth, span, clip=clip)
-    return _write([values], KINDS.get(splitext(name)[1].lower(), "png"), name)
+    return _write([values], KINDS.get(split(name)[1].lower(), "png"), name)
 
 
 def output_name(name: str, *, tensors: bool, file: bool) -> str:
@@ -152,7 +164,7 @@ def output_name(name: str, *, tensors: bool, file: bool) -> str:
         tensors: its pixels are float; they become TIFF.
         file: the id is the name of a file, whose format is kept even if no suffix tells it.
     """
-    stem, suffix = splitext(name)
+    stem, suffix = split(name)
     known = suffix.lower() in KINDS
     if tensors:
         return (stem if known else name) + ".tif"
@@ -162,15 +174,19 @@ def output_name(name: str, *, tensors: bool, file: bool) -> str:
 def _write(values: Sequence[Values], kind: str, name: str) -> bytes:
     if kind == "tiff":
         return tiff.write(values)
-    if len(values) > 1 or kind == "dicom":
-        what = f"{len(values)} pictures" if len(values) > 1 else "what was not DICOM"
+    if len(values) > 1 or kind in ("dicom", "nifti"):
+        what = f"{len(values)} pictures" if len(values) > 1 else f"what was not {kind.upper()}"
         raise InputError(f"{name} cannot hold {what}; give the image a name that ends in .tif.")
     return _npy(values[0]) if kind == "npy" else raster.write(values[0], kind.upper())
 
 
 def _read_npy(data: bytes, name: str) -> Contents:
     values = np.load(io.BytesIO(data), allow_pickle=False)
-    return Contents([Stored(values)], lambda frames, job: _npy(frames[0]))
+    return Contents([Stored(values)], _rewrite_npy)
+
+
+def _rewrite_npy(frames: Sequence[Values], job: str) -> bytes:
+    return _npy(frames[0])
 
 
 def _npy(values: Values) -> bytes:
@@ -179,4 +195,4 @@ def _npy(values: Values) -> bytes:
     return out.getvalue()
 
 
-_READERS = {"tiff": tiff.read, "dicom": dicom.read, "npy": _read_npy}
+_READERS = {"nifti": nifti.read, "tiff": tiff.read, "dicom": dicom.read, "npy": _read_npy}

@@ -31,7 +31,7 @@ SHORT_OFFSETS = 2**31 - 2**20
 OWN_TABLES = ("failures.parquet", "manifest.parquet", "scores.parquet")
 """Parquet files that stages write beside images and rows."""
 _IMAGES = frozenset(suffix.encode() for suffix in SUFFIXES)
-_NAMED = re.compile(rb"\.[0-9]?[a-z][a-z0-9]{0,5}")
+_NAMED = re.compile(rb"(\.[0-9]?[a-z][a-z0-9]{0,5}){1,2}")
 """Suffixes that name a format. Others say nothing: none, numbers, parts of a UID."""
 
 
@@ -250,6 +250,9 @@ class _Names:
         """Sort in one file; `head` reads its first bytes where the name says nothing."""
         dot = name.rfind(b".", name.rfind(b"/") + 1)
         suffix = name[dot:].lower() if dot >= 0 else b""
+        if suffix == b".gz":  # packed: what it is stands before
+            before = name[:dot].rfind(b".")
+            suffix = name[before:].lower() if before > name.rfind(b"/") else suffix
         if suffix not in _IMAGES:
             if suffix == b".parquet":
                 if _text(name).rpartition("/")[2] in OWN_TABLES:

@@ -4,6 +4,7 @@ Palettes, CMYK and the turn that EXIF asks for are resolved. Pixels are taken as
 gamma, no conversion between colour profiles; the profile stays in the file.
 """
 
+import functools
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -56,10 +57,7 @@ def read(data: bytes, name: str) -> Contents:
         kept["exif"] = exif.tobytes()
     kind = "JPEG" if kind == "MPO" else kind
 
-    def rewrite(frames: Sequence[Values], job: str) -> bytes:
-        return write(frames[0], kind, **kept)
-
-    return Contents([Stored(values)], rewrite)
+    return Contents([Stored(values)], functools.partial(_rewrite, kind, kept))
 
 
 def write(values: Values, kind: str, **kept: Any) -> bytes:
@@ -90,6 +88,10 @@ def write(values: Values, kind: str, **kept: Any) -> bytes:
     out = io.BytesIO()
     Image.fromarray(values).save(out, format=kind, **options.get(kind, {}), **kept)
     return out.getvalue()
+
+
+def _rewrite(kind: str, kept: dict[str, Any], frames: Sequence[Values], job: str) -> bytes:
+    return write(frames[0], kind, **kept)
 
 
 def _values(image: Image.Image, name: str) -> Values:

@@ -6,6 +6,7 @@ Pages are pictures of their own and are written back as a stack, with resolution
 compression and place on the map; thumbnails and masks beside them are left out.
 """
 
+import functools
 import io
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -60,10 +61,13 @@ def read(data: bytes, name: str) -> Contents:
                 options.append(_options(page, frames[-1]))
         big, order = file.is_bigtiff, file.byteorder
 
-    def rewrite(values: Sequence[Values], job: str) -> bytes:
-        return write(values, options, bigtiff=big, byteorder=order)
+    return Contents(frames, functools.partial(_rewrite, options, big, order))
 
-    return Contents(frames, rewrite)
+
+def _rewrite(
+    options: list[dict[str, Any]], big: bool, order: str, values: Sequence[Values], job: str
+) -> bytes:
+    return write(values, options, bigtiff=big, byteorder=order)
 
 
 def write(

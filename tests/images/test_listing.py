@@ -55,7 +55,7 @@ def test_what_links_lead_to_is_read_under_their_name_unless_it_has_one(tmp_path:
 
 def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
-    for name in ("a.txt", "b.txt", "c.gif", "d.nii.gz", "e.jp2", "f.heic", ".hidden.png",
+    for name in ("a.txt", "b.txt", "c.gif", "d.txt.gz", "e.jp2", "f.heic", ".hidden.png",
                  "README", "g.1234", "failures.parquet"):  # fmt: skip
         (tmp_path / name).write_bytes(b"text")
     (tmp_path / ".git").mkdir()
@@ -64,7 +64,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path: Path) -> None:
     source = open_source(str(tmp_path))
     assert source.ids == ["a.png"]
     assert counts(source) == {
-        ".txt files": 2, ".gif files": 1, ".gz files": 1, ".jp2 files": 1, ".heic files": 1,
+        ".txt files": 2, ".gif files": 1, ".txt.gz files": 1, ".jp2 files": 1, ".heic files": 1,
         "hidden": 2, "files of unknown format": 2, "tables that snr wrote": 1,
         "neither files nor folders": 1, "Parquet tables beside image files": 1,
     }  # fmt: skip
