@@ -2,7 +2,7 @@
 
 A cleaned image explains its input if the noise, made anew of it, comes close to that input
 (`snr_ray.network.swap`). How close is known from validation images: per view count, the least that
-any good answer came to. What falls behind that is doubtful: another view count than the model
+good answers came to. What falls behind that is doubtful: another view count than the model
 thinks, other noise, or a size at which its steps lead nowhere.
 """
 
@@ -19,8 +19,10 @@ from snr_ray.network.swap import exchange
 
 Array = npt.NDArray[np.float32]
 
+RARE = 0.001
+"""Share of good answers to validation images that may explain less than what is kept."""
 MARGIN = 3.0
-"""dB that an answer may explain less than the least of the validation images."""
+"""dB that an answer may explain less than that."""
 LEAST = 15.0
 """dB that any answer must explain, where nothing was measured: noise anew that is off by a sixth of
 the range is no explanation."""
@@ -48,7 +50,7 @@ def doubtful(
 def least_explained(
     model: HVAE, code: list[Tensor], sets: Iterable[tuple[float, Array, Array]]
 ) -> dict[float, float]:
-    """The least that good answers explain: what `doubtful` goes by.
+    """The least that all good answers but one in a thousand explain: what `doubtful` goes by.
 
     A good answer is nearer to the clean image than its input was. Images are taken as they are and
     as 8-bit files hold them.
@@ -62,7 +64,7 @@ def least_explained(
     Returns:
         views per pixel -> dB; without those that have no good answer.
     """
-    least: dict[float, float] = {}
+    explained: dict[float, list[npt.NDArray[np.float64]]] = {}
     for views_per_pixel, noisy, clean in sets:
         stored = np.round(noisy.clip(0, 1) * 255).astype(np.float32) / np.float32(255)
         for seen in (noisy, stored):
@@ -70,10 +72,13 @@ def least_explained(
             assert made.explained is not None
             better = psnr(made.images, clean) > psnr(seen, clean)
             good = made.explained[better | math.isinf(views_per_pixel)]
-            if len(good):
-                found = float(good.min())
-                least[views_per_pixel] = min(found, least.get(views_per_pixel, math.inf))
-    return least
+            explained.setdefault(views_per_pixel, []).append(good)
+    every = {known: np.concatenate(parts) for known, parts in explained.items()}
+    return {
+        known: float(np.quantile(good, RARE, method="lower"))
+        for known, good in every.items()
+        if len(good)
+    }
 
 
 def _bound(views_per_pixel: float, least: Mapping[float, float]) -> float:

@@ -61,7 +61,7 @@ def test_good_answers_to_the_images_that_were_measured_are_trusted(model_folder:
     for seen in (clean, np.round(clean * 255) / 255):
         made = exchange(trained.model, seen.astype(np.float32), code, explain=True)
         assert made.explained is not None
-        assert made.explained.min() >= least[math.inf] - 1e-4
+        assert made.explained.min() >= least[math.inf] - 1e-4  # of few images the least of all
     assert set(least) <= {math.inf, 12 / 16}
 
 
