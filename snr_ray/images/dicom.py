@@ -82,9 +82,10 @@ def _check_kind(file: Any, name: str) -> None:
         )
     if "PixelData" not in file:
         raise InputError(f"A CT slice must hold pixels, but {name} has none (tag 7FE0,0010).")
-    if file.get("SamplesPerPixel", 1) != 1:
+    kind = str(file.get("PhotometricInterpretation", "")).strip()
+    if not kind.startswith("MONOCHROME"):
         raise InputError(
-            f"A CT slice must be grey, but {name} holds {file.SamplesPerPixel} samples per pixel; "
+            f"A CT slice must be grey, but {name} is {kind or 'of no known kind'} (tag 0028,0004); "
             "it is a picture of a slice and no slice."
         )
 

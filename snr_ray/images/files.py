@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from snr_ray.config import InputError
+from snr_ray.folder import ANSWER_S, within
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.listing import Glob, LeftOut, Listing, list_place
-from snr_ray.images.places import find, printable, shown
+from snr_ray.images.places import Place, find, printable, shown
 from snr_ray.images.tables import table_source
 
 
@@ -33,7 +34,7 @@ def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
     alone = Glob(place.pattern).one_folder
     home = place.home
     try:
-        kind = _kind(place.root) if place.local else place.fs.get_file_info(place.root).type
+        kind = _kind(place)
         if kind == pafs.FileType.NotFound:
             raise InputError(
                 f"SRC must be a path that exists, a URI, or one of {', '.join(known)}, "
@@ -113,10 +114,12 @@ class _Remote:
         return f"{self.sizes[index]}-{self.times[index]}"
 
 
-def _kind(path: str) -> pafs.FileType:
-    if not os.path.exists(path):
+def _kind(place: Place) -> pafs.FileType:
+    if not place.local:
+        return within(ANSWER_S, lambda: place.fs.get_file_info(place.root).type)
+    if not os.path.exists(place.root):
         return pafs.FileType.NotFound
-    return pafs.FileType.Directory if os.path.isdir(path) else pafs.FileType.File
+    return pafs.FileType.Directory if os.path.isdir(place.root) else pafs.FileType.File
 
 
 def _one_file(name: str) -> Listing:

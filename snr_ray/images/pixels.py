@@ -177,7 +177,7 @@ def turn(values: Values, orientation: int) -> Values:
 
     Source: TIFF 6.0, tag 274: what row 0 and column 0 of the stored pixels are of the picture.
     """
-    if orientation > 4:
+    if orientation in (5, 6, 7, 8):  # what is none of the eight means nothing
         values = values.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         values = values[::-1]

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 
-from snr_ray.config import InputError
+from snr_ray.folder import open_uri
 
 WHERE = ("endpoint_override", "blob_storage_authority", "dfs_storage_authority")
 """Parts of a URI's query that say where a bucket is; the others say how to get there."""
@@ -48,7 +47,7 @@ def find(text: str) -> Place:
     """The place of a path, glob or URI; `#COLUMN` may follow. It need not exist.
 
     Raises:
-        InputError: if a URI cannot be understood.
+        InputError: if a URI cannot be opened.
     """
     column, pattern, uri = "", "", "://" in text
     if uri or not Path(text).expanduser().exists():  # names of files may hold any character
@@ -65,11 +64,7 @@ def find(text: str) -> Place:
                 pattern, _, query = pattern.partition("?")
                 text += f"?{query}"
     if uri:
-        try:
-            fs, root = pafs.FileSystem.from_uri(text)
-        except (pa.ArrowException, OSError) as error:
-            reason = str(error).replace(text, shown(text))
-            raise InputError(f"{shown(text)} is not a URI that can be opened ({reason}).") from None
+        fs, root = open_uri(text)
     else:
         fs, root = pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
     local = isinstance(fs, pafs.LocalFileSystem)
