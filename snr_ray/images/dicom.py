@@ -180,7 +180,7 @@ def _derive(file: Any, job: str) -> None:
     from pydicom.dataset import Dataset
     from pydicom.uid import generate_uid
 
-    if "SOPInstanceUID" in file:
+    if "SOPInstanceUID" in file and "SOPClassUID" in file:
         source = Dataset()
         source.ReferencedSOPClassUID = file.SOPClassUID
         source.ReferencedSOPInstanceUID = file.SOPInstanceUID
@@ -193,7 +193,8 @@ def _derive(file: Any, job: str) -> None:
         old = str(file.get(tag, ""))
         setattr(file, tag, generate_uid(entropy_srcs=[tag, old, job]))
     file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID
-    file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID
+    if "SOPClassUID" in file:
+        file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID
     _append(file, "SeriesDescription", "denoised")
     _append(file, "DerivationDescription", f"sparse-view noise removed by snr_ray {__version__}")
     if "ImageType" in file:

@@ -80,14 +80,26 @@ class OpenFile:
                 ones, so that the same job writes the same bytes.
 
         Raises:
-            InputError: if the format of `name` cannot hold the pixels.
+            InputError: if the format of `name` cannot hold the pixels, or its metadata is such that
+                it cannot be written again.
         """
         values = [
             stored_values(pixels, old.depth, old.span, clip=clip)
             for pixels, old in zip(frames, self.frames, strict=True)
         ]
         kind = KINDS.get(split(name)[1].lower(), self.kind)
-        return self.write(values, job) if kind == self.kind else _write(values, kind, name)
+        if kind != self.kind:
+            return _write(values, kind, name)
+        try:
+            return self.write(values, job)
+        except InputError:
+            raise
+        except Exception as error:  # tags that their own writers refuse
+            raise InputError(
+                f"{name} cannot be written with the metadata of its input "
+                f"({' '.join(str(error).split())[:200]}); give it a name that ends in .npy, or "
+                "mend the input."
+            ) from None
 
 
 def recognise(head: bytes) -> str | None:

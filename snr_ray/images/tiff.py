@@ -36,6 +36,10 @@ WRITTEN_AS = {
     COMPRESSION.PACKBITS: "packbits",
 }
 """What a result is compressed with; all else becomes zlib, which like these loses nothing."""
+MOST_PACKED = 2**14
+"""Bytes of pixels that a byte of a file may become; of blank pages in Zstandard, the best packed,
+a few thousand."""
+SMALL = 2**24
 KEPT_TAGS = (
     271, 272, 305, 306, 315, 33432,  # make, model, software, date, artist, copyright
     33550, 33922, 34264, 34735, 34736, 34737, 42112,  # place on the map
@@ -56,6 +60,7 @@ def read(data: bytes, name: str) -> Contents:
         frames: list[Stored] = []
         options: list[dict[str, Any]] = []
         for page in pages or file.pages[:1]:
+            _check_size(page, len(data), name)
             for samples in _samples(file, page, len(pages)):
                 frames.append(_meant(samples, page, data, name))
                 options.append(_options(page, frames[-1]))
@@ -81,6 +86,15 @@ def write(
             mine = {"photometric": colour, "metadata": None} | (options[k] if options else {})
             file.write(values, contiguous=False, **mine)
     return out.getvalue()
+
+
+def _check_size(page: tifffile.TiffPage, n_bytes: int, name: str) -> None:
+    """Refuse a header that asks for far more memory than the file can fill."""
+    if page.nbytes > max(SMALL, MOST_PACKED * n_bytes):
+        raise InputError(
+            f"{name} claims {page.imagelength}x{page.imagewidth} pixels, which its {n_bytes:,} "
+            "bytes cannot hold; replace the file."
+        )
 
 
 def _samples(file: tifffile.TiffFile, page: tifffile.TiffPage, n_pages: int) -> Iterator[Values]:
@@ -210,18 +224,24 @@ def _options(page: tifffile.TiffPage, frame: Stored) -> dict[str, Any]:
         across, down = (_ratio(tags[code].value) for code in (282, 283))
         turned = 274 in tags and int(tags[274].value) > 4
         options["resolution"] = (down, across) if turned else (across, down)
-        options["resolutionunit"] = int(tags[296].value) if 296 in tags else 2
+        unit = int(tags[296].value) if 296 in tags else 2
+        options["resolutionunit"] = unit if unit in (1, 2, 3) else 1
     if 34675 in tags and page.photometric != PHOTOMETRIC.SEPARATED:
         options["iccprofile"] = tags[34675].value
     if 270 in tags and not str(tags[270].value).startswith('{"shape"'):  # tifffile's own
-        options["description"] = tags[270].value
+        options["description"] = str(tags[270].value).encode()
     options["extratags"] = [
-        (code, tags[code].dtype, tags[code].count, tags[code].value, True)
+        (code, tags[code].dtype, tags[code].count, _plain(tags[code].value), True)
         for code in KEPT_TAGS
         if code in tags
     ]
     options["software"] = False
     return options
+
+
+def _plain(value: Any) -> Any:
+    """A tag as it can be written: text of more than ASCII as its bytes."""
+    return value.encode() if isinstance(value, str) else value
 
 
 def _ratio(value: tuple[int, int]) -> float:

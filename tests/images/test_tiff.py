@@ -212,13 +212,13 @@ def test_pages_may_have_sizes_of_their_own_and_thumbnails_are_no_pages() -> None
 def test_resolution_profile_text_and_place_on_the_map_are_kept() -> None:
     geo = [(33550, "d", 3, (2.0, 2.0, 0.0), True), (42112, "s", 0, "<GDALMetadata/>", True)]
     data = tiff(RGB, photometric="rgb", resolution=(300, 200), resolutionunit="CENTIMETER",
-                iccprofile=b"profile" * 9, description="a slice", extratags=geo,
+                iccprofile=b"profile" * 9, description="a slice of 2 \u00b5m".encode(), extratags=geo,
                 datetime="2020:01:02 03:04:05", software="scanner 1")  # fmt: skip
     page = again(data)[1].pages[0]
     assert page.get_resolution() == (300, 200)
     assert page.tags[296].value == 3
     assert page.iccprofile == b"profile" * 9
-    assert page.description == "a slice"
+    assert page.description == "a slice of 2 \u00b5m"
     assert page.tags[33550].value == (2.0, 2.0, 0.0)
     assert page.tags[42112].value == "<GDALMetadata/>"
     assert (page.software, page.tags[306].value) == ("scanner 1", "2020:01:02 03:04:05")
@@ -238,6 +238,16 @@ def test_hounsfield_units_are_read_by_the_window_and_written_in_it(dtype: Any) -
         decode(data, "a.tif", white=1000)
     with pytest.raises(InputError, match=r"no agreed white, .*images\.white.*images\.window"):
         decode(data, "a.tif")
+
+
+def test_a_header_that_asks_for_more_than_the_file_holds_is_refused() -> None:
+    data = bytearray(tiff(GREY, compression="lzw"))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        places = [file.pages[0].tags[code].valueoffset for code in (256, 257)]
+    for place in places:
+        data[place : place + 4] = (2**17).to_bytes(4, "little")
+    with pytest.raises(InputError, match=r"a\.tif claims 131072x131072 pixels, which its"):
+        decode(bytes(data), "a.tif")
 
 
 def test_complex_numbers_are_refused() -> None:
