@@ -12,7 +12,7 @@ from typing import Any
 
 from snr_ray import __version__
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError, Lost
+from snr_ray.config import Config, InputError, Lost, RunError
 from snr_ray.folder import without_secrets
 
 SRC_HELP = """SRC is one of
@@ -87,6 +87,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Lost as error:
         print(f"snr {args.stage}: {error}; the same command continues.", file=sys.stderr)
+        return 1
+    except RunError as error:
+        print(f"snr {args.stage}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(f"\nsnr {args.stage}: interrupted; the same command continues.", file=sys.stderr)
@@ -201,7 +204,7 @@ def _run(args: argparse.Namespace, config: Config) -> int:
         if args.stage == "train":
             from snr_ray.stages.train import train
 
-            outcome = train(config, origin=origin, out=args.out, **options)
+            outcome = train(config, origin=origin, out=args.out, wait=args.wait, **options)
             what = f"{outcome.images:,} steps; the model is {outcome.out / 'model'}"
         else:
             from snr_ray.stages.sweep import sweep
@@ -260,6 +263,11 @@ def _parser() -> argparse.ArgumentParser:
             "--overwrite", action="store_true", help="replace what this stage wrote there before"
         )
     parsers["sweep"].add_argument("--trials", metavar="N", type=int, required=True, help="trials")
+    parsers["train"].add_argument(
+        "--wait", metavar="MINUTES", type=float,
+        help="wait at most so long for the processors it needs, also for machines to join; by "
+             "default as long as it takes for those of the cluster to be free",
+    )  # fmt: skip
     add = parsers["denoise"].add_argument
     add("--donor", metavar="mean|random|PATH", default="mean",
         help="whose noise code to take: the mean of the donors kept with the model (default), a "

@@ -20,6 +20,11 @@ class Lost(RuntimeError):
     """What a job worked with went away, such as its cluster; the same command continues."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, though all that was asked for was right; its text says why, and what
+    is kept."""
+
+
 def check(rule: bool, sentence: str) -> None:
     """Raise InputError with the sentence where the rule does not hold."""
     if not rule:
@@ -283,6 +288,10 @@ class TrainConfig:
     """Validation, checkpoint and curve point every so many steps."""
     val_images: int = 120
     """Validation images scored at each checkpoint."""
+    parts: int = 1
+    """Parts that a batch is worked through in: workers share them, and one alone takes them one
+    after the other, with less memory. Runs of as many parts give the same weights on any number of
+    workers; fewer parts than workers count as one for each."""
     num_workers: int = 1
     """Data-parallel training workers."""
     cpus_per_worker: int = 1
@@ -296,6 +305,7 @@ class TrainConfig:
             "batch_size",
             "checkpoint_every_steps",
             "val_images",
+            "parts",
             "num_workers",
             "cpus_per_worker",
         ):
@@ -323,6 +333,11 @@ class TrainConfig:
         )
         for weight in self.size_weights:
             check(weight > 0, f"train.size_weights must be above 0, but got {weight:g}.")
+
+    @property
+    def n_parts(self) -> int:
+        """Parts of a batch over all workers."""
+        return max(self.parts, self.num_workers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,10 +376,17 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self.seed >= 0, f"seed must not be negative, but got {self.seed}.")
-        unit = 2 * self.train.num_workers
+        train = self.train
+        check(
+            train.parts <= train.num_workers or train.parts % train.num_workers == 0,
+            f"train.parts must be a multiple of train.num_workers = {train.num_workers}, so that "
+            f"workers get equally many, but got {train.parts}.",
+        )
+        unit = 2 * train.n_parts
+        what = "parts" if train.parts > train.num_workers else "workers"
         check(
             self.train.batch_size % unit == 0,
-            f"train.batch_size must be a multiple of 2 x workers = {unit}, "
+            f"train.batch_size must be a multiple of 2 x {what} = {unit}, "
             f"but got {self.train.batch_size}; the nearest is "
             f"{max(unit, round(self.train.batch_size / unit) * unit)}.",
         )

@@ -1,11 +1,14 @@
 """Quality measures and baselines."""
 
+import json
+import math
+
 import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
 from snr_ray.images.sources import open_source
-from snr_ray.metrics import psnr, ssim
+from snr_ray.metrics import MOST_DB, as_json, psnr, ssim
 from snr_ray.scoring.baselines import best_tv_weight, tv
 
 RNG = np.random.default_rng(0)
@@ -24,9 +27,28 @@ def test_psnr_equals_skimage_per_image() -> None:
     np.testing.assert_allclose(psnr(a, b), expected, rtol=1e-5)
 
 
+def test_a_black_image_among_others_leaves_their_mean_a_number() -> None:
+    truth = np.zeros((2, 1, 8, 8), np.float32)
+    found = truth.copy()
+    found[1] += 0.1
+    scores = psnr(found, truth)
+    np.testing.assert_allclose(scores, [MOST_DB, 20.0], rtol=1e-5)
+    assert json.loads(as_json({"swap_psnr": float(scores.mean())}))["swap_psnr"] > 0
+
+
+def test_json_of_numbers_that_are_not_finite_is_json() -> None:
+    value = {"loss": math.nan, "rows": [{"psnr": math.inf}, -math.inf, 1.5], "name": "x"}
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    found = json.loads(as_json(value), parse_constant=refuse)
+    assert found == {"loss": None, "rows": [{"psnr": None}, None, 1.5], "name": "x"}
+
+
 def test_psnr_clips_unless_told_not_to() -> None:
     truth = np.ones((1, 1, 8, 8), np.float32)
-    assert psnr(truth * 3, truth)[0] == np.inf
+    assert psnr(truth * 3, truth)[0] == MOST_DB
     assert psnr(truth * 3, truth, clip=False)[0] == pytest.approx(-6.02, abs=0.01)
 
 

@@ -1,7 +1,7 @@
 """Image files <-> float32 arrays [C, H, W]: the format of a file by its first bytes, and back.
 
-One module for each format says what its numbers mean (`raster`, `tiff`, `dicom`, `nifti`), `pixels` makes
-images of them. What would be read silently wrong raises an InputError that says so.
+One module for each format says what its numbers mean (`raster`, `tiff`, `dicom`, `nifti`), `pixels`
+makes images of them. What would be read silently wrong raises an InputError that says so.
 """
 
 import io

@@ -1,6 +1,7 @@
-"""How the model learns: batches -> losses -> steps -> checkpoints and a model folder.
+"""How the model learns: batches -> losses -> steps -> states on disk and a model folder.
 
-`batches` takes training pairs from memory, `shardfeed` from the shards of larger sets; `losses` is
-the objective, `muon` the optimizer, `fit` the step and the loop, `checkpoint` what stays on disk.
-Read `losses` first, then `fit`. Runs without Ray.
+`batches` takes training pairs from memory, `shardfeed` from the shards of larger sets, `mixed` of
+many sizes; `losses` is the objective, `muon` the optimizer, `fit` the step and the loop, `health`
+when to give up; `restart` is what a broken run goes on from, `checkpoint` the model folder. Read
+`losses` first, then `fit`. Runs without Ray.
 """

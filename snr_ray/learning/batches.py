@@ -50,6 +50,12 @@ class Batch:
         noisy = None if self.noisy is None else self.noisy.to(device)
         return Batch(self.clean.to(device), noisy, self.n_views)
 
+    def parts(self, n: int) -> "list[Batch]":
+        """The images in n equal parts, partners together."""
+        clean = self.clean.chunk(n)
+        noisy = [None] * n if self.noisy is None else self.noisy.chunk(n)
+        return [Batch(*images, self.n_views) for images in zip(clean, noisy, strict=True)]
+
 
 @dataclass(frozen=True)
 class Pairs:

@@ -1,4 +1,4 @@
-"""What training leaves on disk: checkpoints to continue from, and the model folder to use.
+"""What training leaves on disk to be used: the model folder.
 
 A model folder holds `model.safetensors` (weights and donors' noise codes), `config.yaml`,
 `metrics.json` and `README.md`. Nothing is ever unpickled.
@@ -23,7 +23,8 @@ from torch import Tensor
 from snr_ray import __version__
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
-from snr_ray.learning.fit import LEAST_EXPLAINED, Learner, Metrics, build_model
+from snr_ray.learning.fit import LEAST_EXPLAINED, Metrics, build_model
+from snr_ray.metrics import as_json
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.swap import NoiseCodes, detect, read_views
 from snr_ray.network.unet import UNet
@@ -138,18 +139,6 @@ class TrainedUNet:
     model: UNet
 
 
-def save_checkpoint(folder: Path, learner: Learner) -> None:
-    """Write the state of a learner and its config into an existing folder."""
-    torch.save(learner.state(), folder / "state.pt")
-    configs.save(learner.config, folder / "config.yaml")
-
-
-def load_checkpoint(folder: Path, learner: Learner) -> None:
-    """Load a state saved by `save_checkpoint` into a learner of the same shape."""
-    state = torch.load(folder / "state.pt", map_location=learner.device, weights_only=True)
-    learner.load_state(state)
-
-
 def save_model(
     folder: Path,
     config: Config,
@@ -177,7 +166,7 @@ def save_model(
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     save_file(tensors, partial / WEIGHTS_FILE, {"snr_ray": __version__})
     configs.save(config, partial / "config.yaml")
-    (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (partial / "metrics.json").write_text(as_json(metrics, indent=2) + "\n")
     (partial / "README.md").write_text(_card(config, model, metrics, origin))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
@@ -198,7 +187,7 @@ def ship(folder: Path, report: Path, target: Path) -> None:
     shutil.copy(folder / "config.yaml", target)
     scored = json.loads((report / "metrics.json").read_text())
     least = {f"{LEAST_EXPLAINED}{known:.4g}": v for known, v in trained.least_explained.items()}
-    (target / "metrics.json").write_text(json.dumps(scored | least, indent=2) + "\n")
+    (target / "metrics.json").write_text(as_json(scored | least, indent=2) + "\n")
     scores = (report / "metrics.md").read_text().replace("# ", "## ")
     (target / "README.md").write_text((folder / "README.md").read_text() + "\n" + scores)
 

@@ -4,6 +4,7 @@
 the last one, and tells its caller when to log, validate and save.
 """
 
+import contextlib
 import copy
 import math
 import time
@@ -11,12 +12,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from snr_ray.config import Config
 from snr_ray.learning.batches import Batch, Pairs, Share, StepNormal
+from snr_ray.learning.health import Health
 from snr_ray.learning.losses import Objective, Regression
 from snr_ray.learning.muon import Muon
 from snr_ray.metrics import psnr
@@ -32,6 +36,8 @@ from snr_ray.noise.viewrange import ViewRange
 
 LOG_EVERY_STEPS = 25
 SCORE_BATCH = 256
+SCORE_BOTH_WAYS = 32
+"""Validation images that are also rebuilt and injected with noise: for a curve, not for a table."""
 LR_STEPS = 1000
 """Steps of the run that train.lr was chosen for. It is too high for a HVAE in longer ones: at 3500
 steps half of it cleaned 0.3 dB better. A U-Net keeps it: at 14000 steps a quarter of it cost half a
@@ -80,7 +86,7 @@ def build_optimizers(objective: Objective | Regression, config: Config) -> list[
     if config.loss.sigma_learned:
         # Few steps and one scalar each: sigma must move faster than the weights.
         groups.append({"params": [objective.likelihood.log_sigma], "scale": 5.0})
-    optimizers.append(torch.optim.Adam(groups, lr=config.train.lr, betas=(0.9, 0.99)))
+    optimizers.append(torch.optim.Adam(groups, lr=config.train.lr, betas=(0.9, 0.99), fused=True))
     return optimizers
 
 
@@ -105,7 +111,14 @@ class Learner:
         self.parallel = wrap(self.objective)
         self.optimizers = build_optimizers(self.objective, config)
         self.step = 0
-        self.skipped = 0
+        self.first_loss: Tensor | None = None
+        # Counted where the gradients are: the host would have to wait for every step otherwise.
+        self._skipped, self._in_a_row, self._longest = torch.zeros(3, device=self.device)
+
+    @property
+    def skipped(self) -> int:
+        """Steps of the run whose gradient was not finite."""
+        return int(self._skipped)
 
     def fit_physics(self, pairs: Pairs) -> None:
         """Fit the linear estimates of a model with model.physics to clean training images."""
@@ -147,37 +160,72 @@ class Learner:
         return Batch(batch.clean, torch.stack(noisy, dim=1), batch.n_views)
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """One optimizer step; returns the loss and its parts.
+        """One optimizer step; returns the loss and its parts, `grad_norm` before it is clipped, and
+        `taken`: 1, or 0 if the step was skipped.
 
         A step whose gradient is not finite is skipped and counted: gradients are shared, so every
-        worker skips the same one.
+        worker skips the same one. The moving average moves towards weights that stayed.
         """
+        parts = self.gradients(self.with_noise(batch.to(self.device)))
+        parts |= self.update()
+        if self.first_loss is None:
+            self.first_loss = parts["loss"].clone()
+        self.step += 1
+        return parts
+
+    def gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Give every weight the gradient of this step's loss; returns the loss and its parts."""
         config = self.config.train
-        batch = self.with_noise(batch.to(self.device))
-        normal = StepNormal(self.config.seed, self.step, self.share, self.device)
         progress = self.step / max(1, self.config.loss.warmup * config.steps)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        n = max(1, config.n_parts // self.share.world_size)
+        found: list[dict[str, Tensor]] = []
+        for k, part in enumerate(batch.parts(n)):
+            share = Share(self.share.rank * n + k, self.share.world_size * n)
+            normal = StepNormal(self.config.seed, self.step, share, self.device)
+            bf16 = torch.autocast(
+                self.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
+            )
+            with self._alone(k < n - 1):
+                with bf16:
+                    found.append(self.parallel(part, normal, min(1.0, progress)))
+                (found[-1]["loss"] / n).backward()
+        values = torch.stack([torch.stack(list(one.values())).detach() for one in found]).mean(0)
+        return dict(zip(found[0], values.unbind(), strict=True))
+
+    def update(self) -> dict[str, Tensor]:
+        """Move the weights by their gradients, and the moving average after them. Nothing here
+        depends on what the numbers are, so the host does not wait for them."""
+        config = self.config.train
         rate = config.lr * self._schedule()
+        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), config.grad_clip, foreach=True)
+        taken = torch.isfinite(norm).float()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("scale", 1.0)
-            optimizer.zero_grad(set_to_none=True)
-        bf16 = config.precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            parts = self.parallel(batch, normal, min(1.0, progress))
-        parts["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), config.grad_clip)
-        if torch.isfinite(norm):
-            for optimizer in self.optimizers:
-                optimizer.step()
-            # A young average would otherwise remember the untrained weights.
-            decay = min(config.ema, (1 + self.step) / (10 + self.step))
-            with torch.no_grad():
-                averages, weights = self.average.parameters(), self.objective.model.parameters()
-                torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
-        else:
-            self.skipped += 1
-        self.step += 1
-        return parts
+            optimizer.found_inf = 1 - taken  # type: ignore[attr-defined]
+            optimizer.step()
+        # A young average would otherwise remember the untrained weights.
+        decay = min(config.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            averages, weights = self.average.parameters(), self.objective.model.parameters()
+            torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
+            self._skipped += 1 - taken
+            self._in_a_row.add_(1).mul_(1 - taken)
+            torch.maximum(self._longest, self._in_a_row, out=self._longest)
+        return {"grad_norm": norm.detach(), "taken": taken}
+
+    def longest_skip(self) -> int:
+        """Most steps in a row that were skipped since the last call."""
+        longest = int(self._longest)
+        self._longest.zero_()
+        return longest
+
+    def first_loss_of_all(self) -> float:
+        """Loss of the first step that this run knows of, over all workers."""
+        assert self.first_loss is not None
+        return float(over_workers(self.first_loss))
 
     def validate(self, donors: Pairs, val: Pairs) -> tuple[NoiseCodes | None, Metrics]:
         """Noise codes of the moving average (None of a U-Net) and its validation PSNR."""
@@ -214,6 +262,7 @@ class Learner:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "skipped": self.skipped,
+            "first_loss": self.first_loss,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -222,7 +271,14 @@ class Learner:
         self.average.load_state_dict(state["average"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.skipped = state["step"], state["skipped"]
+        self.step, self.first_loss = state["step"], state.get("first_loss")
+        self._skipped.fill_(state["skipped"])
+
+    def _alone(self, holds: bool) -> contextlib.AbstractContextManager[None]:
+        """Where gradients wait for further parts of the batch before workers share them."""
+        if holds and isinstance(self.parallel, nn.parallel.DistributedDataParallel):
+            return self.parallel.no_sync()
+        return contextlib.nullcontext()
 
     def _schedule(self) -> float:
         """Share of train.lr: linear warm-up to the peak of this run, then cosine to 2 % of it."""
@@ -247,37 +303,93 @@ def fit(
     Args:
         learner: fresh, or loaded from a checkpoint.
         batches: this worker's batches from `learner.step` on.
-        log: called every LOG_EVERY_STEPS steps with the step, mean losses and images per second
-            (clean images over all workers).
+        log: called every LOG_EVERY_STEPS steps with the step, means of what steps return over all
+            workers, steps skipped so far and images per second (clean images over all workers).
         checkpoint: called every train.checkpoint_every_steps steps and at the end, with whether
-            this is the end; returns True to stop early.
+            this is the end, where the weights are worth keeping; returns True to stop early.
+
+    Raises:
+        Diverged: if the run cannot come to anything any more.
     """
     config = learner.config.train
-    sums: dict[str, Tensor] = {}
-    counted, since = 0, time.perf_counter()
+    health, tally, since = Health(config.lr), Tally(), time.perf_counter()
     while learner.step < config.steps:
-        parts = learner.train_step(next(batches))
-        for name, value in parts.items():
-            sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
-        counted += 1
+        batch = next(batches)
+        tally.add(learner.train_step(batch), len(batch.clean))
         last = learner.step == config.steps
-        if learner.step % LOG_EVERY_STEPS == 0 or last:
-            means = {name: float(value) / counted for name, value in sums.items()}
+        logs = learner.step % LOG_EVERY_STEPS == 0 or last
+        saves = learner.step % config.checkpoint_every_steps == 0 or last
+        if not (logs or saves):
+            continue
+        means = tally.means()
+        health.first_loss = learner.first_loss_of_all()
+        well = health.judge(learner.step, means["loss"], learner.longest_skip(), last=last)
+        if logs:
             elapsed = time.perf_counter() - since
-            rate = counted * config.batch_size / max(elapsed, 1e-9)
-            log({"step": learner.step, **means, "images_per_s": rate})
-            sums, counted, since = {}, 0, time.perf_counter()
-        if learner.step % config.checkpoint_every_steps == 0 or last:
+            rate = tally.images * learner.share.world_size / max(elapsed, 1e-9)
+            row = {"step": learner.step, **means, "skipped": learner.skipped}
+            log(row | {"images_per_s": rate})
+            tally, since = Tally(), time.perf_counter()
+        if saves and well:
             paused = time.perf_counter()
             if checkpoint(last):
                 return
             since += time.perf_counter() - paused  # validation is not training time
 
 
+class Tally:
+    """Means of what steps return, over the steps that were taken, without waiting for any."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.images = 0
+        self.sums = torch.zeros(())
+
+    def add(self, parts: dict[str, Tensor], images: int) -> None:
+        """Count one step, and the clean images of this worker in it."""
+        values = torch.stack([value.detach() for value in parts.values()])
+        values = torch.where(parts["taken"] > 0, values, 0.0)
+        self.sums = self.sums + values if self.names else values
+        self.names = list(parts)
+        self.images += images
+
+    def means(self) -> Metrics:
+        """Means over the steps since the start, and over all workers; NaN where none was taken."""
+        means = dict(zip(self.names, over_workers(self.sums).tolist(), strict=True))
+        taken = means.pop("taken")
+        return {name: total / taken if taken else math.nan for name, total in means.items()}
+
+
+def over_workers(values: Tensor) -> Tensor:
+    """The mean of every worker's values, the same on all of them."""
+    if not dist.is_initialized():
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
 def donor_codes(model: HVAE, pairs: Pairs) -> NoiseCodes:
     """Noise codes of the first N_DONORS images of a set, clean and under every noise id."""
     rows = np.arange(min(N_DONORS, len(pairs)))
     return collect(model, [pairs.take(rows, k) for k in range(len(pairs.noisy) + 1)])
+
+
+def both_ways(model: HVAE, codes: NoiseCodes, pairs: Pairs, rows: npt.NDArray[np.int64]) -> Metrics:
+    """PSNR in dB of the other things that a model does to images, mean over noise ids: of noisy
+    images rebuilt from their own codes, and of clean ones with noise injected, which are scored
+    unclipped."""
+    clean, rebuilt, injected = pairs.take(rows, 0), [], []
+    for noise_id in range(1, len(pairs.noisy) + 1):
+        noisy, ids = pairs.take(rows, noise_id), np.full(len(rows), noise_id)
+        again = swap(model, noisy, None, noise_ids=ids)
+        rebuilt.append(psnr(again, noisy, clip=False).mean())
+        made = swap(model, clean, codes.mean(noise_id))
+        injected.append(psnr(made, noisy, clip=False).mean())
+    return {
+        "recon_noisy_psnr": float(np.mean(rebuilt)),
+        "inject_psnr": float(np.mean(injected)),
+    }
 
 
 def validate(
@@ -290,7 +402,7 @@ def validate(
     """PSNR in dB of cleaned images for each noise id and their mean, under `swap_psnr`.
 
     Args:
-        model: in eval mode; of a HVAE also reconstructed clean images are scored.
+        model: in eval mode; of a HVAE also reconstructed clean images are scored, and `both_ways`.
         codes: noise codes of training images; the mean clean code does the swap. None for a U-Net,
             whose scores are named `unet_psnr`.
         pairs: validation images.
@@ -307,6 +419,8 @@ def validate(
         scored = {}
         if isinstance(model, HVAE):
             scored["recon_clean_psnr"] = psnr(swap(model, clean, None), clean)
+            if codes is not None and start == 0:
+                sums |= both_ways(model, codes, pairs, part[:SCORE_BOTH_WAYS])
         for noise_id, views in enumerate(n_views, start=1):
             noisy, ids = pairs.take(part, noise_id), np.full(len(part), noise_id)
             if isinstance(model, HVAE):

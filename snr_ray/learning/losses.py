@@ -163,8 +163,9 @@ class Objective(nn.Module):
 
         Returns:
             Scalars: loss, recon (per pixel, with the sigma term), kl_content, kl_noise (nats per
-            image), triplet, content_kl (nats per image), noise_id (nats; 0 for a decoder that
-            learns the noise), and of a range of view counts views_error, that of their logarithm.
+            image, also of each level), triplet, distance_same_id, distance_clean_noisy, content_kl
+            (nats per image), noise_id (nats; 0 for a decoder that learns the noise), and of a range
+            of view counts views_error, that of their logarithm.
         """
         config = self.config
         assert batch.noisy is not None
@@ -226,9 +227,10 @@ class Objective(nn.Module):
         return {
             "loss": loss,
             "recon": recon.detach(),
-            "kl_content": torch.stack(kl_content).sum(0).mean().detach(),
-            "kl_noise": torch.stack(kl_noise).sum(0).mean().detach(),
+            **_by_level("kl_content", kl_content),
+            **_by_level("kl_noise", kl_noise),
             "triplet": triplet.detach(),
+            **_distances(result.noise, self.n_ids),
             "content_kl": content_kl.mean().detach(),
             "noise_id": noise_id.detach(),
             **views_error,
@@ -244,6 +246,28 @@ class Objective(nn.Module):
         own = maker.loss([q.mu for q in result.noise], counts[ids], side)
         used = maker.loss(result.codes.noise, counts[wanted], side)
         return 0.5 * (own[0] + used[0]), 0.5 * (own[1] + used[1])
+
+
+def _by_level(name: str, nats: list[Tensor]) -> dict[str, Tensor]:
+    """Mean KL of images, in all and of each level, finest first."""
+    levels = torch.stack(nats).detach().mean(1)
+    return {name: levels.sum(), **{f"{name}_{k}": level for k, level in enumerate(levels)}}
+
+
+@torch.no_grad()
+def _distances(noise: list[Gaussian], n_ids: int) -> dict[str, Tensor]:
+    """How far noise codes lie apart, mean over levels in the units of loss.margin: those of two
+    images of one noise id, which the triplet loss pulls together, and clean from noisy, which it
+    pushes apart."""
+    alike, apart = [], []
+    for q in noise:
+        code = q.mu.flatten(1).unflatten(0, (-1, 2, 1 + n_ids))  # partners are neighbours
+        alike.append((code[:, 0] - code[:, 1]).square().mean())
+        apart.append((code[:, :, 1:] - code[:, :, :1]).square().mean())
+    return {
+        "distance_same_id": torch.stack(alike).mean().sqrt(),
+        "distance_clean_noisy": torch.stack(apart).mean().sqrt(),
+    }
 
 
 def _as_found(x: Tensor, ids: Tensor, config: LossConfig, normal: StepNormal) -> Tensor:

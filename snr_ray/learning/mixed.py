@@ -49,8 +49,8 @@ def training_sizes(config: Config) -> tuple[int, ...]:
 
 def batch_size(config: Config, size: int) -> int:
     """Clean images of a batch of a size, over all workers: about as many pixels as
-    train.batch_size images of images.size have, and pairs of images for every worker."""
-    unit = 2 * config.train.num_workers
+    train.batch_size images of images.size have, and pairs of images for every part."""
+    unit = 2 * config.train.n_parts
     alike = config.train.batch_size * (config.images.size / size) ** 2
     return max(unit, round(alike / unit) * unit)
 

@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
     Adam scales each weight alone, so a few strong directions of a kernel's gradient decide its
     step; here all directions move alike. A kernel is the matrix [out, in * height * width].
 
-    `found_inf`, as of torch's fused optimizers: a tensor of one value that the caller may set; 1
+    `found_inf`, as of torch's fused optimizers: a scalar tensor that the caller may set; 1
     leaves kernels and momenta as they are, and the host need not wait to learn which it is.
     """
 
@@ -58,14 +58,14 @@ class Muon(torch.optim.Optimizer):
     def _step(self, kernels: list[Tensor], lr: float) -> None:
         gradient = _flat([kernel.grad for kernel in kernels if kernel.grad is not None])
         momentum = self._momentum(kernels)
-        moves = torch.ones(1, device=gradient.device)
+        moves = torch.ones((), device=gradient.device)
         if self.found_inf is not None:
             moves = 1 - self.found_inf
             gradient = torch.where(moves > 0, gradient, momentum)
         momentum.lerp_(gradient, 1 - MOMENTUM)
         stacks = _stacks(tuple(kernel.shape for kernel in kernels), gradient.device)
         update = stacks.orthogonal(gradient.lerp(momentum, MOMENTUM), moves)
-        torch._foreach_mul_(kernels, 1 - lr * WEIGHT_DECAY * moves.squeeze())
+        torch._foreach_mul_(kernels, 1 - lr * WEIGHT_DECAY * moves)
         torch._foreach_sub_(kernels, _like(update, kernels), alpha=lr)
 
     def _momentum(self, kernels: list[Tensor]) -> Tensor:
@@ -143,7 +143,7 @@ class Stacks:
         )
 
     def orthogonal(self, flat: Tensor, scale: Tensor) -> Tensor:
-        """Flat kernels -> their orthogonal updates times `scale` [1], in the same order."""
+        """Flat kernels -> their orthogonal updates times `scale`, a scalar, in the same order."""
         self.padded[:-1].copy_(flat)
         torch.index_select(self.padded, 0, self.into, out=self.spread)
         sizes = [n * rows * columns for n, rows, columns in self.shapes]

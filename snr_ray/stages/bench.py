@@ -5,7 +5,6 @@ slows both; ratios carry over to other machines, absolute rates do not.
 """
 
 import itertools
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,14 +23,16 @@ from snr_ray.images.formats import decode
 from snr_ray.images.sources import open_source
 from snr_ray.learning.batches import PairFeed, Pairs, Share
 from snr_ray.learning.checkpoint import load_model, save_model
-from snr_ray.learning.fit import Learner, donor_codes, fit
+from snr_ray.learning.fit import Learner, donor_codes
 from snr_ray.learning.shardfeed import ShardFeed
+from snr_ray.metrics import as_json
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.swap import swap
 from snr_ray.noise.operator import NoiseSpec, RadonNoise
 from snr_ray.outputs import write_atomic
 from snr_ray.scoring.report import memory_plot
 from snr_ray.stages.benchjob import CURVE, Rows, measure_job
+from snr_ray.stages.benchstep import measure_step
 from snr_ray.stages.cluster import connected
 from snr_ray.stages.dataset import Origin, collect_pairs, open_rows
 from snr_ray.stages.denoise import denoise
@@ -54,7 +55,7 @@ def bench(config: Config, name: str, *, out: Path | None) -> int:
         "radon": _radon,
         "simulate": measure_job,
         "data": _data,
-        "train": _train,
+        "train": measure_step,
         "denoise": _denoise,
         "sweep": _sweep,
     }
@@ -66,7 +67,7 @@ def bench(config: Config, name: str, *, out: Path | None) -> int:
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     if out:
-        write_atomic(out, json.dumps({"bench": name, "results": rows}, indent=2) + "\n")
+        write_atomic(out, as_json({"bench": name, "results": rows}, indent=2) + "\n")
         curves = {f"{row['images']:,} images": row[CURVE] for row in rows if CURVE in row}
         if curves:
             memory_plot(curves, out.with_suffix(".png"))
@@ -209,28 +210,6 @@ def _feed_cost(learner: Learner, feeds: dict[str, PairFeed | ShardFeed]) -> Rows
         }
         for what, times in seconds.items()
     ]
-
-
-def _train(config: Config) -> Rows:
-    """The training step on 1 core and on train.cpus_per_worker cores."""
-    with connected():
-        pairs = _pairs(config)
-    feed = PairFeed(pairs, config.train.batch_size, seed=config.seed, share=Share())
-    rows = []
-    for threads in sorted({1, config.train.cpus_per_worker, 2}):
-        torch.set_num_threads(threads)
-        rates: list[float] = []
-        steps = configs.replace(config, {"train.steps": 2 * 25, "train.warmup_steps": 5})
-        learner = Learner(steps)
-        fit(
-            learner,
-            feed.batches(0),
-            log=lambda metrics, rates=rates: rates.append(metrics["images_per_s"]),  # type: ignore[misc]
-            checkpoint=lambda last: False,
-        )
-        weights = sum(p.numel() for p in learner.objective.model.parameters())
-        rows.append({"threads": threads, "images_per_s": max(rates), "weights": weights})
-    return rows
 
 
 def _denoise(config: Config) -> Rows:

@@ -157,12 +157,9 @@ def gather(batches: Iterator[pa.Table], config: Config) -> tuple[Pairs, list[Fai
     blocks, failures = [], []
     for table in batches:
         if "error" in table.column_names:
-            bad = table.filter(pc.not_equal(table["error"], ""))
-            failures += [
-                {"id": row["id"], "stage": "read", "reason": row["error"]}
-                for row in bad.select(["id", "error"]).to_pylist()
-            ]
-            if len(bad):
+            bad = _failures(table)
+            failures += bad
+            if bad:
                 table = table.filter(pc.equal(table["error"], ""))
         if len(table):
             blocks.append(table)
@@ -177,6 +174,20 @@ def gather(batches: Iterator[pa.Table], config: Config) -> tuple[Pairs, list[Fai
         noisy=noisy,
     )
     return pairs, failures
+
+
+def failed_images(rows: "ray.data.Dataset") -> list[Failure]:
+    """The images of materialized rows that could not be read."""
+    if "error" not in rows.schema().names:
+        return []
+    told = rows.select_columns(["id", "error"])
+    tables = told.iter_batches(batch_size=None, batch_format="pyarrow")
+    return [failure for table in tables for failure in _failures(table)]
+
+
+def _failures(table: pa.Table) -> list[Failure]:
+    bad = table.select(["id", "error"]).filter(pc.not_equal(table["error"], ""))
+    return [{"id": row["id"], "stage": "read", "reason": row["error"]} for row in bad.to_pylist()]
 
 
 def collect_pairs(rows: "ray.data.Dataset", config: Config) -> tuple[Pairs, list[Failure]]:

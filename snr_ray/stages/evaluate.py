@@ -30,6 +30,7 @@ from snr_ray.images.collection import SPLITS
 from snr_ray.images.datafolder import parquet_bytes, write_failures
 from snr_ray.learning.batches import Pairs
 from snr_ray.learning.checkpoint import TrainedModel, TrainedUNet, load_any, load_model, model_path
+from snr_ray.metrics import as_json
 from snr_ray.network.swap import swap
 from snr_ray.noise.lmmse import FIT_IMAGES
 from snr_ray.noise.operator import noise_specs
@@ -197,7 +198,7 @@ def evaluate(
     _draw_grid(trained, test, out / "grid.png")
     calibration(uncertainty, out / "calibration.png")
     write_atomic(out / "metrics.md", evaluation_table(metrics))
-    write_atomic(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_atomic(out / "metrics.json", as_json(metrics, indent=2) + "\n")
     return Outcome(out, n_images, len(failures))
 
 

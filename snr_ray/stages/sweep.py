@@ -27,13 +27,16 @@ from optuna.trial import Trial, TrialState
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
+from snr_ray.lock import check_free, locked
 from snr_ray.outputs import claim
 from snr_ray.stages.cluster import connected, cpus
 from snr_ray.stages.dataset import Origin, count_rows, settle
+from snr_ray.stages.runlog import read_metrics
 from snr_ray.stages.simulate import Outcome, simulate
 from snr_ray.stages.study import FINISHED, GIVEN, NINTHS, by_rungs, open_study, requeue, suggest
 from snr_ray.stages.sweeppage import share_run, write_page
-from snr_ray.stages.train import identity, read_metrics, train
+from snr_ray.stages.train import train
+from snr_ray.stages.trainsetup import identity
 
 OWNED = ("data", "study.journal", "study.journal.lock", "trials", "best.yaml", "trials.csv",
          "history.png", "split.png", "report.html")  # fmt: skip
@@ -66,6 +69,7 @@ def sweep(
     for split in ("train", "val"):
         count_rows(config, origin, split)
     space = {f"sweep.{k}": v for k, v in configs.to_dict(config)["sweep"].items()}
+    check_free(out)
     claim(
         out,
         identity(config, origin) | {"stage": "sweep"} | space,
@@ -73,14 +77,15 @@ def sweep(
         overwrite=overwrite,
     )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = open_study(out, config)
-    requeue(study)
-    with connected():
-        if origin.images:  # simulated once, for all trials
-            simulate(config, images=origin.images, out=out / "data")
-            origin = Origin(data=out / "data")
-        failed = _run(study, config, origin, out, trials)
-    _finish(study, config, out)
+    with locked(out, "sweep"):
+        study = open_study(out, config)
+        requeue(study)
+        with connected():
+            if origin.images:  # simulated once, for all trials
+                simulate(config, images=origin.images, out=out / "data")
+                origin = Origin(data=out / "data")
+            failed = _run(study, config, origin, out, trials)
+        _finish(study, config, out)
     return Outcome(out, len(study.get_trials(states=FINISHED)), failed)
 
 
@@ -88,7 +93,7 @@ def sweep(
 def _train_trial(config: Config, origin: Origin, folder: str) -> None:
     """One trial, in a task of its own; its training workers hold the resources."""
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    train(config, origin=origin, out=Path(folder), progress=False)
+    train(config, origin=origin, out=Path(folder), progress=False, alone=False)
 
 
 @dataclasses.dataclass

@@ -1,5 +1,6 @@
 """Learning without Ray: it learns, workers agree with one, a resumed run equals an unbroken one."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -15,13 +16,13 @@ from snr_ray.learning.batches import PairFeed, Pairs, Share
 from snr_ray.learning.checkpoint import (
     TrainedUNet,
     load_any,
-    load_checkpoint,
     load_model,
-    save_checkpoint,
     save_model,
     ship,
 )
 from snr_ray.learning.fit import Learner, Metrics, donor_codes, fit, validate
+from snr_ray.learning.health import Diverged
+from snr_ray.learning.restart import load_checkpoint, save_checkpoint
 from snr_ray.network.blocks import PIXEL_OFFSET
 from snr_ray.network.swap import swap
 from snr_ray.noise.operator import noise_operator, noise_specs
@@ -60,6 +61,17 @@ def test_gradients_of_workers_average_to_those_of_one(
         torch.testing.assert_close(mean, gradient, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("preset", ["paired", "unet"])
+def test_parts_of_a_batch_give_the_gradient_of_as_many_workers_to_the_last_bit(
+    pairs: Pairs, preset: str
+) -> None:
+    config = configs.load(["smoke", preset], ["train.grad_clip=1e9", "train.parts=2"])
+    one = _step(config, pairs, Share())
+    two = [_step(config, pairs, Share(rank, 2)) for rank in range(2)]
+    for k, gradient in enumerate(one):
+        assert torch.equal(two[0][k] / 2 + two[1][k] / 2, gradient)
+
+
 def _run(config: Config, pairs: Pairs, learner: Learner) -> list[Metrics]:
     feed = PairFeed(pairs, config.train.batch_size, seed=config.seed, share=Share())
     logged: list[Metrics] = []
@@ -75,7 +87,10 @@ def test_training_learns_letters(tiny: Config, pairs: Pairs) -> None:
     after = validate(learner.average, donor_codes(learner.average, pairs), pairs, (12, 6))
     assert logged[-1]["loss"] < logged[0]["loss"] / 3
     assert after["swap_psnr"] > before["swap_psnr"] + 3
-    assert set(after) == {"swap_psnr", "swap_psnr_12", "swap_psnr_6", "recon_clean_psnr"}
+    assert set(after) == {"swap_psnr", "swap_psnr_12", "swap_psnr_6", "recon_clean_psnr",
+                          "recon_noisy_psnr", "inject_psnr"}  # fmt: skip
+    assert {"kl_content_0", "kl_noise_1", "distance_same_id", "grad_norm"} <= set(logged[-1])
+    assert logged[-1]["distance_same_id"] < logged[-1]["distance_clean_noisy"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +121,7 @@ def test_resumed_run_equals_an_unbroken_one(tiny: Config, pairs: Pairs, tmp_path
         first.train_step(feed.batch(step))
     save_checkpoint(tmp_path, first)
     resumed = Learner(configs.replace(tiny, {"train.num_workers": 1}))
-    load_checkpoint(tmp_path, resumed)
+    load_checkpoint(tmp_path / "step-000000007", resumed)
     _run(tiny, pairs, resumed)
     for a, b in zip(unbroken.average.parameters(), resumed.average.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
@@ -299,3 +314,28 @@ def test_models_saved_before_a_key_existed_still_load(
     path.write_text(text.replace("  upsampling: nearest\n", ""))
     assert "decoder" not in path.read_text()
     assert load_model(folder).config == config
+
+
+def test_a_run_that_diverged_is_no_success(tiny: Config, pairs: Pairs) -> None:
+    config = configs.replace(tiny, {"train.lr": 1.0, "train.steps": 200, "train.warmup_steps": 10})
+    feed = PairFeed(pairs, config.train.batch_size, seed=0, share=Share())
+    learner, logged, saved = Learner(config), [], []
+    with pytest.raises(Diverged, match=r"train\.lr \(it was 1\)"):
+        fit(learner, feed.batches(0), log=logged.append, checkpoint=saved.append)
+    assert learner.step < 150
+    assert True not in saved
+
+
+def test_one_bad_batch_is_skipped_and_told(tiny: Config, pairs: Pairs) -> None:
+    config = configs.replace(tiny, {"train.steps": 6})
+    feed = PairFeed(pairs, config.train.batch_size, seed=0, share=Share())
+    batches = [feed.batch(step) for step in range(6)]
+    batches[3].noisy[0] = float("nan")
+    learner, logged = Learner(config), []
+    fit(learner, iter(batches), log=logged.append, checkpoint=lambda last: False)
+    assert (logged[-1]["step"], logged[-1]["skipped"]) == (6, 1)
+    assert math.isfinite(logged[-1]["loss"])
+    assert logged[-1]["grad_norm"] > 0
+    again = Learner(config)
+    again.load_state(learner.state())
+    assert again.skipped == 1

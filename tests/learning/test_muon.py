@@ -114,7 +114,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     before = copy.deepcopy((kernels, optimizer.state_dict()))
     kernels[3].grad.fill_(float("nan"))
     kernels[5].grad.fill_(float("inf"))
-    optimizer.found_inf = torch.ones(1)
+    optimizer.found_inf = torch.tensor(1.0)
     optimizer.step()
     for old, kernel in zip(before[0], kernels, strict=True):
         assert torch.equal(old, kernel)

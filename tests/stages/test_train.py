@@ -1,6 +1,8 @@
 """The train stage on Ray: one and two workers agree, a killed run continues to the same weights."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,16 +12,23 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 from safetensors.numpy import load_file
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
 from snr_ray.learning.checkpoint import load_model
-from snr_ray.stages import dataset
+from snr_ray.learning.fit import Learner
+from snr_ray.learning.restart import newest_checkpoint, save_checkpoint
+from snr_ray.lock import locked
+from snr_ray.stages import dataset, trainsetup
 from snr_ray.stages.dataset import Origin
+from snr_ray.stages.runlog import read_metrics
 from snr_ray.stages.simulate import simulate
-from snr_ray.stages.train import read_metrics, train
+from snr_ray.stages.train import train
+from snr_ray.stages.trainsetup import wait_for_room
+from snr_ray.stages.trainworker import interface_of
 
 pytestmark = pytest.mark.ray
 GLYPHS = Origin(images="glyphs")
@@ -139,6 +148,21 @@ def test_killed_run_continues_to_the_same_weights(
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    tiny: Config, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    newest = run / "checkpoints" / "step-000000020" / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    (run / "checkpoints" / "checkpoint_manager_snapshot.json").write_text('{"ray_version"')
+    train(tiny, origin=GLYPHS, out=run)
+    told = capsys.readouterr().err
+    assert re.search(r"damaged: .*step-000000020 .*goes on from .*step-000000010\.", told)
+    np.testing.assert_allclose(weights(run), weights(unbroken), atol=1e-6)
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
 def test_bad_setups_are_refused_before_any_worker_starts(
     tiny: Config, image_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -191,3 +215,69 @@ def test_start_from_another_kind_is_refused(
         run(model_folder, images__channels=3)
     with pytest.raises(InputError, match="A model folder holds"):
         run(tmp_path)
+    with pytest.raises(
+        InputError, match=r"has 2 \(\[12, 6\]\) where this run has 3 .*to 2 of them"
+    ):
+        run(model_folder, noise__n_views=[16, 12, 6])
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_images_that_cannot_be_read_end_the_run_before_it_starts(
+    tiny: Config, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for k in range(40):
+        deep = np.full((20, 20), 1000 * k, np.uint16)
+        Image.fromarray(deep).save(images / f"{k:02d}.tif")
+    since = time.monotonic()
+    with pytest.raises(InputError, match=r"of the \d+ images in the train split .* because: .*"
+                       r"images\.white.*failures\.parquet"):  # fmt: skip
+        train(tiny, origin=Origin(images=str(images)), out=tmp_path / "run")
+    assert time.monotonic() - since < 60
+    assert pq.read_table(tmp_path / "run" / "failures.parquet").num_rows > 20
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_an_error_of_the_user_in_a_worker_ends_the_run_at_once(
+    tiny: Config, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match="at most the cluster's 2 cores"):  # claims the folder
+        train(configs.replace(tiny, {"train.cpus_per_worker": 9}), origin=GLYPHS, out=run)
+    learner = Learner(configs.replace(tiny, {"model.channels": [8, 16]}))
+    learner.step = 5
+    save_checkpoint(run / "checkpoints", learner)
+    with pytest.raises(InputError, match=r"its own network, but .*step-000000005 holds another"):
+        train(tiny, origin=GLYPHS, out=run)
+    assert newest_checkpoint(run / "checkpoints")[0] is not None
+
+
+def test_a_folder_in_use_is_refused_and_left_as_it_is(tiny: Config, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with locked(run, "train"):
+        before = sorted(run.iterdir())
+        with pytest.raises(InputError, match=r"in use by snr train on .*wait until"):
+            train(tiny, origin=GLYPHS, out=run, overwrite=True)
+        assert sorted(run.iterdir()) == before
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_processors_that_are_busy_are_waited_for_and_told(
+    tiny: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainsetup, "SOON_S", 0.1)
+    busy = ray.remote(num_cpus=2)(time.sleep).remote(4)
+    while ray.available_resources().get("CPU", 0):
+        time.sleep(0.1)
+    with pytest.raises(InputError, match=r"After --wait 0\.01 minutes .* 1 CPUs, 0 free; wait"):
+        wait_for_room(tiny, 0.01, tell=False)
+    wait_for_room(tiny, None, tell=True)
+    ray.get(busy)
+    assert "train: waiting for 1 CPUs, 0 free" in capsys.readouterr().err
+
+
+def test_workers_find_each_other_by_the_address_of_their_node() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.1") is None

@@ -1,0 +1,199 @@
+"""One driver at a time in an output folder: a lock that ends with its owner, on shared disks too.
+
+The holder's file says who it is, and is touched every few seconds. A holder on this machine is
+gone when its process is; one elsewhere when its file was not touched for a minute by the clock of
+the file system, which all machines share.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from snr_ray.config import InputError, RunError
+
+LOCK = ".lock"
+BEAT_S = 5.0
+"""Seconds between two signs of life."""
+STALE_BEATS = 12
+"""A holder that missed so many is dead."""
+
+
+@contextmanager
+def locked(folder: Path, stage: str) -> Iterator[None]:
+    """Hold an existing folder; whoever else asks for it meanwhile is told who has it.
+
+    Args:
+        folder: what must not have two drivers.
+        stage: of the holder, for the sentence that others read.
+
+    Raises:
+        InputError: if a driver that lives holds it.
+        RunError: at the end, if another driver took the folder because this one had stood still.
+    """
+    path, mine = folder / LOCK, _me(stage)
+    while not _create(path, mine):
+        _wait_for_death(path)
+    lost, done = threading.Event(), threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT_S):
+            if _read(path).get("key") != mine["key"]:
+                lost.set()
+                os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C: stages know how to stop
+                return
+            with suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not lost.is_set():
+            raise
+    finally:
+        done.set()
+        thread.join()
+        if _read(path).get("key") == mine["key"]:
+            path.unlink(missing_ok=True)
+    if lost.is_set():
+        raise RunError(
+            f"{folder} was taken over by {_who(_read(path))}, because this process had shown no "
+            f"sign of life for {BEAT_S * STALE_BEATS:.0f} seconds; what it did until then is kept."
+        )
+
+
+def check_free(folder: Path) -> None:
+    """Raise InputError if a driver that lives holds the folder; for before anything is removed."""
+    if (folder / LOCK).exists():
+        _wait_for_death(folder / LOCK)
+
+
+def _create(path: Path, mine: dict[str, Any]) -> bool:
+    """Write the lock file, if there is none."""
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return False
+    with os.fdopen(handle, "w") as file:
+        json.dump(mine, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return True
+
+
+def _wait_for_death(path: Path) -> None:
+    """Return once the holder is dead and its file is gone. Raises InputError if it lives."""
+    first, told = _touched(path), False
+    while (touched := _touched(path)) is not None:
+        holder = _read(path)
+        here = holder.get("machine") == _machine()
+        if here and not _lives(holder["pid"], holder["begun"]):
+            break
+        if here or touched != first:
+            raise InputError(
+                f"{path.parent} is in use by {_who(holder)}; wait until that has ended, stop it, "
+                "or give another --out."
+            )
+        if _clock(path.parent) - touched > BEAT_S * STALE_BEATS:
+            break
+        if not told:
+            print(f"Asking whether {_who(holder)} still works in {path.parent} ...",
+                  file=sys.stderr)  # fmt: skip
+            told = True
+        time.sleep(BEAT_S / 10)
+    if touched is not None:
+        _take_away(path, holder)
+
+
+def _take_away(path: Path, dead: dict[str, Any]) -> None:
+    """Remove the file of a dead holder, and nobody else's: of several that see it dead, one does,
+    and may hold the folder before the next of them comes here."""
+    aside = path.with_name(f"{LOCK}.{uuid.uuid4().hex}")
+    with suppress(FileNotFoundError):
+        if _read(path) == dead:
+            os.rename(path, aside)
+            if _read(aside) == dead:
+                aside.unlink()
+            else:
+                os.rename(aside, path)
+
+
+def _me(stage: str) -> dict[str, Any]:
+    return {
+        "key": uuid.uuid4().hex,
+        "stage": stage,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "begun": _begun(os.getpid()),
+        "machine": _machine(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _who(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    return (
+        f"snr {holder['stage']} on {holder['host']} (process {holder['pid']}, since "
+        f"{holder['since']})"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the holder wrote; nothing while it writes."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _touched(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _clock(folder: Path) -> float:
+    """Now, by the clock of the file system."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{LOCK}.") as file:
+        return os.stat(file.name).st_mtime
+
+
+def _machine() -> str:
+    """What tells apart machines, their boots and containers: where a process id means the same."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+                  os.readlink("/proc/self/ns/pid")]  # fmt: skip
+    return " ".join(parts)
+
+
+def _begun(pid: int) -> str:
+    """When a process began, in the kernel's ticks: ids are used again. "" where none can tell."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _lives(pid: int, begun: str) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return _begun(pid) == begun

@@ -1,0 +1,133 @@
+"""What every training worker runs, between the driver and the learner."""
+
+import os
+from typing import Any, TypeVar
+
+import psutil
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.torch.config import TorchConfig, _TorchBackend
+
+from snr_ray.learning.batches import PairFeed, Share
+from snr_ray.learning.checkpoint import load_any, save_model
+from snr_ray.learning.fit import Learner, Metrics, fit
+from snr_ray.learning.mixed import MixedFeed
+from snr_ray.learning.restart import load_checkpoint, newest_checkpoint, save_checkpoint
+from snr_ray.learning.shardfeed import ShardFeed
+from snr_ray.scoring.runpage import tiles
+from snr_ray.stages.dataset import gather
+from snr_ray.stages.pictures import gather_pictures
+from snr_ray.stages.runlog import RunLog
+
+CHECKPOINTS = "checkpoints"
+
+T = TypeVar("T")
+
+
+def work(job: dict[str, Any]) -> None:
+    """Train from the newest checkpoint of the run folder to the end.
+
+    Args:
+        job: `config`; `out`, the run folder; `origin`, the command for the model card; `start`, the
+            model folder to begin from, or None; `data`, the data folder, or None where the images
+            are in memory.
+    """
+    config, out = job["config"], job["out"]
+    context = ray.train.get_context()
+    share = Share(context.get_world_rank(), context.get_world_size())
+    torch.set_num_threads(config.train.cpus_per_worker)
+    val, _ = gather(_tables("val"), config)
+    feed: PairFeed | ShardFeed | MixedFeed
+    if config.noise.views_per_pixel is not None:
+        donors, _ = gather(_tables("donors"), config)
+        pictures, _ = gather_pictures(_tables("train"), config)
+        feed = MixedFeed(pictures, config, share)
+    elif job["data"]:
+        feed, donors = ShardFeed(job["data"], config, share), val
+    else:
+        donors, _ = gather(_tables("train"), config)
+        feed = PairFeed(donors, config.train.batch_size, seed=config.seed, share=share)
+
+    learner = Learner(
+        config,
+        device=ray.train.torch.get_device(),
+        share=share,
+        wrap=ray.train.torch.prepare_model,
+    )
+    if config.model.physics:
+        known, _ = gather(_tables("physics"), config)
+        learner.fit_physics(known)
+    newest = _from_rank_zero(share, newest_checkpoint(out / CHECKPOINTS)[0])
+    if newest:
+        load_checkpoint(newest, learner)
+    elif job["start"]:
+        learner.start_from(load_any(job["start"], learner.device).model)
+    run_log = RunLog(out, learner.step) if share.rank == 0 else None
+
+    def log(metrics: Metrics) -> None:
+        if run_log:
+            run_log.write(metrics)
+
+    def save(last: bool) -> bool:
+        stop = _from_rank_zero(share, (out / "stop").exists())
+        if run_log:
+            codes, metrics = learner.validate(donors, val)
+            run_log.write({"step": learner.step, **metrics})
+            run_log.picture(*tiles(learner.average, codes, val, config.noise.n_views), learner.step)
+            save_checkpoint(out / CHECKPOINTS, learner)
+            if last or stop:
+                metrics |= learner.least_explained(codes, val)
+                origin = job["origin"]
+                save_model(out / "model", config, learner.average, codes, metrics, origin)
+        # All wait here until the state is on disk: none is a step ahead when a worker dies.
+        ray.train.report({"step": learner.step})
+        return stop
+
+    fit(learner, feed.batches(learner.step), log=log, checkpoint=save)
+
+
+def _tables(name: str) -> Any:
+    shard = ray.train.get_dataset_shard(name)
+    return iter(shard.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+
+def _from_rank_zero(share: Share, value: T) -> T:
+    if share.world_size == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+class NodeTorch(TorchConfig):
+    """Ray's setup of torch, by the network that the cluster itself uses.
+
+    Gloo takes the interface that the host's name resolves to, which on many machines is loopback:
+    workers on two nodes then look for each other on their own.
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _NodeBackend
+
+
+class _NodeBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        worker_group.execute(use_interface_of_node)
+        super().on_start(worker_group, backend_config)
+
+
+def use_interface_of_node() -> None:
+    """Tell Gloo the interface of this node's address; what the user has set stays."""
+    if name := interface_of(ray.util.get_node_ip_address()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that has an address; None if none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in addresses):
+            return name
+    return None

@@ -1,0 +1,54 @@
+"""What a step costs: its parts add up, and what is counted is counted."""
+
+import pytest
+import torch
+
+from snr_ray import configfile as configs
+from snr_ray.config import Config
+from snr_ray.learning.batches import PairFeed, Pairs, Share
+from snr_ray.learning.fit import Learner
+from snr_ray.stages.benchstep import PARTS, Launches, _measure
+
+WAITS = {"nonzero", "_local_scalar_dense", "masked_select", "index_put", "_index_put_impl_"}
+"""Operations whose shape depends on numbers, or that a host waits for."""
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny: Config) -> Pairs:
+    shape = (16, 1, 16, 16)
+    images = [
+        torch.rand(shape, generator=torch.Generator().manual_seed(k)).numpy() for k in (0, 1, 2)
+    ]
+    return Pairs([f"{k:02d}" for k in range(16)], images[:1], [[images[1]], [images[2]]])
+
+
+def test_operations_on_lists_and_views_are_counted_once_and_not_at_all() -> None:
+    x = [torch.ones(3, 4) for _ in range(5)]
+    with Launches() as launches:
+        torch._foreach_add_(x, 1.0)
+        x[0].T.reshape(-1)[:2].view(2, 1)
+        x[0] @ x[1].T
+    assert dict(launches.of) == {"_foreach_add_": 1, "clone": 1, "mm": 1}
+
+
+def test_the_parts_of_a_step_add_up(tiny: Config, pairs: Pairs) -> None:
+    row = _measure(tiny, pairs, "cpu")
+    shares = [row[f"{name}_share"] for name in PARTS]
+    assert min(shares) > 0
+    assert 0.7 < sum(shares) < 1.0
+    assert row["images_per_s"] == pytest.approx(1000 * tiny.train.batch_size / row["ms_per_step"])
+    assert 0 < row["matrix_rate_share"] < 1
+
+
+@pytest.mark.parametrize(("preset", "most"), [("paired", 145), ("unet", 145)])
+def test_moving_the_weights_waits_for_nothing_and_is_few_operations(
+    tiny: Config, pairs: Pairs, preset: str, most: int
+) -> None:
+    learner = Learner(configs.load(["smoke", preset]))
+    batch = PairFeed(pairs, 8, seed=0, share=Share()).batch(0)
+    learner.train_step(batch)
+    learner.gradients(batch)
+    with Launches() as launches:
+        learner.update()
+    assert not WAITS & set(launches.of)
+    assert launches.total <= most
