@@ -166,6 +166,7 @@ def _run(args: argparse.Namespace, config: Config) -> int:
         what = f"{outcome.images:,} images in {outcome.out}"
     elif args.stage == "denoise":
         from snr_ray.stages.denoise import denoise
+        from snr_ray.stages.denoisejob import Running
 
         outcome = denoise(
             config,
@@ -176,6 +177,13 @@ def _run(args: argparse.Namespace, config: Config) -> int:
             samples=args.samples,
             inject=args.inject,
             n_views=args.views,
+            doubtful=args.doubtful,
+            running=Running(
+                gpus=args.gpus,
+                max_failures=args.max_failures,
+                progress=args.progress,
+                stall_minutes=args.stall,
+            ),
             **options,
         )
         what = f"{outcome.images:,} images in {outcome.out}; look at {outcome.out / 'report.html'}"
@@ -218,8 +226,13 @@ def _run(args: argparse.Namespace, config: Config) -> int:
             f"{outcome.out / 'failures.parquet'}",
             file=sys.stderr,
         )
-        return 3
-    return 0
+    if outcome.doubtful:
+        print(
+            f"{args.stage}: {outcome.doubtful:,} images are doubtful: their results do not explain "
+            "them; `status` in the manifest says which.",
+            file=sys.stderr,
+        )
+    return 3 if outcome.failed or outcome.doubtful else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -284,6 +297,16 @@ def _parser() -> argparse.ArgumentParser:
         "model with model.physics), or detect, which tries all on a few images; by default the "
         "noise code of each image says which of those that the model was trained on",
     )
+    add("--doubtful", choices=("write", "copy", "fail"), default="copy",
+        help="what becomes of a result that does not explain its image: write it all the same, "
+             "copy the image's pixels in its place (default), or let the image fail")  # fmt: skip
+    add("--gpus", metavar="N|none", type=_gpus,
+        help="GPUs to use; by default all that Ray has; none: cores alone")  # fmt: skip
+    add("--max-failures", metavar="N|P%", help="end the job when more images than that failed")
+    add("--progress", choices=("text", "json"), default="text",
+        help="json: one object a line on standard error, every 5 seconds")  # fmt: skip
+    add("--stall", metavar="MINUTES", type=float, default=30.0,
+        help="end a job that has not finished anything for so long (default 30)")  # fmt: skip
     add = parsers["evaluate"].add_argument
     add("--baselines", metavar="tv,tvrec,...",
         help="out of tv, tvrec, sart and lmmse, comma-separated; '' for none; default all but "
@@ -301,6 +324,12 @@ def _views(text: str) -> int | str:
     if text.isdecimal():
         return int(text)
     raise argparse.ArgumentTypeError(f"takes a view count or detect, but got {text!r}")
+
+
+def _gpus(text: str) -> int:
+    if text == "none" or text.isdecimal():
+        return 0 if text == "none" else int(text)
+    raise argparse.ArgumentTypeError(f"takes a number of GPUs or none, but got {text!r}")
 
 
 def _stage(stages: Any, name: str) -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from snr_ray.config import InputError
 from snr_ray.folder import JOB, Folder, LocalFolder, open_folder, without_secrets
@@ -140,16 +140,19 @@ class Progress:
     stream: TextIO = field(default_factory=lambda: sys.stderr)
     start: int = 0
     """Units done before this run (resumed work), which the rate leaves out."""
+    form: Literal["text", "json"] = "text"
+    """A line for people, or one JSON object a line."""
 
     def __post_init__(self) -> None:
         self._begun = self._since = self._printed = time.monotonic()
         self._resumed = self.start
         self._started = False
 
-    def update(self, done: int, note: str = "", *, per_unit: float = 1.0) -> None:
-        """Tell that `done` units are done; `per_unit` images stand behind a unit."""
+    def update(self, done: int, note: str = "", *, per_unit: float = 1.0, failed: int = 0) -> None:
+        """Tell that `done` units are done; `per_unit` images stand behind a unit. The note is for
+        people, `failed` for programs."""
         now = time.monotonic()
-        every = 0.3 if self.stream.isatty() else 5.0
+        every = 0.3 if self.stream.isatty() and self.form == "text" else 5.0
         if now - self._printed < every and done < self.total:
             return
         self._printed = now
@@ -159,6 +162,20 @@ class Progress:
         if not self._started:  # from here on, the time that starting took is left out
             self._started, self.start, self._since = True, done, now
         left = round((self.total - done) / rate) if rate > 0 else 0
+        if self.form == "json":
+            told = {
+                "stage": self.stage,
+                "done": done,
+                "total": self.total,
+                "unit": self.unit,
+                "failed": failed,
+                "images_per_s": round(rate * per_unit, 2),
+                "seconds": round(now - self._begun, 1),
+                "seconds_left": left,
+            }
+            self.stream.write(json.dumps(told) + "\n")
+            self.stream.flush()
+            return
         line = (
             f"{self.stage}: {done:,}/{self.total:,} {self.unit}, {rate * per_unit:,.0f} images/s, "
             f"{left // 60}:{left % 60:02d} left{', ' + note if note else ''}"

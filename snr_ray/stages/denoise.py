@@ -1,63 +1,60 @@
-"""Bulk denoising: model folder + images -> images under their own names, in a Ray Data job.
+"""Bulk denoising: model folder + images -> images under their own names, on a Ray cluster.
 
-    index --tasks: read--> bytes --tasks: decode, swap, encode, write--> file + manifest row
+    list --blocks of images--> tasks: read, decode, exchange, encode, write --rows--> manifest
 
     OUT/<name of the image>        same format and depth (tensors become float TIFF)
     OUT/<name>.std.npy             with --samples: standard deviation of the samples, per pixel
-    OUT/manifest.parquet           one row per image written; `explained`, PSNR in dB of the noise
-                                   made anew of the cleaned image, says how well without the truth
-    OUT/failures.parquet           one row per image that could not be: id, stage, reason
+    OUT/manifest.parquet/          one row per image written, in parts that are one table to
+                                   readers; `explained`, PSNR in dB of the noise made anew of the
+                                   cleaned image, says how well without the truth, and `status` is
+                                   doubtful where that is not enough
+    OUT/failures.parquet           one row per image that could not be: id, stage, reason; to be
+                                   given as --images, it means these images of that job
     OUT/report.html                a page to look at
-    OUT/parts/                     rows of a job that has not finished
 
 Files appear whole, then their rows; a killed job continues with the images that have no row, and
-a finished one tries its failures again.
+a finished one tries its failures again. Images in a folder named as one of the job's own files go
+to a folder with an underscore after that name.
 """
 
-import dataclasses
-import functools
-import shutil
-import sys
-import time
+import contextlib
+import json
+import uuid
 from collections import Counter
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
-import torch
 
 from snr_ray.config import Config, InputError, check
+from snr_ray.folder import JOB, Folder, open_folder
 from snr_ray.hashing import fingerprint
-from snr_ray.images import formats
 from snr_ray.images.collection import Source
-from snr_ray.images.datafolder import Failure, parquet_bytes, write_failures
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import TrainedModel, load_model, model_path
 from snr_ray.network.swap import exchange, noise_code
-from snr_ray.outputs import Progress, claim, write_atomic
-from snr_ray.scoring.report import denoise_report
-from snr_ray.stages.cluster import connected, gpus, shared
-from snr_ray.stages.fileswap import MANIFEST_SCHEMA, FileSwapper, ImageFile
-from snr_ray.stages.inputs import open_images
+from snr_ray.outputs import Progress, claim
+from snr_ray.stages.cleaning import Cleaning
+from snr_ray.stages.cluster import connected
+from snr_ray.stages.denoisejob import Job, Running
+from snr_ray.stages.fileswap import SwapperMaker
+from snr_ray.stages.imagefiles import OWN_NAMES, Doubtful, Target, check_output_names
+from snr_ray.stages.manifest import Manifest
+from snr_ray.stages.retrylist import asked_for
 from snr_ray.stages.simulate import Outcome
 
 Array = npt.NDArray[np.float32]
 
-READ_ROWS = 64
-"""Images per task."""
+FORMAT = 2
+"""Version of what lies in an output folder, raised when it could not be continued."""
 DETECT_IMAGES = 3
 """Images that --views detect looks at."""
 DETECT_SIDE = 128
 """Height and width that it takes at most: larger images would take it hours."""
 FEWEST_VIEWS = 4
 """View counts that --views detect begins with."""
-ROW_SCHEMA = MANIFEST_SCHEMA.append(pa.field("error", pa.string())).append(
-    pa.field("stage", pa.string())
-)
 
 
 def denoise(
@@ -65,11 +62,13 @@ def denoise(
     *,
     model: str,
     images: str,
-    out: Path,
+    out: Path | str | Folder,
     donor: str = "mean",
     samples: int = 0,
     inject: int | None = None,
     n_views: int | Literal["detect"] | None = None,
+    doubtful: Doubtful = "copy",
+    running: Running | None = None,
     overwrite: bool = False,
 ) -> Outcome:
     """Exchange the noise code of every image of a source.
@@ -77,8 +76,9 @@ def denoise(
     Args:
         config: `seed` (random donors, samples) and `images.white` and `images.window` are used.
         model: model folder.
-        images: SRC; read at full size, never resized.
-        out: output folder.
+        images: SRC; read at full size, never resized. The failures.parquet of an earlier job means
+            those of its images.
+        out: output folder, also in a bucket.
         donor: "mean" (mean noise code), "random" (a random one of the donors in the model folder
             for each image, by hash of its id) or the path of an image or folder of donor images.
         samples: 0 decodes posterior means; N > 0 averages N posterior samples and writes their
@@ -88,6 +88,9 @@ def denoise(
             on) or model.unrolled (any); None leaves it to the noise code of each image, which knows
             those that the model was trained on. "detect" tries all on the first images: the one
             whose noise explains them best is taken for all of them.
+        doubtful: what becomes of results that do not explain their inputs: `write` them, `copy` the
+            inputs' pixels in their place, or `fail` the images.
+        running: on what, and when to stop.
         overwrite: replace files of the same names.
 
     Raises:
@@ -95,176 +98,72 @@ def denoise(
     """
     if samples < 0:
         raise InputError(f"--samples must not be negative, but got {samples}.")
+    running = running or Running()
     trained = load_model(model)
     if n_views is not None:
         _check_views(trained, n_views, inject)
     noise_id = 0 if inject is None else trained.noise_id(inject)
-    source = open_images(images)
-    out = out.absolute()
-    outputs = _output_names(source, samples)
+    folder = open_folder(out)
+    asked = asked_for(images)
+    source = asked.source
+    check_output_names(source, samples=samples > 0)
     pool = _pool(trained, donor, noise_id, config)
     told = _detect_views(trained, source, config) if n_views == "detect" else n_views
+    weights = fingerprint((model_path(model) / "model.safetensors").read_bytes())
+    _check_format(folder, overwrite=overwrite)
+    identity = {
+        "stage": "denoise",
+        "format": FORMAT,
+        "model": weights,
+        "source": source.home,
+        "donor": donor,
+        "samples": samples,
+        "inject": inject,
+        "n_views": n_views,
+        "doubtful": doubtful,
+        "seed": config.seed,
+        "white": config.images.white,
+        "window": config.images.window,
+    }
     resumed = claim(
-        out,
-        {
-            "stage": "denoise",
-            "model": fingerprint((model_path(model) / "model.safetensors").read_bytes()),
-            "source": source.home,
-            "donor": donor,
-            "samples": samples,
-            "inject": inject,
-            "n_views": n_views,
-            "seed": config.seed,
-            "white": config.images.white,
-            "window": config.images.window,
-        },
-        owned=("manifest.parquet", "failures.parquet", "report.html", "parts"),
+        folder,
+        identity,
+        owned=OWN_NAMES[1:],
         overwrite=overwrite,
         inputs=source.folder,
         inputs_alone=source.alone,
     )
-    rows = _rows_done(out) if resumed else []
-    done = {row["id"] for row in rows}
-    todo = [i for i, name in enumerate(source.ids) if name not in done]
-    failures: list[Failure] = []
-    if todo:
+    rows = Manifest(folder)
+    done = rows.resume(source) if resumed else np.zeros(len(source.ids), bool)
+    job = Job(asked, folder, config.images, running, rows, done, samples)
+    if job.n_left:
+        injects = inject is not None
+        options = {"samples": samples, "seed": config.seed, "inject": injects, "n_views": told}
         with connected():
-            work = {
-                "model": str(model_path(model).absolute()),
-                "inject": inject is not None,
-                "n_views": told,
-                "pool": pool,
-                "out": str(out),
-                "samples": samples,
-                "seed": config.seed,
-                "images": config.images,
-            }
-            new, failures = _run(source, outputs, todo, work, out)
-        rows += new
-    its = trained.config.images
-    others = sum((row["height"], row["width"]) != (its.size, its.size) for row in rows)
-    if others and its.crop is None:
-        print(
-            f"{others} of {len(rows)} images are not {its.size}x{its.size}, the size that this "
-            "model was trained on; the larger they are, the less it knows of their noise.",
-            file=sys.stderr,
+            cleaning = Cleaning(
+                key=uuid.uuid4().hex,
+                source=source,
+                images=config.images,
+                target=Target(folder.claimed(), fingerprint(repr(identity)), injects, doubtful),
+                maker=ray.put(SwapperMaker(trained, pool, options)),
+            )
+            job.run(cleaning)
+    title = "Noise removed" if inject is None else f"Noise of {inject} views injected"
+    return job.finish(title, trained, files_per_image=1 + (samples > 0))
+
+
+def _check_format(out: Folder, *, overwrite: bool) -> None:
+    """Raise InputError for a folder of an snr_ray that kept its rows in another way."""
+    before: Any = None
+    if out.exists(JOB) and not overwrite:
+        with contextlib.suppress(ValueError):  # damaged: the claim says so
+            before = json.loads(out.read(JOB))
+    if isinstance(before, dict) and before.get("stage") == "denoise":
+        check(
+            before.get("format") == FORMAT,
+            f"{out} was written by another snr_ray, whose rows this one cannot continue; its "
+            "results are whole as they are: give another --out, or --overwrite to do all anew.",
         )
-    known = [row["explained"] for row in rows if row.get("explained") is not None]
-    if known:
-        print(
-            f"denoise: what was cleaned explains its input to {np.median(known):.0f} dB in the "
-            f"median, {min(known):.0f} dB at the least: `explained` in the manifest, the lower the "
-            "more of it is noise that the model does not know."
-        )
-    rows.sort(key=lambda row: row["id"])
-    table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA)
-    write_atomic(out / "manifest.parquet", parquet_bytes(table))
-    write_failures(out / "failures.parquet", failures)
-    verb = "Noise removed" if inject is None else f"Noise of {inject} views injected"
-    write_atomic(
-        out / "report.html",
-        denoise_report(verb, source, out, rows, failures, images=config.images),
-    )
-    shutil.rmtree(out / "parts", ignore_errors=True)
-    return Outcome(out, len(rows), len(failures))
-
-
-def _run(
-    source: Source, outputs: list[str], todo: list[int], work: dict[str, Any], out: Path
-) -> tuple[list[dict[str, Any]], list[Failure]]:
-    """Denoise the images at `todo`; rows reach the disk while the job runs."""
-    blocks = [np.array(todo[i : i + READ_ROWS]) for i in range(0, len(todo), READ_ROWS)]
-    dataset = (
-        ray.data.from_numpy(blocks)
-        .map_batches(
-            functools.partial(_read, ref=ray.put((source, outputs))),
-            batch_size=None,
-            batch_format="numpy",
-        )
-        .map_batches(
-            functools.partial(_swap, work=ray.put(work)),
-            batch_size=READ_ROWS,
-            batch_format="pyarrow",
-            num_cpus=1,
-            num_gpus=1 if gpus() else 0,
-        )
-    )
-    progress = Progress("denoise", len(todo))
-    rows: list[dict[str, Any]] = []
-    failures: list[Failure] = []
-    unsaved: list[dict[str, Any]] = []
-    part = len(list((out / "parts").glob("*.parquet")))
-    saved = time.monotonic()
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for row in batch.to_pylist():
-            reason, stage = row.pop("error"), row.pop("stage")
-            if reason:
-                failures.append({"id": row["id"], "stage": stage, "reason": reason})
-            else:
-                rows.append(row)
-                unsaved.append(row)
-        note = f"{len(failures)} failed" if failures else ""
-        progress.update(len(rows) + len(failures), note)
-        if unsaved and time.monotonic() - saved > 2:
-            table = pa.Table.from_pylist(unsaved, MANIFEST_SCHEMA)
-            write_atomic(out / "parts" / f"{part:06d}.parquet", parquet_bytes(table))
-            unsaved, part, saved = [], part + 1, time.monotonic()
-    return rows, failures
-
-
-def _read(batch: dict[str, npt.NDArray[np.int64]], *, ref: "ray.ObjectRef") -> pa.Table:
-    """CPU task: indices -> the fields of ImageFile."""
-    source, outputs = shared(ref)
-    files = []
-    for index in batch["data"].tolist():
-        name, data, error = "", b"", ""
-        try:
-            name, data = source.file(index)
-        except InputError as problem:
-            error = str(problem)
-        file = ImageFile(source.ids[index], outputs[index], name, data, source.tensors, error)
-        files.append(dataclasses.asdict(file))
-    return pa.Table.from_pylist(files)
-
-
-def _swap(batch: pa.Table, *, work: "ray.ObjectRef") -> pa.Table:
-    """Task: the fields of ImageFile in, manifest rows and failures out."""
-    rows = _swapper(work).run([ImageFile(**row) for row in batch.to_pylist()])
-    return pa.Table.from_pylist(rows, ROW_SCHEMA)
-
-
-@functools.lru_cache(maxsize=1)
-def _swapper(work: "ray.ObjectRef") -> FileSwapper:
-    """One copy of the model for all tasks of a worker process."""
-    options = dict(ray.get(work))
-    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    trained = load_model(options.pop("model"), device)
-    return FileSwapper(trained, options.pop("pool"), Path(options.pop("out")), **options)
-
-
-def _output_names(source: Source, samples: int) -> list[str]:
-    """Relative output path of each image; refuses two images that would share one."""
-    names = []
-    for name in source.ids:
-        path = PurePosixPath(name)
-        known = path.suffix.lower() in formats.SUFFIXES
-        if source.tensors or path.suffix.lower() == ".dcm":  # float pixels need a format for them
-            path = path.with_suffix(".tif") if known else PurePosixPath(name + ".tif")
-        elif not known:
-            path = PurePosixPath(name + ".png")
-        if path.is_absolute() or ".." in path.parts:
-            raise InputError(f"Image ids must stay inside the output folder, but got {name!r}.")
-        names.append(str(path))
-    written = names + ([name + ".std.npy" for name in names] if samples else [])
-    name, times = Counter(written).most_common(1)[0]
-    if times > 1:
-        raise InputError(
-            f"Every image needs an output name of its own, but {times} of {source.name} would be "
-            f"written to {name!r}; rename them or denoise them apart."
-        )
-    return names
 
 
 def _check_views(
@@ -362,11 +261,3 @@ def _pool(trained: TrainedModel, donor: str, noise_id: int, config: Config) -> l
             f"{donor} differ; give one donor or resize them."
         )
     return [np.concatenate(level) for level in zip(*codes, strict=True)]
-
-
-def _rows_done(out: Path) -> list[dict[str, Any]]:
-    """Manifest rows of images that are finished: of the last run and of an interrupted one."""
-    paths = [p for p in (out / "manifest.parquet",) if p.is_file()]
-    paths += sorted((out / "parts").glob("*.parquet"))
-    rows = {row["id"]: row for path in paths for row in pq.read_table(path).to_pylist()}
-    return [row for row in rows.values() if (out / row["output"]).is_file()]

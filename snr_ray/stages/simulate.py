@@ -58,6 +58,8 @@ class Outcome:
     out: Path
     images: int
     failed: int
+    doubtful: int = 0
+    """Images whose results do not explain them."""
 
 
 def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False) -> Outcome:

@@ -5,11 +5,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from random_models import images
 
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.network.swap import exchange, explained, swap
 from snr_ray.noise.operator import NoiseSpec
-from tests.random_models import images
 
 
 @pytest.mark.parametrize("geometry", [None, NoiseSpec(9)])

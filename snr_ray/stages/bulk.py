@@ -1,0 +1,151 @@
+"""Any number of images through a cluster: blocks of indices in, tables of rows out.
+
+    plan --blocks--> work, a bounded number at once --tables--> who asked
+
+The driver keeps no list of images or blocks, so its memory and its time to the first result do not
+grow with the collection. A block whose worker is killed is halved until the image that does it is
+alone; it then gets a process of its own, and fails when that is killed too.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+from ray import exceptions as lost
+
+from snr_ray.config import InputError
+
+Indices = npt.NDArray[np.int64]
+KILLS = 2
+"""How often the process of a lone image may be killed before it is given up."""
+STALL_MINUTES = 30.0
+"""A job in which nothing was finished for so long is ended."""
+LOOK_S = 1.0
+"""Seconds between looks at the cluster while nothing is finished."""
+_LOST = (
+    lost.WorkerCrashedError,
+    lost.OutOfMemoryError,
+    lost.NodeDiedError,
+    lost.ObjectLostError,
+    lost.ActorDiedError,
+    lost.ActorUnavailableError,
+    lost.LocalRayletDiedError,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Images that are done together."""
+
+    indices: Indices
+    kills: int = 0
+    """How often its process was killed, counted where it is of one image."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it needs a process of its own."""
+        return self.kills > 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """How blocks are done."""
+
+    start: Callable[[Block], "ray.ObjectRef"]
+    """Starts a block; the reference is to its table."""
+    width: Callable[[], int]
+    """How many blocks should be under way."""
+    killed: Callable[[int, str], pa.Table]
+    """The table of an image whose process was killed, and by what."""
+
+
+def plan(n_images: int, done: npt.NDArray[np.bool_], per_block: int) -> Iterator[Block]:
+    """Blocks of neighbours that are not done; the borders are the same whatever is done."""
+    for start in range(0, n_images, per_block):
+        stop = min(start + per_block, n_images)
+        left = start + np.flatnonzero(~done[start:stop])
+        if len(left):
+            yield Block(left)
+
+
+def tables(
+    blocks: Iterator[Block], work: Work, *, stall_minutes: float = STALL_MINUTES
+) -> Generator[pa.Table]:
+    """Do all blocks; their tables as they come.
+
+    Raises:
+        InputError: what a task raised, which ends the job; or if nothing was finished for
+            `stall_minutes`.
+    """
+    again: deque[Block] = deque()
+    under_way: dict[ray.ObjectRef, Block] = {}
+    moved = time.monotonic()
+    try:
+        while True:
+            width = work.width()
+            while len(under_way) < width:
+                block = again.popleft() if again else next(blocks, None)
+                if block is None:
+                    break
+                under_way[work.start(block)] = block
+            if not under_way:
+                return
+            ready, _ = ray.wait(list(under_way), timeout=LOOK_S)
+            if ready and len(under_way) > 1:  # all that are
+                ready, _ = ray.wait(list(under_way), num_returns=len(under_way), timeout=0)
+            for ref in ready:
+                block = under_way.pop(ref)
+                moved = time.monotonic()
+                try:
+                    yield ray.get(ref)
+                except _LOST as error:
+                    rest, table = _after_kill(block, error, work)
+                    again.extend(rest)
+                    if table is not None:
+                        yield table
+                except ray.exceptions.RayTaskError as error:
+                    cause = error.cause
+                    if isinstance(cause, InputError):
+                        raise cause from None
+                    if not isinstance(cause, _LOST):
+                        raise
+                    rest, table = _after_kill(block, cause, work)
+                    again.extend(rest)
+                    if table is not None:
+                        yield table
+            if time.monotonic() - moved > 60 * stall_minutes:
+                raise InputError(_stalled(under_way, stall_minutes))
+    finally:
+        for ref in under_way:
+            ray.cancel(ref, force=False)
+
+
+def _after_kill(block: Block, error: Exception, work: Work) -> tuple[list[Block], pa.Table | None]:
+    """What is tried next of a block whose process was killed."""
+    if len(block.indices) > 1:
+        halves = np.array_split(block.indices, 2)
+        return [Block(half, kills=int(len(half) == 1)) for half in halves], None
+    if block.kills < KILLS:
+        return [Block(block.indices, block.kills + 1)], None
+    return [], work.killed(int(block.indices[0]), _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, lost.OutOfMemoryError):
+        return "memory was short"
+    return "its process ended without a word, as one does that is out of memory or crashes"
+
+
+def _stalled(under_way: "dict[ray.ObjectRef, Block]", minutes: float) -> str:
+    free, there = ray.available_resources(), ray.cluster_resources()
+    cores = f"{free.get('CPU', 0):.0f} of {there.get('CPU', 0):.0f} cores are free"
+    return (
+        f"A job must get on within {minutes:g} minutes, but none of {len(under_way)} blocks under "
+        f"way was finished ({cores}); look at the nodes and the storage, or give --stall more "
+        "minutes. The same command continues."
+    )

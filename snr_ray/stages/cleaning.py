@@ -1,0 +1,215 @@
+"""What the nodes of a cluster do to a block of images: all in one task, or a GPU between two.
+
+    without GPUs   read, decode, exchange, encode, write: one task, whose process keeps its model
+    with GPUs      task: read, decode --stacks--> actor that holds a GPU and the model --answers-->
+                   task: encode, write
+
+Tasks around a GPU load neither torch nor the model, and the next stacks are copied to the GPU while
+it works on those before.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import ray
+
+from snr_ray.config import ImagesConfig, InputError
+from snr_ray.images.collection import Source
+from snr_ray.stages.bulk import Block, Indices, Work
+from snr_ray.stages.cluster import cpus, shared
+from snr_ray.stages.imagefiles import (
+    ROW_SCHEMA,
+    Answer,
+    ImageFile,
+    Opened,
+    Row,
+    Stack,
+    Target,
+    failure,
+    open_files,
+    read_files,
+    write_files,
+)
+
+if TYPE_CHECKING:  # torch is slow to import, and most of what is here does without
+    from snr_ray.stages.fileswap import FileSwapper
+
+BLOCKS_PER_CORE = 2
+"""Blocks under way for each core: the next is there when one is finished."""
+LOADS_TOGETHER = 2
+"""Stacks that a GPU has at once: one is copied while the other is worked on."""
+LOOK_S = 5.0
+"""Seconds after which the number of cores is asked for anew."""
+STAND_IN = "SNR_RAY_GPU_IS_CPU"
+"""Set in the environment, a Ray GPU is served by the processor: for tests of the pipeline alone."""
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """All that tasks need to know of a job."""
+
+    key: str
+    """Changes with the model and with what is asked of it: a process that has it keeps it."""
+    source: Source
+    images: ImagesConfig
+    target: Target
+    maker: "ray.ObjectRef"
+    """device name -> FileSwapper; unpacked only where there is a model to be held."""
+
+
+def on_cores(job: Cleaning) -> Work:
+    """Blocks as one task each."""
+    ref = ray.put(job)
+
+    def start(block: Block) -> "ray.ObjectRef":
+        return (_clean_alone if block.alone else _clean).remote([ref], block.indices)
+
+    return Work(start, _Width(), _killed(job))
+
+
+def on_gpus(job: Cleaning, n_gpus: int) -> Work:
+    """Blocks through actors with a GPU each.
+
+    Raises:
+        InputError: if Ray counts GPUs that torch cannot use.
+    """
+    ref = ray.put(job)
+    gpu = ray.remote(_Gpu).options(
+        num_gpus=1, num_cpus=0, max_restarts=-1, max_concurrency=LOADS_TOGETHER
+    )
+    actors = [gpu.remote([ref]) for _ in range(n_gpus)]
+    problems = [said for said in ray.get([actor.problem.remote() for actor in actors]) if said]
+    if problems:
+        raise InputError(problems[0])
+    turn = 0
+
+    def start(block: Block) -> "ray.ObjectRef":
+        nonlocal turn
+        turn = (turn + 1) % n_gpus
+        opened, stacks = (_read_alone if block.alone else _read).remote([ref], block.indices)
+        answers = actors[turn].answer.remote(stacks)
+        return _write.remote([ref], opened, stacks, answers)
+
+    return Work(start, _Width(more=2 * LOADS_TOGETHER * n_gpus), _killed(job))
+
+
+class _Width:
+    """How many blocks a cluster of the present size has work for."""
+
+    def __init__(self, more: int = 0) -> None:
+        self.more, self.asked, self.width = more, 0.0, 0
+
+    def __call__(self) -> int:
+        now = time.monotonic()
+        if now - self.asked > LOOK_S:
+            self.asked, self.width = now, BLOCKS_PER_CORE * cpus() + self.more
+        return self.width
+
+
+def _killed(job: Cleaning) -> Callable[[int, str], pa.Table]:
+    def row(index: int, reason: str) -> pa.Table:
+        file = ImageFile(job.source.ids[index], "", "", b"")
+        said = f"The image could not be done: {reason}, each time it was tried."
+        return _table([failure(file, "killed", said)])
+
+    return row
+
+
+def _table(rows: list[Row]) -> pa.Table:
+    return pa.Table.from_pylist(rows, ROW_SCHEMA)
+
+
+# Tasks are never started again by Ray: the driver knows what to try next.
+def _clean_block(job: "list[ray.ObjectRef]", indices: Indices) -> pa.Table:
+    """All of a block: its rows and failures."""
+    this = shared(job[0])
+    files = read_files(this.source, indices.tolist())
+    return _table(_swapper(this).run(files, this.images, this.target))
+
+
+_clean = ray.remote(num_cpus=1, max_retries=0)(_clean_block)
+_clean_alone = ray.remote(num_cpus=1, max_retries=0, max_calls=1)(_clean_block)
+
+_KEPT: dict[str, "FileSwapper"] = {}
+
+
+def _swapper(job: Cleaning, device: str = "cpu") -> "FileSwapper":
+    """The model of a job, loaded once in each process."""
+    if job.key not in _KEPT:
+        _KEPT.clear()
+        import torch
+
+        if device == "cpu":
+            torch.set_num_threads(1)
+        _KEPT[job.key] = ray.get(job.maker)(device)
+    return _KEPT[job.key]
+
+
+Portion = tuple[list[Opened], int, list[Row]]
+"""Opened files, how many stacks they have, and the failures before them."""
+
+
+def _read_block(job: "list[ray.ObjectRef]", indices: Indices) -> tuple[list[Portion], list[Stack]]:
+    """Decoded images: what is to be known of the files, and the pixels."""
+    this = shared(job[0])
+    portions: list[Portion] = []
+    stacks: list[Stack] = []
+    for opened, some, failed in open_files(read_files(this.source, indices.tolist()), this.images):
+        portions.append((opened, len(some), failed))
+        stacks += some
+    return portions, stacks
+
+
+_read = ray.remote(num_cpus=1, max_retries=0, num_returns=2)(_read_block)
+_read_alone = ray.remote(num_cpus=1, max_retries=0, num_returns=2, max_calls=1)(_read_block)
+
+
+@ray.remote(num_cpus=1, max_retries=0)
+def _write(
+    job: "list[ray.ObjectRef]",
+    portions: list[Portion],
+    stacks: list[Stack],
+    answers: list[Answer],
+) -> pa.Table:
+    this, rows, first = shared(job[0]), [], 0
+    for opened, n_stacks, failed in portions:
+        some = slice(first, first + n_stacks)
+        rows += failed + write_files(opened, stacks[some], answers[some], this.target)
+        first += n_stacks
+    return _table(rows)
+
+
+class _Gpu:
+    """Holds a GPU and the model on it."""
+
+    def __init__(self, job: "list[ray.ObjectRef]") -> None:
+        self._job = shared(job[0])
+        self._device = "cpu" if STAND_IN in os.environ else "cuda"
+
+    def problem(self) -> str:
+        """Why the GPU cannot be used, "" if it can; then the model is loaded."""
+        import torch
+
+        if self._device == "cuda" and not torch.cuda.is_available():
+            return (
+                "A GPU that Ray counts must be one that torch can use, but torch finds none on "
+                f"{socket.gethostname()}; install a torch for its driver, or give --gpus none."
+            )
+        _swapper(self._job, self._device)
+        return ""
+
+    def answer(self, stacks: list[Stack]) -> list[Answer]:
+        """What becomes of stacks. Each of the actor's threads has a stream of its own, so that one
+        copies while the other computes."""
+        import torch
+
+        swapper = _swapper(self._job, self._device)
+        if self._device == "cpu":
+            return [swapper.answer(stack) for stack in stacks]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return [swapper.answer(stack) for stack in stacks]

@@ -1,0 +1,88 @@
+"""The engine of bulk jobs: every image once, whatever is killed, and nothing kept of those done."""
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from snr_ray.config import InputError
+from snr_ray.stages.bulk import Block, Work, plan, tables
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
+
+
+def work(poison: tuple[int, ...] = (), *, sleep: float = 0.0, width: int = 3) -> Work:
+    """Tables of indices; a worker that meets a poisonous one is killed as by the kernel."""
+
+    def rows(indices: np.ndarray) -> pa.Table:
+        for index in indices:
+            if index in poison:
+                os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(sleep)
+        return pa.table({"index": indices, "why": [""] * len(indices)})
+
+    task = ray.remote(num_cpus=1, max_retries=0)(rows)
+    return Work(
+        start=lambda block: task.remote(block.indices),
+        width=lambda: width,
+        killed=lambda index, why: pa.table({"index": np.array([index]), "why": [why]}),
+    )
+
+
+def test_blocks_have_the_same_borders_whatever_is_done() -> None:
+    done = np.zeros(23, bool)
+    whole = [block.indices.tolist() for block in plan(23, done, 5)]
+    assert list(itertools.chain(*whole)) == list(range(23))
+    done[[0, 1, 2, 3, 4, 7, 22]] = True
+    left = [block.indices.tolist() for block in plan(23, done, 5)]
+    assert left == [[5, 6, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18, 19], [20, 21]]
+
+
+def test_an_image_that_kills_its_process_takes_no_other_with_it() -> None:
+    blocks = plan(40, np.zeros(40, bool), 10)
+    found = pa.concat_tables(tables(blocks, work((17, 31)))).to_pylist()
+    assert sorted(row["index"] for row in found) == list(range(40))
+    assert {row["index"] for row in found if row["why"]} == {17, 31}
+    assert "crashes" in next(row["why"] for row in found if row["why"])
+
+
+def test_blocks_are_planned_as_they_are_needed() -> None:
+    planned: list[int] = []
+
+    def endless() -> Iterator[Block]:
+        for k in range(10**9):
+            planned.append(k)
+            yield Block(np.array([k]))
+
+    taken = tables(endless(), work())
+    for n_done in range(1, 20):
+        next(taken)
+        assert len(planned) <= n_done + 2 * 3
+    taken.close()
+
+
+def test_a_job_that_finishes_nothing_is_ended() -> None:
+    since = time.monotonic()
+    with pytest.raises(InputError, match=r"within 0\.01 minutes, but none of 2 blocks"):
+        list(tables(plan(2, np.zeros(2, bool), 1), work(sleep=8), stall_minutes=0.01))
+    assert time.monotonic() - since < 8
+
+
+def test_what_a_task_says_of_the_whole_job_ends_it() -> None:
+    def refuse(indices: np.ndarray) -> pa.Table:
+        raise InputError("--out must have room.")
+
+    task = ray.remote(num_cpus=1, max_retries=0)(refuse)
+    with pytest.raises(InputError, match=r"^--out must have room\.$"):
+        list(
+            tables(
+                plan(9, np.zeros(9, bool), 3),
+                Work(lambda block: task.remote(block.indices), lambda: 2, lambda i, why: None),
+            )
+        )
