@@ -1,0 +1,89 @@
+"""The view count of noisy images, found by themselves.
+
+image --spectrum--> a few likely counts --solver, told each--> the one that explains it best
+
+The spectrum decides alone where it is sure, which it mostly is (`snr_ray.noise.spokes`); the solver
+is asked where the image is small, its views are many, or its own lines look like those of a scan.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from snr_ray.network.hvae import HVAE
+from snr_ray.network.swap import exchange
+from snr_ray.noise.operator import NoiseSpec
+from snr_ray.noise.spokes import spokes, view_counts
+
+Array = npt.NDArray[np.float32]
+
+SURE = 60.0
+"""Log-likelihood ahead of all other counts that needs no second opinion."""
+CANDIDATES = 4
+"""Counts of each kind of spectrum that the solver is asked about, and their halves and doubles."""
+
+
+@dataclass(frozen=True)
+class Likely:
+    """What the spectrum of an image says."""
+
+    best: int
+    sure: bool
+    others: list[int]
+    """Counts that are also likely, in no order."""
+
+
+def likely(images: Sequence[Array]) -> Likely:
+    """Likely view counts of images [C, H, W] of one size that have the same count."""
+    counts = view_counts(*images[0].shape[1:])
+    found = np.sum([spokes(image) for image in images], axis=0)  # [floors, counts]
+    order = np.argsort(found, axis=1)
+    lead = np.take_along_axis(found, order[:, -1:], 1)[:, 0]
+    if len(counts) > 1:
+        lead = lead - np.take_along_axis(found, order[:, -2:-1], 1)[:, 0]
+    firsts, clearest = counts[order[:, -1]], int(lead.argmax())
+    certain = {int(k) for k, ahead in zip(firsts, lead, strict=True) if ahead > SURE}
+    others = {int(k) for k in counts[order[:, -CANDIDATES:]].ravel()}
+    others |= {half for k in firsts for half in (int(k) // 2, 2 * int(k))} & set(counts.tolist())
+    return Likely(int(firsts[clearest]), len(certain) == 1, sorted(others))
+
+
+def find_views(
+    images: Sequence[Array], explains: Callable[[int], float], guess: int | None = None
+) -> int:
+    """View count of images [C, H, W] of one size that have the same count, or of one image.
+
+    Args:
+        images: float32, noisy, at least 8 pixels high and wide.
+        explains: how well the images are explained by what they are cleaned to when told a count,
+            in dB; it is asked for a few counts where the spectrum is not sure.
+        guess: another count to ask about, such as what the noise codes say.
+    """
+    seen = likely(images)
+    if seen.sure:
+        return seen.best
+    asked = {seen.best, *seen.others} | ({guess} if guess else set())
+    return max(sorted(asked), key=functools.cache(explains))
+
+
+def told(
+    model: HVAE, codes: list, images: Array, geometry: Callable[[int], NoiseSpec | None]
+) -> Callable[[int], float]:
+    """What `find_views` asks: the mean over images [B, C, H, W] of how well a count explains them.
+
+    Args:
+        model: one that `unrolls`.
+        codes: clean noise codes per level, [1, C_noise, h, w].
+        images: noisy ones.
+        geometry: what to tell the solver of a count.
+    """
+
+    def explains(n_views: int) -> float:
+        result = exchange(model, images, codes, geometry=geometry(n_views), explain=True)
+        assert result.explained is not None
+        return float(result.explained.mean())
+
+    return explains
