@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.swap import exchange
@@ -20,6 +21,8 @@ from snr_ray.noise.spokes import spokes, view_counts
 
 Array = npt.NDArray[np.float32]
 
+SMALLEST_SIDE = 8
+"""Height and width that images need at least."""
 SURE = 60.0
 """Log-likelihood ahead of all other counts that needs no second opinion."""
 CANDIDATES = 4
@@ -57,7 +60,7 @@ def find_views(
     """View count of images [C, H, W] of one size that have the same count, or of one image.
 
     Args:
-        images: float32, noisy, at least 8 pixels high and wide.
+        images: float32, noisy, at least SMALLEST_SIDE high and wide.
         explains: how well the images are explained by what they are cleaned to when told a count,
             in dB; it is asked for a few counts where the spectrum is not sure.
         guess: another count to ask about, such as what the noise codes say.
@@ -66,11 +69,11 @@ def find_views(
     if seen.sure:
         return seen.best
     asked = {seen.best, *seen.others} | ({guess} if guess else set())
-    return max(sorted(asked), key=functools.cache(explains))
+    return max(sorted(asked), key=explains)
 
 
-def told(
-    model: HVAE, codes: list, images: Array, geometry: Callable[[int], NoiseSpec | None]
+def explaining(
+    model: HVAE, codes: list[Tensor], images: Array, geometry: Callable[[int], NoiseSpec | None]
 ) -> Callable[[int], float]:
     """What `find_views` asks: the mean over images [B, C, H, W] of how well a count explains them.
 
@@ -81,6 +84,7 @@ def told(
         geometry: what to tell the solver of a count.
     """
 
+    @functools.cache
     def explains(n_views: int) -> float:
         result = exchange(model, images, codes, geometry=geometry(n_views), explain=True)
         assert result.explained is not None

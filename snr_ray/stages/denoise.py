@@ -34,8 +34,9 @@ from snr_ray.hashing import fingerprint
 from snr_ray.images.collection import Source
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import TrainedModel, load_model, model_path
-from snr_ray.network.swap import exchange, noise_code
-from snr_ray.outputs import Progress, claim
+from snr_ray.network.swap import noise_code
+from snr_ray.network.views import SMALLEST_SIDE, explaining, find_views
+from snr_ray.outputs import claim
 from snr_ray.stages.cleaning import Cleaning
 from snr_ray.stages.cluster import connected
 from snr_ray.stages.denoisejob import Job, Running
@@ -51,10 +52,6 @@ FORMAT = 2
 """Version of what lies in an output folder, raised when it could not be continued."""
 DETECT_IMAGES = 3
 """Images that --views detect looks at."""
-DETECT_SIDE = 128
-"""Height and width that it takes at most: larger images would take it hours."""
-FEWEST_VIEWS = 4
-"""View counts that --views detect begins with."""
 
 
 def denoise(
@@ -198,28 +195,19 @@ def _detect_views(trained: TrainedModel, source: Source, config: Config) -> int:
     decibels, reason = 0.0, ""
     for index in range(len(source.ids)):
         try:
-            image = source.read(index, config.images).pixels[None]
+            image = source.read(index, config.images).pixels
         except InputError as error:
             reason = reason or str(error)
             continue
         check(
-            max(image.shape[2:]) <= DETECT_SIDE,
-            f"--views detect tries all view counts, on images of at most {DETECT_SIDE} pixels, but "
-            f"{source.ids[index]} has {image.shape[2]}x{image.shape[3]}; say how many there are.",
+            min(image.shape[1:]) >= SMALLEST_SIDE,
+            f"--views detect needs images of at least {SMALLEST_SIDE} pixels a side, but "
+            f"{source.ids[index]} has {image.shape[1]}x{image.shape[2]}; say how many there are.",
         )
-        counts = range(FEWEST_VIEWS, 2 * max(image.shape[2:]) + 1)
-        progress = Progress(f"denoise: views of {source.ids[index]}", len(counts), "view counts")
-        scores = []
-        for n_views in counts:
-            geometry = trained.geometry(n_views)
-            assert geometry is not None
-            mean = trained.codes.mean(0)
-            tried = exchange(trained.model, image, mean, geometry=geometry, explain=True)
-            assert tried.explained is not None
-            scores += tried.explained.tolist()
-            progress.update(len(scores))
-        best = int(np.argmax(scores))
-        found[source.ids[index]], decibels = counts[best], scores[best]
+        explains = explaining(trained.model, trained.codes.mean(0), image[None], trained.geometry)
+        guess = int(trained.guess_views(image[None])[0])
+        n_views = find_views([image], explains, guess or None)
+        found[source.ids[index]], decibels = n_views, explains(n_views)
         if len(found) == DETECT_IMAGES:
             break
     if not found:

@@ -329,8 +329,8 @@ def test_scans_of_several_view_counts_are_not_taken_for_one(tmp_path: Path) -> N
     assert not out.exists()
     with pytest.raises(InputError, match=r"none can be read: .*images\.white"):
         cleaning(model="notmnist", images=str(tmp_path / "scans"), out=out, n_views="detect")
-    np.save(tmp_path / "scans" / "-.npy", np.zeros((200, 20)))
-    with pytest.raises(InputError, match=r"at most 128 pixels, but -\.npy has 200x20"):
+    np.save(tmp_path / "scans" / "-.npy", np.zeros((200, 6)))
+    with pytest.raises(InputError, match=r"at least 8 pixels a side, but -\.npy has 200x6"):
         denoise(
             config,
             doubtful="write",

@@ -1,0 +1,45 @@
+"""The spectrum of a noisy image tells how many views it has."""
+
+import numpy as np
+import pytest
+
+from snr_ray.config import ImagesConfig
+from snr_ray.images.sources import open_source
+from snr_ray.noise.operator import NoiseSpec, noise_operator
+from snr_ray.noise.spokes import spokes, view_counts
+
+
+def _photos(n: int, size: int, channels: int = 1) -> np.ndarray:
+    source = open_source("photos")
+    config = ImagesConfig(size=size, channels=channels)
+    return np.stack([source.load(row, config) for row in source.select("test")[:n]])
+
+
+def _found(noisy: np.ndarray) -> list[int]:
+    counts = view_counts(*noisy.shape[2:])
+    return [int(counts[spokes(image).max(0).argmax()]) for image in noisy]
+
+
+@pytest.mark.parametrize(("size", "n_views"), [(32, 7), (48, 17), (64, 10), (64, 39), (90, 30)])
+def test_photographs_of_any_size_tell_their_view_count(size: int, n_views: int) -> None:
+    noisy = noise_operator(NoiseSpec(n_views), size, size)(_photos(6, size))
+    assert _found(noisy) == [n_views] * 6
+
+
+def test_so_do_those_of_a_file_of_8_bits_colour_and_uneven_sides() -> None:
+    clean = _photos(4, 64, channels=3)[:, :, 4:-4]
+    noisy = noise_operator(NoiseSpec(22), 56, 64)(clean)
+    assert _found(noisy) == [22] * 4
+    assert _found(np.round(noisy.clip(0, 1) * 255).astype(np.float32) / 255) == [22] * 4
+
+
+def test_scale_and_offset_of_the_pixels_change_nothing() -> None:
+    noisy = noise_operator(NoiseSpec(13), 48, 48)(_photos(2, 48))
+    for image in noisy:
+        np.testing.assert_allclose(spokes(image), spokes(1000 * image + 7), rtol=1e-3)
+
+
+def test_counts_are_those_that_can_be_told_apart() -> None:
+    counts = view_counts(20, 64)
+    assert (counts[0], counts[-1]) == (4, 96)
+    assert (np.diff(counts) == 1).all()
