@@ -108,11 +108,17 @@ class TrainedModel:
             noise_id = self.noise_id(n_views) if n_views else 0
             return [level[noise_id] for level in self.codes.donors]
         check(n_views >= 1, f"A view count must be at least 1, but got {n_views}.")
-        side, maker = max(height, width), self.model.noise_maker
-        assert isinstance(maker, ViewCountMaker)
         octaves = np.log(np.array(self.config.noise.n_views) / self.config.images.size)
-        codes = self.codes.between(octaves, float(np.log(n_views / side)))
-        return maker.moved(codes, n_views, side)
+        codes = self.codes.between(octaves, float(np.log(n_views / max(height, width))))
+        return self.of_count(codes, n_views, height, width)
+
+    def of_count(self, codes: list[Tensor], n_views: int, height: int, width: int) -> list[Tensor]:
+        """Donors' noise codes as those of a view count in images of a size. Of a range, they are
+        moved to it, since a code tells views per pixel; others stay as they are."""
+        maker = self.model.noise_maker
+        if n_views == 0 or not isinstance(maker, ViewCountMaker):
+            return codes
+        return maker.moved(codes, n_views, max(height, width))
 
     @property
     def can_be_told(self) -> bool:

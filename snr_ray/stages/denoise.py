@@ -27,7 +27,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import ray
+from torch import Tensor
 
+from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
 from snr_ray.folder import JOB, Folder, open_folder
 from snr_ray.hashing import fingerprint
@@ -71,7 +73,8 @@ def denoise(
     """Exchange the noise code of every image of a source.
 
     Args:
-        config: `seed` (random donors, samples) and `images.white` and `images.window` are used.
+        config: `seed` (random donors, samples) and `images.white` and `images.window` are used; a
+            window of the model stands in where there is none.
         model: model folder.
         images: SRC; read at full size, never resized. The failures.parquet of an earlier job means
             those of its images.
@@ -80,7 +83,8 @@ def denoise(
             for each image, by hash of its id) or the path of an image or folder of donor images.
         samples: 0 decodes posterior means; N > 0 averages N posterior samples and writes their
             standard deviation.
-        inject: None removes noise (clean donors); a view count injects its noise.
+        inject: None removes noise (clean donors); a view count injects its noise: one that the
+            model was trained on, or any for a model of a range.
         n_views: view count of the images, for a model with model.physics (one that it was trained
             on) or model.unrolled (any); None leaves it to the noise code of each image, which knows
             those that the model was trained on. "detect" tries all on the first images: the one
@@ -99,12 +103,14 @@ def denoise(
     trained = load_model(model)
     if n_views is not None:
         _check_views(trained, n_views, inject)
-    noise_id = 0 if inject is None else trained.noise_id(inject)
+    side = trained.config.images.size
+    lenders = trained.donors(inject or 0, side, side)
+    config = _as_trained(config, trained)
     folder = open_folder(out)
     asked = asked_for(images)
     source = asked.source
     check_output_names(source, samples=samples > 0)
-    pool = _pool(trained, donor, noise_id, config)
+    pool = _pool(trained, donor, lenders, config)
     told = _detect_views(trained, source, config) if n_views == "detect" else n_views
     weights = fingerprint((model_path(model) / "model.safetensors").read_bytes())
     _check_format(folder, overwrite=overwrite)
@@ -135,7 +141,7 @@ def denoise(
     job = Job(asked, folder, config.images, running, rows, done, samples)
     if job.n_left:
         injects = inject is not None
-        options = {"samples": samples, "seed": config.seed, "inject": injects, "n_views": told}
+        options = {"samples": samples, "seed": config.seed, "inject": inject, "n_views": told}
         with connected():
             cleaning = Cleaning(
                 key=uuid.uuid4().hex,
@@ -226,12 +232,22 @@ def _detect_views(trained: TrainedModel, source: Source, config: Config) -> int:
     return n_views
 
 
-def _pool(trained: TrainedModel, donor: str, noise_id: int, config: Config) -> list[Array]:
-    """Noise codes to take donors from, per level: [n_donors, C_noise, h, w]."""
+def _as_trained(config: Config, trained: TrainedModel) -> Config:
+    """The config with the Hounsfield window of the model, where it names no other; said aloud."""
+    window = trained.config.images.window
+    if window is None or config.images.window is not None:
+        return config
+    print(f"denoise: CT slices are read in the model's window, {window[0]:g} to {window[1]:g} HU.")
+    return configs.replace(config, {"images.window": list(window)})
+
+
+def _pool(trained: TrainedModel, donor: str, known: list[Tensor], config: Config) -> list[Array]:
+    """Noise codes to take donors from, per level: [n_donors, C_noise, h, w]; `known` are those of
+    the model folder."""
     if donor == "mean":
-        return [level.numpy() for level in trained.codes.mean(noise_id)]
+        return [level.mean(0, keepdim=True).numpy() for level in known]
     if donor == "random":
-        return [level[noise_id].numpy() for level in trained.codes.donors]
+        return [level.numpy() for level in known]
     try:
         lenders = open_source(donor)
     except InputError as error:

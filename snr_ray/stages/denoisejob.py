@@ -212,7 +212,7 @@ class Job:
             self.rows.flush(last=True)
             n_failed = self._write_failures()
             size = trained.config.images.size
-            summary = self.rows.summary(size, PAGE_IMAGES, PAGE_WORST)
+            summary = self.rows.summary(size, PAGE_IMAGES, PAGE_WORST, trained.views)
             failures = retrylist.read_failures(self.out)
             page = JobPage(
                 title,
@@ -250,6 +250,14 @@ class Job:
                 f"{summary.odd_sizes} of {summary.images} images are not {its.size}x{its.size}, "
                 "the size that this model was trained on; the larger they are, the less it knows "
                 "of their noise.",
+                file=sys.stderr,
+            )
+        if summary.odd_views:
+            low, high = trained.views_per_pixel
+            print(
+                f"{summary.odd_views} of {summary.images} images have more or fewer views than the "
+                f"{low:g} to {high:g} per pixel of the longer side that this model was trained on, "
+                "as told or as it reads them; beyond these it may do harm.",
                 file=sys.stderr,
             )
         if summary.median is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from snr_ray.config import ImagesConfig, InputError
 from snr_ray.hashing import hash64
@@ -42,7 +43,7 @@ class FileSwapper:
         *,
         samples: int = 0,
         seed: int = 0,
-        inject: bool = False,
+        inject: int | None = None,
         n_views: int | None = None,
     ) -> None:
         """
@@ -53,7 +54,7 @@ class FileSwapper:
             samples: 0 decodes posterior means; N > 0 averages N posterior samples and gives their
                 standard deviation.
             seed: of the choice of donors and of the samples.
-            inject: the images are clean, and the pool is of noisy donors.
+            inject: the images are clean, and the pool is of noisy donors: noise of so many views.
             n_views: view count of the images, for a model that can be told; None detects it.
         """
         self.inject, self.n_views = inject, n_views
@@ -95,7 +96,7 @@ class FileSwapper:
         exchanged = exchange(
             model,
             images,
-            [level[donors] for level in self.pool],
+            self._lent(donors, images),
             noise_ids=ids,
             geometry=self.geometry,
             explain=not self.inject,
@@ -120,6 +121,11 @@ class FileSwapper:
             )
         return answer
 
+    def _lent(self, donors: list[int], images: Array) -> list[Tensor]:
+        """Noise codes of donors for images [B, C, H, W]."""
+        codes = [level[donors] for level in self.pool]
+        return self.trained.of_count(codes, self.inject or 0, *images.shape[2:])
+
     def _noise_ids(self, images: Array) -> Ids | None:
         """Noise ids of noisy images, given or detected; None where the model does not ask."""
         if self.inject or not self.trained.config.model.physics:
@@ -132,7 +138,7 @@ class FileSwapper:
         """Mean and standard deviation over posterior samples: each [B, C, H, W]."""
         means, deviations = [], []
         for k, (image, donor, name) in enumerate(zip(stack.pixels, donors, stack.ids, strict=True)):
-            noise = [level[donor : donor + 1] for level in self.pool]
+            noise = self._lent([donor], image[None])
             own = None if ids is None else ids[k : k + 1]
             # A generator per image: its samples do not depend on its neighbours in the batch.
             normal = _seeded(hash64(f"{self.seed}/samples/{name}"), self.pool[0].device)

@@ -23,6 +23,7 @@ from snr_ray.folder import Folder
 from snr_ray.hashing import hash64
 from snr_ray.images.collection import Source
 from snr_ray.images.datafolder import parquet_bytes
+from snr_ray.noise.viewrange import ViewRange
 from snr_ray.stages.imagefiles import DOUBTFUL, MANIFEST_SCHEMA, Row
 
 NAME = "manifest.parquet"
@@ -108,13 +109,16 @@ class Manifest:
                 self.out.write(name, parquet_bytes(table))
         return done
 
-    def summary(self, side: int, sample: int, worst: int) -> "Summary":
+    def summary(
+        self, side: int, sample: int, worst: int, views: ViewRange | None = None
+    ) -> "Summary":
         """What a report says, in one pass over the rows.
 
         Args:
             side: height and width of the images that the model was trained on.
             sample: so many rows drawn by the hash of their ids.
             worst: so many of the rows that are explained least.
+            views: range that the model was trained on, if it serves all sizes.
         """
         found = Summary()
         drawn: list[Any] = []
@@ -123,7 +127,10 @@ class Manifest:
         for batch in self.batches():
             found.images += len(batch)
             odd = pc.or_(pc.not_equal(batch["height"], side), pc.not_equal(batch["width"], side))
-            found.odd_sizes += pc.sum(odd).as_py() or 0
+            if views is None:
+                found.odd_sizes += pc.sum(odd).as_py() or 0
+            else:
+                found.odd_views += _beyond(batch, views)
             found.doubtful += pc.sum(pc.equal(batch["status"], DOUBTFUL)).as_py() or 0
             found.seconds += pc.sum(batch["seconds"]).as_py() or 0.0
             for k, name in enumerate(batch["id"].to_pylist()):
@@ -142,13 +149,24 @@ class Manifest:
         return found
 
 
+def _beyond(batch: pa.RecordBatch | pa.Table, views: ViewRange) -> int:
+    """Rows of images whose view counts, where there are any, lie beyond a range."""
+    counts = batch["n_views"].to_numpy(zero_copy_only=False).astype(np.float64)
+    sides = pc.max_element_wise(batch["height"], batch["width"]).to_pylist()
+    bounds = np.array([views.counts(side) for side in sides]).reshape(-1, 2)
+    noisy = counts > 0  # neither clean nor unknown
+    return int(np.sum(noisy & ((counts < bounds[:, 0]) | (counts > bounds[:, 1]))))
+
+
 @dataclass
 class Summary:
     """Counts and examples of a manifest."""
 
     images: int = 0
     odd_sizes: int = 0
-    """Images of another size than the model was trained on."""
+    """Images of another size than the model was trained on, if it serves only that."""
+    odd_views: int = 0
+    """Images of other views per pixel than the model was trained on, if it serves a range."""
     doubtful: int = 0
     seconds: float = 0.0
     """Of the network, over all images."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from snr_ray.config import ImagesConfig
@@ -15,6 +16,7 @@ from snr_ray.hashing import hash64
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.metrics import psnr
 from snr_ray.network.swap import swap
+from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.stages.fileswap import FileSwapper
 from snr_ray.stages.imagefiles import MANIFEST_SCHEMA, Answer, ImageFile, Row, Stack, Target
@@ -31,7 +33,7 @@ def swapper(model_folder: Path, out: Path, **options: Any) -> Callable[..., list
     trained = load_model(model_folder)
     pool = [level[0].numpy() for level in trained.codes.donors]
     swapper = FileSwapper(trained, pool, **options)
-    target = Target(LocalFolder(out), inject=options.get("inject", False), doubtful="write")
+    target = Target(LocalFolder(out), inject="inject" in options, doubtful="write")
     return lambda files: swapper.run(files, ImagesConfig(), target)
 
 
@@ -86,7 +88,7 @@ def test_physics_model_takes_the_given_or_the_detected_view_count(
     assert "16x16), but got 20x20" in rows[3]["error"]
     rows = swapper(physics_folder, tmp_path / "detected")(files[:3])
     assert all(row["n_views"] in (0, 12, 6) for row in rows)
-    rows = swapper(physics_folder, tmp_path / "injected", inject=True)(files[:3])
+    rows = swapper(physics_folder, tmp_path / "injected", inject=6)(files[:3])
     assert [(row["n_views"], row["explained"]) for row in rows] == [(None, None)] * 3
 
 
@@ -116,6 +118,27 @@ def test_view_count_that_no_training_image_had_can_be_told(
     assert all(np.abs(mean - means[0]).max() > 1e-4 for mean in means[1:])
 
 
+def test_a_model_of_a_range_injects_a_view_count_at_every_size(
+    range_folder: Path, tmp_path: Path
+) -> None:
+    trained, files, clean = load_model(range_folder), [], {}
+    for name, shape in (("a", (16, 16)), ("b", (24, 20)), ("c", (12, 31))):
+        clean[name] = np.random.default_rng(0).random(shape, dtype=np.float32)
+        out = io.BytesIO()
+        np.save(out, clean[name])
+        files.append(ImageFile(name, f"{name}.npy", f"{name}.npy", out.getvalue()))
+    maker = trained.model.noise_maker
+    assert isinstance(maker, ViewCountMaker)
+    maker.reading.weight[0], maker.reading.bias[0] = 0.0, 20.0  # all codes say noise
+    pool = [level.numpy() for level in trained.donors(9, 16, 16)]
+    target = Target(LocalFolder(tmp_path), inject=True, doubtful="write")
+    FileSwapper(trained, pool, inject=9).run(files, ImagesConfig(white=1.0), target)
+    for name, image in clean.items():
+        x = torch.from_numpy(image)[None, None]
+        noisy = trained.model(x, noise=trained.codes.mean(0), wanted=torch.tensor([9])).image
+        np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), noisy[0, 0], atol=1e-3)
+
+
 def test_injected_noise_leaves_the_range_in_float_files_alone(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -130,7 +153,7 @@ def test_injected_noise_leaves_the_range_in_float_files_alone(
 
     trained = load_model(model_folder)
     pool = [level[1].numpy() for level in trained.codes.donors]
-    for inject, lowest in ((True, -2.0), (False, 0.0)):
-        target = Target(LocalFolder(tmp_path), inject=inject, doubtful="write")
+    for inject, lowest in ((6, -2.0), (None, 0.0)):
+        target = Target(LocalFolder(tmp_path), inject=inject is not None, doubtful="write")
         Wild(trained, pool, inject=inject).run(files, ImagesConfig(white=1.0), target)
         assert np.load(tmp_path / "a.npy").min() == lowest

@@ -10,6 +10,7 @@ import pytest
 
 from snr_ray.folder import LocalFolder
 from snr_ray.images.collection import Source
+from snr_ray.noise.viewrange import ViewRange
 from snr_ray.stages import manifest
 from snr_ray.stages.imagefiles import MANIFEST_SCHEMA
 from snr_ray.stages.manifest import Manifest
@@ -88,3 +89,13 @@ def test_summary_is_that_of_all_rows_at_once(
     assert [row["id"] for row in found.worst] == worst
     assert len({row["id"] for row in found.sample}) == 5
     assert rows.summary(9, 5, 4).sample == found.sample
+
+
+def test_images_beyond_the_range_of_a_model_are_counted(tmp_path: Path) -> None:
+    rows = Manifest(LocalFolder(tmp_path))
+    for n_views in (None, 0, 3, 4, 18, 19):  # of 20 pixels at most: 4 to 18
+        rows.add(table([f"{n_views}"], n_views=n_views, width=20, height=11))
+    rows.flush()
+    found = rows.summary(9, 5, 4, ViewRange(0.2, 0.9))
+    assert (found.odd_sizes, found.odd_views) == (0, 2)
+    assert rows.summary(9, 5, 4).odd_views == 0
