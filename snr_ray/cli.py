@@ -13,7 +13,7 @@ from typing import Any
 from snr_ray import __version__
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, Lost, RunError
-from snr_ray.folder import without_secrets
+from snr_ray.folder import open_folder, without_secrets
 
 SRC_HELP = """SRC is one of
   glyphs              letters A to J in matplotlib's fonts, made here
@@ -50,6 +50,10 @@ EXAMPLES = {
   snr bench simulate --set images.size=32 --set images.limit=1000000 --out simulate.json""",
 }
 
+EXAMPLES["plan"] = """snr plan --images 1e6 --size 128 --views 30 --model places64
+  snr plan --images 1e8 --size 512 --views 90 --nodes 20 --cores 32 --price 1.1
+  snr plan --images 1e8 --size 128 --views 30 --rates there.json --gpus 8 --nodes 4"""
+
 MEASUREMENTS = ("radon", "simulate", "data", "train", "denoise", "sweep")
 
 PURPOSE = {
@@ -60,6 +64,7 @@ PURPOSE = {
     "denoise": "remove (or inject) noise in any number of images",
     "evaluate": "score a model on test images beside baselines: tables and pictures",
     "bench": "measure the parts on this machine",
+    "plan": "forecast hours, memory and bytes of a denoising job",
 }
 
 
@@ -159,6 +164,22 @@ def _run(args: argparse.Namespace, config: Config) -> int:
         from snr_ray.stages.bench import bench
 
         return bench(config, args.name, out=args.out)
+    if args.stage == "plan":
+        from snr_ray.stages.plan import plan
+
+        return plan(
+            config,
+            model=args.model,
+            images=args.images,
+            size=args.size,
+            n_views=args.views,
+            nodes=args.nodes,
+            cores=args.cores,
+            gpus=args.gpus,
+            rates=args.rates,
+            price=args.price,
+            out=args.out,
+        )
     if args.stage == "simulate":
         from snr_ray.stages.simulate import simulate
 
@@ -186,7 +207,7 @@ def _run(args: argparse.Namespace, config: Config) -> int:
             ),
             **options,
         )
-        what = f"{outcome.images:,} images in {outcome.out}; look at {outcome.out / 'report.html'}"
+        what = f"{outcome.images:,} images in {outcome.out}; look at {outcome.out}/report.html"
     elif args.stage == "evaluate":
         from snr_ray.scoring.methods import QUICK_BASELINES
         from snr_ray.stages.evaluate import evaluate
@@ -203,8 +224,8 @@ def _run(args: argparse.Namespace, config: Config) -> int:
             limit=args.limit,
             **options,
         )
-        print((outcome.out / "metrics.md").read_text())
-        what = f"{outcome.images:,} images scored; look at {outcome.out / 'grid.png'}"
+        print(open_folder(outcome.out).read("metrics.md").decode())
+        what = f"{outcome.images:,} images scored; look at {outcome.out}/grid.png"
     else:
         from snr_ray.stages.dataset import Origin
 
@@ -213,17 +234,17 @@ def _run(args: argparse.Namespace, config: Config) -> int:
             from snr_ray.stages.train import train
 
             outcome = train(config, origin=origin, out=args.out, wait=args.wait, **options)
-            what = f"{outcome.images:,} steps; the model is {outcome.out / 'model'}"
+            what = f"{outcome.images:,} steps; the model is {outcome.out}/model"
         else:
             from snr_ray.stages.sweep import sweep
 
             outcome = sweep(config, origin=origin, out=args.out, trials=args.trials, **options)
-            what = f"{outcome.images:,} trials; the best config is {outcome.out / 'best.yaml'}"
+            what = f"{outcome.images:,} trials; the best config is {outcome.out}/best.yaml"
     print(f"{args.stage}: {what}")
     if outcome.failed:
         print(
             f"{args.stage}: {outcome.failed:,} images failed; their reasons are in "
-            f"{outcome.out / 'failures.parquet'}",
+            f"{outcome.out}/failures.parquet",
             file=sys.stderr,
         )
     if outcome.doubtful:
@@ -249,7 +270,9 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("train", "sweep"):
         group = parsers[name].add_mutually_exclusive_group(required=True)
         group.add_argument("--images", metavar="SRC", help="clean images; noise is made on the way")
-        group.add_argument("--data", metavar="DIR", type=Path, help="folder made by `snr simulate`")
+        group.add_argument(
+            "--data", metavar="DIR", type=_place, help="folder made by `snr simulate`"
+        )
     for name in ("denoise", "evaluate"):
         parsers[name].add_argument(
             "--model",
@@ -267,9 +290,12 @@ def _parser() -> argparse.ArgumentParser:
                 help="write the JSON here, and a plot of what was measured over time beside it",
             )
             continue
+        if name == "plan":
+            _plan_options(parser_)
+            continue
         default = Path("demo") if name == "demo" else None
         parser_.add_argument(
-            "--out", metavar="DIR", type=Path, default=default, required=default is None,
+            "--out", metavar="DIR", type=_place, default=default, required=default is None,
             help="output folder; the same command continues what was interrupted",
         )  # fmt: skip
         parser_.add_argument(
@@ -318,6 +344,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--images", metavar="N", type=_count, required=True, help="how many; 1e8 is taken too")
+    add("--size", metavar="PX", type=int, required=True, help="their height and width")
+    add("--views", metavar="K", type=int, required=True, help="view count of their noise")
+    add("--model", metavar="M", default="places64", help="model to measure with (default places64)")
+    add("--nodes", metavar="N", type=int, default=1, help="machines that work (default 1)")
+    add("--cores", metavar="N", type=int, help="cores of each (default: those of this machine)")
+    add("--gpus", metavar="N", type=int, default=0, help="GPUs of all of them; needs --rates")
+    add("--rates", metavar="FILE", type=Path,
+        help="rates that an earlier `snr plan --out` wrote, also on another machine; without, a "
+             "small job is measured here")  # fmt: skip
+    add("--price", metavar="P", type=float, help="price of a node for an hour")
+    add("--out", metavar="FILE", type=Path, help="write rates and forecast here as JSON")
+
+
+def _count(text: str) -> int:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < 1e15 or number != int(number):
+        raise argparse.ArgumentTypeError(f"takes a whole number such as 1e8, but got {text!r}")
+    return int(number)
+
+
+def _place(text: str) -> Path | str:
+    """A path; a URI stays as it was typed, as a Path would lose one of its slashes."""
+    return text if ":/" in text else Path(text)
+
+
 def _views(text: str) -> int | str:
     if text == "detect":
         return text
@@ -334,9 +391,9 @@ def _gpus(text: str) -> int:
 
 def _stage(stages: Any, name: str) -> argparse.ArgumentParser:
     epilog = f"examples:\n  {EXAMPLES[name]}"
-    if name not in ("demo", "bench"):
+    if name not in ("demo", "bench", "plan"):
         epilog += f"\n\n{SRC_HELP}"
-    if name in ("denoise", "evaluate"):
+    if name in ("denoise", "evaluate", "plan"):
         epilog += f"\n\nmodels for --model: a folder, or {', '.join(configs.shipped_models())}"
     epilog += f"\n\npresets for --config: {', '.join(configs.preset_names())}"
     parser: argparse.ArgumentParser = stages.add_parser(

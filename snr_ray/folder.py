@@ -55,6 +55,11 @@ class Folder(abc.ABC):
         """The folder on a file system; None in a bucket."""
         return None
 
+    @property
+    def named(self) -> "Path | Folder":
+        """The path as the user typed it; in a bucket, this folder."""
+        return self
+
     @abc.abstractmethod
     def write(self, name: str, data: bytes | str, *, durable: bool = False) -> None:
         """Write a file whole or not at all, in place of an older one.
@@ -101,6 +106,10 @@ class Folder(abc.ABC):
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with all that is in it; nothing happens if there is none."""
 
+    def sweep(self) -> None:
+        """Remove what killed processes left half written, here and below."""
+        return None
+
     @abc.abstractmethod
     def join(self, name: str) -> "Folder":
         """A folder in this one."""
@@ -135,6 +144,10 @@ class LocalFolder(Folder):
     @property
     def local(self) -> Path:
         return self.path
+
+    @property
+    def named(self) -> Path:
+        return Path(self._named)
 
     def write(self, name: str, data: bytes | str, *, durable: bool = False) -> None:
         with self._partial(name, durable) as partial:
@@ -189,11 +202,15 @@ class LocalFolder(Folder):
         else:
             path.unlink(missing_ok=True)
 
+    def sweep(self) -> None:
+        for left in self.path.rglob(f".*{_PARTIAL}"):
+            left.unlink(missing_ok=True)
+
     def join(self, name: str) -> "LocalFolder":
         return LocalFolder(Path(self._named) / _inside(name))
 
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
-        return pafs.LocalFileSystem(), str(self.path)
+        return pafs.LocalFileSystem(use_mmap=True), str(self.path)
 
     def claimed(self) -> "LocalFolder":
         return LocalFolder(self.path, self.read(JOB))
@@ -358,6 +375,25 @@ def open_folder(place: str | Path | Folder) -> Folder:
             f"{without_secrets(str(error))}; look at the name, the region and the credentials."
         ) from None
     return folder
+
+
+def open_local(place: str | Path | Folder, why: str) -> Path:
+    """The folder of a stage that cannot work in a bucket.
+
+    Args:
+        place: what the user named.
+        why: of the refusal, such as "a run appends to its files".
+
+    Raises:
+        InputError: if it is in a bucket.
+    """
+    folder = open_folder(place)
+    if folder.local is None:
+        raise InputError(
+            f"--out must be a folder on a file system, since {why}, but got {folder}; give one "
+            "that all nodes share, and copy the result to the bucket."
+        )
+    return folder.local
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:

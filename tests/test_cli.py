@@ -14,7 +14,7 @@ from snr_ray import cli
 from snr_ray.cli import main
 
 REPOSITORY = Path(__file__).parent.parent
-STAGES = ("demo", "simulate", "train", "sweep", "denoise", "evaluate", "bench")
+STAGES = ("demo", "simulate", "train", "sweep", "denoise", "evaluate", "bench", "plan")
 FLAGS = {
     "demo": ["--out"],
     "simulate": ["--images", "--out", "--overwrite"],
@@ -22,6 +22,7 @@ FLAGS = {
     "sweep": ["--images", "--data", "--out", "--trials"],
     "denoise": ["--model", "--images", "--out", "--donor", "--samples", "--inject", "--views"],
     "evaluate": ["--model", "--images", "--out", "--baselines", "--limit"],
+    "plan": ["--size", "--views", "--model", "--nodes", "--cores", "--gpus", "--rates", "--price"],
     "bench": ["radon", "simulate", "data", "train", "denoise", "sweep", "--out"],
 }
 

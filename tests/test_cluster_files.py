@@ -252,9 +252,44 @@ def test_shipped_models_travel_with_a_job_and_other_weights_do_not(tmp_path: Pat
     assert files == {"snr_ray/shipped/new/model.safetensors", "snr_ray/cli.py"}
 
 
-def test_local_script_parses() -> None:
+@pytest.mark.parametrize("name", ["local.sh", "slurm.sh"])
+def test_script_parses(name: str) -> None:
     # bash reads a script as it runs it: an error near the end would leave a cluster behind.
-    subprocess.run(["bash", "-n", CLUSTER / "local.sh"], check=True)
+    subprocess.run(["bash", "-n", CLUSTER / name], check=True)
+
+
+def test_slurm_runs_the_stage_on_a_ray_of_its_own(tmp_path: Path) -> None:
+    stand_ins = {
+        "scontrol": "echo node1; echo node2",
+        "hostname": "echo 10.1.2.3 fe80::1",
+        "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+        "ray": 'echo "$@" "$RAY_ADDRESS" "$RAY_AUTH_MODE" $(stat -c %a "$RAY_AUTH_TOKEN_PATH")'
+        " $(stat -c %a /tmp/snr-ray-*-771)",
+    }
+    for name, body in stand_ins.items():
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        program.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path), "SLURM_JOB_ID": "771",
+        "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_ON_NODE": "8",
+    }  # fmt: skip
+    stage = ["denoise", "--model", "m", "--images", "a b", "--out", "/o"]
+    run = subprocess.run(
+        [CLUSTER / "slurm.sh", *stage], env=environment, capture_output=True, text=True, check=True
+    )
+    words = run.stdout.split()
+    assert words[:5] == ["symmetric-run", "--address", "10.1.2.3:7171", "--min-nodes", "2"]
+    assert "--num-cpus=8" in words
+    assert run.stdout.partition(" -- ")[2] == (
+        "snr denoise --model m --images a b --out /o 10.1.2.3:7171 token 600 700\n"
+    )
+    # Neither the token nor Ray's folder stays.
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+    assert not list(Path("/tmp").glob("snr-ray-*-771"))
+    words = [CLUSTER / "slurm.sh"]
+    assert subprocess.run(words, env=environment, capture_output=True, check=False).returncode == 2
 
 
 def test_local_script_explains_itself_when_misused() -> None:

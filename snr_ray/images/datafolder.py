@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, ImagesConfig, InputError
+from snr_ray.folder import Folder, open_folder
 from snr_ray.images.collection import SPLITS
 from snr_ray.noise.operator import noise_specs, spec_hash
 from snr_ray.outputs import write_atomic
@@ -43,35 +44,39 @@ FAILURES_SCHEMA = pa.schema([("id", pa.string()), ("stage", pa.string()), ("reas
 class DataFolder:
     """A finished data folder."""
 
-    path: Path
+    place: Folder
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, path: Path) -> "DataFolder":
+    def open(cls, path: Folder | Path | str) -> "DataFolder":
         """Read the manifest and look whether every shard is there to its end.
 
+        Args:
+            path: of the folder, which may be in a bucket.
+
         Raises:
-            InputError: if `path` is no finished data folder, or one of another version, or damaged.
+            InputError: if it is no finished data folder, or one of another version, or damaged.
         """
-        file = path / "manifest.json"
-        if not file.is_file():
+        place = open_folder(path)
+        file = f"{place}/manifest.json"
+        if not place.exists("manifest.json"):
             raise InputError(
-                f"--data must be a folder that `snr simulate` has finished, but {path} has no "
+                f"--data must be a folder that `snr simulate` has finished, but {place} has no "
                 "manifest.json; simulate first, or give the images with --images."
             )
         try:
-            manifest = json.loads(file.read_text())
+            manifest = json.loads(place.read("manifest.json"))
         except ValueError as error:
             raise InputError(
                 f"{file} is damaged ({error}); run the same `snr simulate` with --overwrite."
             ) from None
         if manifest.get("format") != FORMAT:
             raise InputError(
-                f"--data must be a folder of format {FORMAT}, but {path} was written by snr_ray "
+                f"--data must be a folder of format {FORMAT}, but {place} was written by snr_ray "
                 f"{manifest.get('version')} in format {manifest.get('format', 1)}; run "
                 "`snr simulate` into a new folder."
             )
-        folder = cls(path, manifest)
+        folder = cls(place, manifest)
         config = folder.settle(Config())
         spec = spec_hash(noise_specs(config.noise), config.images.size)
         if spec != manifest["noise_hash"]:
@@ -81,10 +86,14 @@ class DataFolder:
             )
         for split in SPLITS:
             shards = folder.shards(split)
-            broken = next((shard for shard in shards if not whole(shard)), None)
-            n_rows = 0 if broken else sum(pq.read_metadata(shard).num_rows for shard in shards)
+            broken = next((shard for shard in shards if not whole(place, shard)), None)
+            n_rows = 0 if broken else folder.count_rows(split)
             if broken or n_rows != manifest["splits"][split]:
-                what = f"{broken} is cut short" if broken else f"{path / split} holds {n_rows}"
+                what = (
+                    f"{place}/{broken} is cut short"
+                    if broken
+                    else f"{place}/{split} holds {n_rows}"
+                )
                 raise InputError(
                     f"The {split} split must hold its {manifest['splits'][split]} images, but "
                     f"{what}; the same `snr simulate` again writes what is missing."
@@ -95,15 +104,35 @@ class DataFolder:
         """The config with the folder's images and noise sections."""
         return configs.from_dict(configs.to_dict(config) | self.manifest["config"])
 
-    def shards(self, split: str) -> list[Path]:
-        """Files of a split, in order."""
-        return sorted((self.path / split).glob("*.parquet"))
+    def shards(self, split: str) -> list[str]:
+        """Names of the files of a split in the folder, in order."""
+        return [name for name in self.place.list(split) if name.endswith(".parquet")]
+
+    def shard(self, name: str) -> pq.ParquetFile:
+        """A file of a split, open for reading; local ones are mapped into memory."""
+        return open_parquet(self.place, name)
+
+    def count_rows(self, split: str) -> int:
+        """Images of a split, those left out that could not be read."""
+        return sum(read_metadata(self.place, name).num_rows for name in self.shards(split))
 
 
-def whole(shard: Path) -> bool:
+def open_parquet(place: Folder, name: str) -> pq.ParquetFile:
+    """A Parquet file in an output place."""
+    fs, root = place.filesystem()
+    return pq.ParquetFile(f"{root}/{name}", filesystem=fs)
+
+
+def read_metadata(place: Folder, name: str) -> pq.FileMetaData:
+    """What a Parquet file says at its end of all that it holds."""
+    with open_parquet(place, name) as file:
+        return file.metadata
+
+
+def whole(place: Folder, shard: str) -> bool:
     """Whether a shard is there to its end, where Parquet keeps what it holds."""
     try:
-        return pq.read_metadata(shard).num_rows >= 0
+        return read_metadata(place, shard).num_rows >= 0
     except (OSError, pa.ArrowException):
         return False
 
@@ -144,13 +173,20 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return out.getvalue()
 
 
-def read_failures(folder: Path) -> list[Failure]:
+def read_failures(place: Folder) -> list[Failure]:
     """Rows of the failures.parquet of a folder; none where it has no such file."""
-    path = folder / "failures.parquet"
-    return pq.read_table(path).to_pylist() if path.is_file() else []
+    if not place.exists("failures.parquet"):
+        return []
+    with open_parquet(place, "failures.parquet") as file:
+        return file.read().to_pylist()
+
+
+def failures_bytes(failures: Iterable[Failure]) -> bytes:
+    """failures.parquet: one row per failed image with id, stage and reason."""
+    rows = sorted(failures, key=lambda failure: failure["id"])
+    return parquet_bytes(pa.Table.from_pylist(rows, FAILURES_SCHEMA))
 
 
 def write_failures(path: Path, failures: Iterable[Failure]) -> None:
-    """Write failures.parquet: one row per failed image with id, stage and reason."""
-    rows = sorted(failures, key=lambda failure: failure["id"])
-    write_atomic(path, parquet_bytes(pa.Table.from_pylist(rows, FAILURES_SCHEMA)))
+    """Write `failures_bytes` to a file."""
+    write_atomic(path, failures_bytes(failures))

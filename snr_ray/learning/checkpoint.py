@@ -4,10 +4,13 @@ A model folder holds `model.safetensors` (weights and donors' noise codes), `con
 `metrics.json` and `README.md`. Nothing is ever unpickled.
 """
 
+import atexit
 import dataclasses
+import functools
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -23,6 +26,7 @@ from torch import Tensor
 from snr_ray import __version__
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
+from snr_ray.folder import open_folder, without_secrets
 from snr_ray.learning.fit import LEAST_EXPLAINED, Metrics, build_model
 from snr_ray.metrics import as_json
 from snr_ray.network.hvae import HVAE
@@ -248,10 +252,42 @@ def load_any(folder: str | Path, device: torch.device | None = None) -> TrainedM
 
 
 def model_path(folder: str | Path) -> Path:
-    """The model folder that the user named; a name of `shipped_models` where there is no folder."""
+    """The model folder that the user named; a name of `shipped_models` where there is no folder.
+
+    One in a bucket is copied to this machine, for as long as the process lives.
+
+    Raises:
+        InputError: if the bucket cannot be read or holds no model there.
+    """
+    if "://" in str(folder):
+        return _fetched(str(folder))
     if str(folder) in configs.shipped_models() and not Path(folder).exists():
         return Path(str(resources.files("snr_ray") / "shipped" / str(folder)))
     return Path(folder)
+
+
+def model_place(folder: str | Path) -> str:
+    """What tasks on any node open as the same model: an absolute path, or the URI."""
+    return str(folder) if "://" in str(folder) else str(model_path(folder).absolute())
+
+
+@functools.cache
+def _fetched(uri: str) -> Path:
+    place = open_folder(uri)
+    top = Path(tempfile.mkdtemp(prefix="snr-model-"))
+    atexit.register(shutil.rmtree, top, ignore_errors=True)
+    folder = top.joinpath(*place.filesystem()[1].strip("/").split("/"))  # names the model
+    folder.mkdir(parents=True)
+    for name in (WEIGHTS_FILE, "config.yaml", "metrics.json"):
+        try:
+            (folder / name).write_bytes(place.read(name))
+        except OSError as error:
+            if name != "metrics.json":
+                raise InputError(
+                    f"A model folder holds {name}, but {place} cannot give it "
+                    f"({without_secrets(str(error))}); `snr train` writes one as RUN/model."
+                ) from None
+    return folder
 
 
 def _read(path: Path) -> tuple[Config, HVAE | UNet, dict[str, Tensor]]:

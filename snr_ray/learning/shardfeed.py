@@ -11,11 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 import torch
 
 from snr_ray.config import Config
-from snr_ray.images.datafolder import Array, DataFolder, image_columns, row_bytes, tensors
+from snr_ray.images.datafolder import (
+    Array,
+    DataFolder,
+    image_columns,
+    read_metadata,
+    row_bytes,
+    tensors,
+)
 from snr_ray.learning.batches import Batch, Share
 
 WINDOW_BYTES = 128 * 2**20
@@ -44,9 +50,10 @@ class ShardFeed:
         self.columns, self.seed, self.share = image_columns(config), config.seed, share
         self.batch_size = config.train.batch_size
         self.shape = (config.images.channels, config.images.side, config.images.side)
+        self.folder = folder
         self.groups, sizes = [], []
         for shard in folder.shards("train"):
-            metadata = pq.read_metadata(shard)
+            metadata = read_metadata(folder.place, shard)
             for group in range(metadata.num_row_groups):
                 self.groups.append((shard, group))
                 sizes.append(metadata.row_group(group).num_rows)
@@ -123,7 +130,7 @@ class ShardFeed:
     def _read(self, number: int, clean: Array, noisy: Array, places: npt.NDArray[np.int64]) -> None:
         """Put the rows of a row group at their places in a window."""
         shard, group = self.groups[number]
-        with pq.ParquetFile(shard) as file:
+        with self.folder.shard(shard) as file:
             for k, name in enumerate(self.columns):
                 column = file.read_row_group(group, [name], use_threads=False)[name]
                 target = clean if k == 0 else noisy[:, k - 1]

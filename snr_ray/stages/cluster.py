@@ -21,6 +21,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from snr_ray.config import InputError, Lost
 
+LOST = "Ray on this machine has ended, killed or out of memory (its logs are in {})"
 SHORT = Path("/tmp")
 """Where local files lie; not TMPDIR, as paths of Ray's sockets may have about 100 characters."""
 ANSWER_S = 10.0
@@ -61,16 +62,17 @@ def connected() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stops)  # Ray's own prints the stack of its C++
     quiet_data()
+    done = threading.Event()
+    if address == "local":
+        threading.Thread(target=_end_with_ray, args=(done,), daemon=True).start()
     try:
         yield
     except ray.exceptions.RayError as error:
         if not _is_lost(error):
             raise
-        raise Lost(
-            "Ray on this machine has ended, killed or out of memory (its logs are in "
-            f"{ray._private.worker._global_node.get_logs_dir_path()})"
-        ) from error
+        raise Lost(LOST.format(ray._private.worker._global_node.get_logs_dir_path())) from error
     finally:
+        done.set()
         # A prefetching thread that is late finds Ray gone, which is no news.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.shutdown()
@@ -148,6 +150,22 @@ def _sentence(address: str, error: Exception) -> Exception:
         f"{address} cannot be used ({reason[:300]}); submit the job to it, or unset RAY_ADDRESS to "
         "work on this machine."
     )
+
+
+def _end_with_ray(done: threading.Event) -> None:
+    """End this process soon after its own Ray has died, for which Ray takes pages and minutes.
+
+    Nothing is lost that Ray could still give; what is in output folders is whole.
+    """
+    node = ray._private.worker._global_node
+    logs = node.get_logs_dir_path()
+    parts = [p.process for name in ("raylet", "gcs_server") for p in node.all_processes[name]]
+    while not done.wait(0.5):
+        if any(part.poll() is not None for part in parts):
+            print(f"snr: {LOST.format(logs)}; the same command continues.", file=sys.stderr)
+            sys.stderr.flush()
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+            os._exit(1)
 
 
 def _is_lost(error: BaseException | None) -> bool:

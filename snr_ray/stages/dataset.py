@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
+from snr_ray.folder import Folder
 from snr_ray.images.collection import Source
 from snr_ray.images.datafolder import (
     DataFolder,
@@ -41,7 +41,7 @@ class Origin:
     """Where rows come from: a source (noise simulated on the way) or a data folder."""
 
     images: str | None = None
-    data: Path | None = None
+    data: Path | str | Folder | None = None
 
     def __post_init__(self) -> None:
         if (self.images is None) == (self.data is None):
@@ -54,9 +54,9 @@ class Origin:
 
     @functools.cached_property
     def folder(self) -> DataFolder:
-        """The data folder, checked once; its path is absolute, for workers."""
+        """The data folder, checked once; workers on any node open it."""
         assert self.data is not None
-        return DataFolder.open(self.data.absolute())
+        return DataFolder.open(self.data)
 
     @property
     def name(self) -> str:
@@ -107,9 +107,9 @@ def count_rows(config: Config, origin: Origin, split: str) -> int:
         count = len(rows)
         origin.source.check(rows, config.images)
     else:
-        count = sum(pq.read_metadata(path).num_rows for path in origin.folder.shards(split))
+        count = origin.folder.count_rows(split)
     if not count:
-        failed = [] if origin.data is None else read_failures(origin.folder.path)
+        failed = [] if origin.data is None else read_failures(origin.folder.place)
         raise InputError(
             f"The {split} split must hold images, but that of {origin.name} is empty; "
             + (
@@ -129,9 +129,10 @@ def open_rows(
         rows = origin.source.select(split, config.images.limit)[:limit]
         return stream(origin.source, origin.source.gathered(rows), config)
     # One shard per task: the reader of Ray would pack small shards into a single one.
-    paths = [{"path": str(path)} for path in origin.folder.shards(split)]
-    items = ray.data.from_items(paths, override_num_blocks=len(paths))
-    dataset = items.map_batches(_read_shard, batch_size=1, batch_format="pyarrow")
+    names = [{"name": name} for name in origin.folder.shards(split)]
+    items = ray.data.from_items(names, override_num_blocks=len(names))
+    read = functools.partial(_read_shard, folder=origin.folder)
+    dataset = items.map_batches(read, batch_size=1, batch_format="pyarrow")
     return dataset if limit is None else dataset.limit(limit)
 
 
@@ -196,5 +197,6 @@ def collect_pairs(rows: "ray.data.Dataset", config: Config) -> tuple[Pairs, list
     return gather(iter(batches), config)
 
 
-def _read_shard(item: pa.Table) -> pa.Table:
-    return pq.read_table(item["path"][0].as_py(), memory_map=True).replace_schema_metadata(None)
+def _read_shard(item: pa.Table, *, folder: DataFolder) -> pa.Table:
+    with folder.shard(item["name"][0].as_py()) as file:
+        return file.read().replace_schema_metadata(None)

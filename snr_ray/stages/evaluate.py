@@ -25,16 +25,24 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, NoiseConfig
+from snr_ray.folder import Folder, open_folder
 from snr_ray.hashing import fingerprint
 from snr_ray.images.collection import SPLITS
-from snr_ray.images.datafolder import parquet_bytes, write_failures
+from snr_ray.images.datafolder import failures_bytes, parquet_bytes
 from snr_ray.learning.batches import Pairs
-from snr_ray.learning.checkpoint import TrainedModel, TrainedUNet, load_any, load_model, model_path
+from snr_ray.learning.checkpoint import (
+    TrainedModel,
+    TrainedUNet,
+    load_any,
+    load_model,
+    model_path,
+    model_place,
+)
 from snr_ray.metrics import as_json
 from snr_ray.network.swap import swap
 from snr_ray.noise.lmmse import FIT_IMAGES
 from snr_ray.noise.operator import noise_specs
-from snr_ray.outputs import Progress, claim, write_atomic
+from snr_ray.outputs import Progress, claim
 from snr_ray.scoring import probes
 from snr_ray.scoring.baselines import Fitting
 from snr_ray.scoring.cases import TASKS, Restore
@@ -57,7 +65,8 @@ class Beside:
     """Another model in the same table; `label` is the name of its run folder."""
 
     label: str
-    folder: Path
+    folder: str
+    """What tasks open."""
     config: Config
 
 
@@ -66,7 +75,7 @@ def evaluate(
     *,
     model: str,
     images: str,
-    out: Path,
+    out: Path | str | Folder,
     baselines: tuple[str, ...] = QUICK_BASELINES,
     beside: tuple[str, ...] = (),
     limit: int | None = None,
@@ -113,11 +122,12 @@ def evaluate(
     origin = Origin(images=images)
     counts = {split: count_rows(config, origin, split) for split in reversed(SPLITS)}
     n_test = min(counts["test"], limit or counts["test"])
+    out = open_folder(out)
     resumed = claim(
         out,
         {
             "stage": "evaluate",
-            "model": _fingerprint(model_path(model)),
+            "model": _fingerprint(model),
             "source": origin.source.identity,
             "baselines": list(baselines),
             "beside": [f"{other.label} {_fingerprint(other.folder)}" for other in others],
@@ -128,17 +138,17 @@ def evaluate(
                "failures.parquet"),
         overwrite=overwrite,
     )  # fmt: skip
-    if resumed and (out / "metrics.json").is_file():
-        done = json.loads((out / "metrics.json").read_text())
-        return Outcome(out, done["images"], done["failed"])
+    if resumed and out.exists("metrics.json"):
+        done = json.loads(out.read("metrics.json"))
+        return Outcome(out.named, done["images"], done["failed"])
     with connected():
         _tell(f"fitting baselines ({', '.join(baselines) or 'none'})")
         work = ray.put(
             {
-                "model": str(model_path(model).absolute()),
+                "model": model_place(model),
                 "images": config.images,
                 "baselines": _fit_baselines(config, origin, baselines),
-                "beside": [(other.label, str(other.folder)) for other in others],
+                "beside": [(other.label, other.folder) for other in others],
             }
         )
         # Rows come from tasks; scoring is a second task on each block.
@@ -168,7 +178,7 @@ def evaluate(
         )
     scores = pa.concat_tables(tables)
     n_images = n_test - len(failures)
-    write_atomic(out / "scores.parquet", parquet_bytes(scores))
+    out.write("scores.parquet", parquet_bytes(scores))
     _tell("measuring the spread over donors")
     donor_std_db = probes.donor_spread(trained, test)
     _tell("probing the codes")
@@ -194,20 +204,22 @@ def evaluate(
         "injected_or_true": injected_or_true,
         "uncertainty": uncertainty,
     }
-    write_failures(out / "failures.parquet", failures)
-    _draw_grid(trained, test, out / "grid.png")
-    calibration(uncertainty, out / "calibration.png")
-    write_atomic(out / "metrics.md", evaluation_table(metrics))
-    write_atomic(out / "metrics.json", as_json(metrics, indent=2) + "\n")
-    return Outcome(out, n_images, len(failures))
+    out.write("failures.parquet", failures_bytes(failures))
+    with out.writing("grid.png") as path:
+        _draw_grid(trained, test, path)
+    with out.writing("calibration.png") as path:
+        calibration(uncertainty, path)
+    out.write("metrics.md", evaluation_table(metrics))
+    out.write("metrics.json", as_json(metrics, indent=2) + "\n")
+    return Outcome(out.named, n_images, len(failures))
 
 
 def _tell(what: str) -> None:
     print(f"evaluate: {what}.", flush=True)
 
 
-def _fingerprint(folder: Path) -> str:
-    return fingerprint((folder / "model.safetensors").read_bytes())
+def _fingerprint(folder: str) -> str:
+    return fingerprint((model_path(folder) / "model.safetensors").read_bytes())
 
 
 def _open_beside(config: Config, folders: Iterable[str]) -> list[Beside]:
@@ -231,7 +243,7 @@ def _open_beside(config: Config, folders: Iterable[str]) -> list[Beside]:
                 f"Run folders of --beside name their rows, but two are called {label!r}; "
                 "rename one."
             )
-        others.append(Beside(label, path.absolute(), its))
+        others.append(Beside(label, model_place(folder), its))
     return others
 
 

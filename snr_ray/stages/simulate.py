@@ -24,21 +24,24 @@ import ray
 from snr_ray import __version__
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
+from snr_ray.folder import Folder, NotShared, open_folder
 from snr_ray.hashing import fingerprint, hash64
 from snr_ray.images.collection import SPLITS, Source
 from snr_ray.images.datafolder import (
     FORMAT,
     WRITING,
     Failure,
+    failures_bytes,
     noisy_column,
+    read_metadata,
     row_bytes,
     tensor_array,
     whole,
-    write_failures,
 )
 from snr_ray.noise.operator import noise_operator, noise_specs, spec_hash
-from snr_ray.outputs import Progress, atomic, claim, write_atomic
+from snr_ray.outputs import Progress, claim
 from snr_ray.stages.cluster import connected, cpus, shared
+from snr_ray.stages.counters import count_bytes, count_images
 from snr_ray.stages.inputs import open_images
 
 SHARD_BYTES = 128 * 2**20
@@ -55,14 +58,16 @@ STREAM_ROWS = 256
 class Outcome:
     """What a stage did: where, how many images, and how many of them failed."""
 
-    out: Path
+    out: Path | Folder
     images: int
     failed: int
     doubtful: int = 0
     """Images whose results do not explain them."""
 
 
-def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False) -> Outcome:
+def simulate(
+    config: Config, *, images: str, out: Path | str | Folder, overwrite: bool = False
+) -> Outcome:
     """Write a data folder of a source. Continues an interrupted job; a finished one is left alone.
 
     Raises:
@@ -71,6 +76,7 @@ def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False)
     source = open_images(images)
     source.check(source.select("train", config.images.limit), config.images)
     noise = noise_specs(config.noise)
+    out = open_folder(out)
     claim(
         out,
         {
@@ -85,17 +91,16 @@ def simulate(config: Config, *, images: str, out: Path, overwrite: bool = False)
         inputs=source.folder,
         inputs_alone=source.alone,
     )
-    manifest = out / "manifest.json"
-    if manifest.is_file() and (out / "plan.json").is_file():
+    if out.exists("manifest.json") and out.exists("plan.json"):
         plan = _plan(config, source, out)
-        if all(whole(out / shard["path"]) for shard in plan):
-            counts = json.loads(manifest.read_text())
-            return Outcome(out, counts["images"], counts["failed"])
+        if all(whole(out, shard["path"]) for shard in plan):
+            counts = json.loads(out.read("manifest.json"))
+            return Outcome(out.named, counts["images"], counts["failed"])
     with connected():
         plan = _plan(config, source, out)
-        todo = [shard for shard in plan if not whole(out / shard["path"])]
+        todo = [shard for shard in plan if not whole(out, shard["path"])]
         if todo:
-            manifest.unlink(missing_ok=True)
+            out.remove("manifest.json")
             _write_shards(plan, todo, source, config, out)
     return _finish(config, source, out, plan)
 
@@ -163,17 +168,16 @@ def _stream_batch(
     return table.combine_chunks()
 
 
-def _plan(config: Config, source: Source, out: Path) -> list[dict[str, Any]]:
+def _plan(config: Config, source: Source, out: Folder) -> list[dict[str, Any]]:
     """Shards with their rows; kept on disk, since a resumed job may run on more or fewer cores."""
-    path = out / "plan.json"
     chosen = {split: source.select(split, config.images.limit) for split in SPLITS}
-    if not path.is_file():
+    if not out.exists("plan.json"):
         total = sum(map(len, chosen.values()))
         by_size = SHARD_BYTES // row_bytes(config.images, len(config.noise.n_views))
         by_cores = max(MIN_SHARD_ROWS, math.ceil(total / (2 * cpus())))
         rows_per_shard = max(1, min(by_size, by_cores))
-        write_atomic(path, json.dumps({"rows_per_shard": rows_per_shard}))
-    rows_per_shard = json.loads(path.read_text())["rows_per_shard"]
+        out.write("plan.json", json.dumps({"rows_per_shard": rows_per_shard}), durable=True)
+    rows_per_shard = json.loads(out.read("plan.json"))["rows_per_shard"]
     plan = []
     for split, rows in chosen.items():
         rows = source.gathered(rows)
@@ -189,15 +193,14 @@ def _write_shards(
     todo: list[dict[str, Any]],
     source: Source,
     config: Config,
-    out: Path,
+    out: Folder,
 ) -> None:
     """Write what is missing, a task per shard.
 
     Raises:
         InputError: if the disk is full or refuses to be written.
     """
-    for left in out.glob("*/.*.partial"):  # of a killed job
-        left.unlink()
+    out.sweep()  # what a killed job left
     total = sum(len(shard["rows"]) for shard in plan)
     done = total - sum(len(shard["rows"]) for shard in todo)
     progress = Progress("simulate", total, start=done)
@@ -205,7 +208,7 @@ def _write_shards(
         _write_shard,
         source=ray.put(source),
         config=config,
-        out=out.absolute(),
+        out=out.claimed(),
         step=max(1, GROUP_BYTES // row_bytes(config.images, len(config.noise.n_views))),
     )
     items = ray.data.from_items(todo, override_num_blocks=len(todo))
@@ -217,20 +220,23 @@ def _write_shards(
                 f"{out} must be a folder that can be written, but {errors[0]}; {done:,} of "
                 f"{total:,} images are done: mend it and run the same command to continue."
             )
-        done += int(batch["rows"].sum())
+        rows, failed = int(batch["rows"].sum()), int(batch["failed"].sum())
+        count_images("simulate", read=rows, done=rows - failed, failed=failed)
+        count_bytes("simulate", written=int(batch["bytes"].sum()))
+        done += rows
         progress.update(done)
 
 
 def _write_shard(
-    shard: pa.Table, *, source: "ray.ObjectRef", config: Config, out: Path, step: int
+    shard: pa.Table, *, source: "ray.ObjectRef", config: Config, out: Folder, step: int
 ) -> dict[str, npt.NDArray[Any]]:
-    """Task: one shard, `step` rows at a time; counts its rows, or tells why it was not written."""
+    """Task: one shard, `step` rows at a time; counts, or why it was not written."""
     item = shard.to_pylist()[0]
-    rows, path = np.array(item["rows"]), out / item["path"]
+    rows = np.array(item["rows"])
     failures: list[Failure] = []
-    error = ""
+    error, size = "", 0
     try:
-        with atomic(path) as partial, contextlib.ExitStack() as stack:
+        with out.writing(item["path"]) as partial, contextlib.ExitStack() as stack:
             writer = None
             for start in range(0, len(rows), step):
                 table, failed = simulate_rows(shared(source), rows[start : start + step], config)
@@ -240,19 +246,26 @@ def _write_shard(
                 writer.write_table(table)
             assert writer is not None
             writer.add_key_value_metadata({"snr_ray.failures": json.dumps(failures)})
-    except OSError as problem:
+            stack.close()
+            size = partial.stat().st_size
+    except (OSError, NotShared) as problem:
         error = str(problem)
-    return {"rows": np.array([len(rows)]), "error": np.array([error], object)}
+    return {
+        "rows": np.array([len(rows)]),
+        "failed": np.array([len(failures)]),
+        "bytes": np.array([size]),
+        "error": np.array([error], object),
+    }
 
 
-def _finish(config: Config, source: Source, out: Path, plan: list[dict[str, Any]]) -> Outcome:
+def _finish(config: Config, source: Source, out: Folder, plan: list[dict[str, Any]]) -> Outcome:
     failures: list[Failure] = []
     counts = dict.fromkeys(SPLITS, 0)
     for shard in plan:
-        metadata = pq.read_metadata(out / shard["path"])
+        metadata = read_metadata(out, shard["path"])
         counts[shard["path"].split("/")[0]] += metadata.num_rows
         failures += json.loads(metadata.metadata[b"snr_ray.failures"])
-    write_failures(out / "failures.parquet", failures)
+    out.write("failures.parquet", failures_bytes(failures))
     noise = noise_specs(config.noise)
     manifest = {
         "version": __version__,
@@ -265,5 +278,5 @@ def _finish(config: Config, source: Source, out: Path, plan: list[dict[str, Any]
         "images": sum(counts.values()),
         "failed": len(failures),
     }
-    write_atomic(out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-    return Outcome(out, sum(counts.values()), len(failures))
+    out.write("manifest.json", json.dumps(manifest, indent=2) + "\n", durable=True)
+    return Outcome(out.named, sum(counts.values()), len(failures))

@@ -27,9 +27,11 @@ from optuna.trial import Trial, TrialState
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
+from snr_ray.folder import open_local
 from snr_ray.lock import check_free, locked
 from snr_ray.outputs import claim
-from snr_ray.stages.cluster import connected, cpus
+from snr_ray.stages.cluster import connected, cpus, gpus
+from snr_ray.stages.counters import show_trials
 from snr_ray.stages.dataset import Origin, count_rows, settle
 from snr_ray.stages.runlog import read_metrics
 from snr_ray.stages.simulate import Outcome, simulate
@@ -41,10 +43,12 @@ from snr_ray.stages.trainsetup import identity
 OWNED = ("data", "study.journal", "study.journal.lock", "trials", "best.yaml", "trials.csv",
          "history.png", "split.png", "report.html")  # fmt: skip
 POLL_S = 1.0
+TRIAL_BYTES = 1_300 * 2**20
+"""Memory of a trial beside its workers: its driver, and five processes of Ray Train."""
 
 
 def sweep(
-    config: Config, *, origin: Origin, out: Path, trials: int, overwrite: bool = False
+    config: Config, *, origin: Origin, out: Path | str, trials: int, overwrite: bool = False
 ) -> Outcome:
     """Run trials until `trials` of them have finished or were pruned.
 
@@ -65,7 +69,7 @@ def sweep(
         )
     config = settle(config, origin)
     config = by_rungs(config)
-    out = out.absolute()
+    out = open_local(out, "trials append to their files while they train")
     for split in ("train", "val"):
         count_rows(config, origin, split)
     space = {f"sweep.{k}": v for k, v in configs.to_dict(config)["sweep"].items()}
@@ -89,7 +93,9 @@ def sweep(
     return Outcome(out, len(study.get_trials(states=FINISHED)), failed)
 
 
-@ray.remote(num_cpus=0, max_retries=0)
+# A trial's driver and what Ray Train starts beside it stay on one node: on any, not all on the one
+# that this process is on.
+@ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")
 def _train_trial(config: Config, origin: Origin, folder: str) -> None:
     """One trial, in a task of its own; its training workers hold the resources."""
     logging.getLogger("ray.train").setLevel(logging.ERROR)
@@ -106,7 +112,7 @@ class _Live:
 
 
 def _run(study: optuna.Study, config: Config, origin: Origin, out: Path, trials: int) -> int:
-    slots = max(1, (cpus() - 1) // (config.train.num_workers * config.train.cpus_per_worker))
+    slots, memory = _slots(config)
     live: dict[Any, _Live] = {}
     failed, since = 0, time.monotonic()
     started = len(study.get_trials(deepcopy=False, states=FINISHED))
@@ -118,11 +124,12 @@ def _run(study: optuna.Study, config: Config, origin: Origin, out: Path, trials:
             trial.set_user_attr("folder", folder)
             run = out / "trials" / folder
             chosen = suggest(trial, config)
-            ref = _train_trial.remote(chosen, origin, str(run))
+            ref = _train_trial.options(memory=memory).remote(chosen, origin, str(run))
             live[ref] = _Live(trial, run)
             print(f"sweep: trial {trial.number} starts: {_short(trial.params)}", flush=True)
         if not live:
             return failed
+        show_trials(running=len(live), finished=done, failed=failed)
         ready, _ = ray.wait(list(live), num_returns=1, timeout=POLL_S)
         for running in live.values():
             _report(running)
@@ -150,6 +157,19 @@ def _run(study: optuna.Study, config: Config, origin: Origin, out: Path, trials:
                 f"{values[-1][1]:.2f} dB; best {_best(study)}",
                 flush=True,
             )
+
+
+def _slots(config: Config) -> tuple[int, int]:
+    """How many trials run at once, and the memory in bytes that Ray is to find for each: as many
+    as there are cores, GPUs and memory for, on all nodes together."""
+    train = config.train
+    bounds = [(cpus() - 1) // (train.num_workers * train.cpus_per_worker)]
+    if train.use_gpu:
+        bounds.append(gpus() // train.num_workers)
+    rooms = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    memory = int(min(TRIAL_BYTES, max(rooms)))
+    bounds.append(sum(int(room // memory) for room in rooms) if memory else 1)
+    return max(1, min(bounds)), memory
 
 
 def _report(running: _Live) -> None:

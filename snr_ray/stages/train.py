@@ -30,8 +30,9 @@ from ray.train import UserCallback
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, RunError
+from snr_ray.folder import open_local
 from snr_ray.images.datafolder import Failure
-from snr_ray.learning.checkpoint import model_path
+from snr_ray.learning.checkpoint import model_place
 from snr_ray.learning.restart import newest_checkpoint
 from snr_ray.lock import check_free, locked
 from snr_ray.network.swap import N_DONORS
@@ -68,7 +69,7 @@ def train(
     config: Config,
     *,
     origin: Origin,
-    out: Path,
+    out: Path | str,
     overwrite: bool = False,
     wait: float | None = None,
     progress: bool = True,
@@ -91,7 +92,7 @@ def train(
         RunError: for a run that went wrong; what it had is kept.
     """
     config = settle_start(settle(config, origin))
-    out = out.absolute()
+    out = open_local(out, "a run appends to its files while it trains")
     counts = {split: count_rows(config, origin, split) for split in ("train", "val")}
     if counts["train"] < config.train.batch_size:
         raise InputError(
@@ -147,7 +148,7 @@ def _train(
         "config": config,
         "out": out,
         "origin": name,
-        "start": config.train.start and model_path(config.train.start).absolute(),
+        "start": config.train.start and model_place(config.train.start),
         "data": None if in_memory else origin.folder,
     }
     watch = Watch(out, config, functools.partial(waiting_for, config)) if progress else None

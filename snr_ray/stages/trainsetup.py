@@ -83,7 +83,7 @@ def identity(config: Config, origin: Origin) -> dict[str, Any]:
     if origin.images:
         data["source"] = origin.source.identity
     if origin.data:  # known by what it holds, wherever it lies
-        data["data"] = fingerprint((origin.data / "manifest.json").read_bytes())
+        data["data"] = fingerprint(origin.folder.place.read("manifest.json"))
     if config.train.start:
         weights = model_path(config.train.start) / WEIGHTS_FILE
         data["start"] = fingerprint(weights.read_bytes())

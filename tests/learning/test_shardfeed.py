@@ -44,7 +44,7 @@ def stored(folder: DataFolder) -> dict[bytes, np.ndarray]:
     """Noisy versions [n_ids, C, H, W] by the bytes of the clean image, read as any tool would."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(folder.path / "train")
+    table = pq.read_table(f"{folder.place}/train")
     clean, *noisy = (tensors(table[name]) for name in ("clean", "noisy_12", "noisy_6"))
     return {x.tobytes(): y for x, y in zip(clean, np.stack(noisy, axis=1), strict=True)}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
@@ -171,3 +173,62 @@ def test_the_folder_of_a_local_ray_is_closed(
     folder.symlink_to(tmp_path / "theirs")
     with pytest.raises(InputError, match="is a link or belongs to another"):
         closed_folder()
+
+
+STAGE = """
+import os, signal, subprocess, sys, threading, time
+from snr_ray import cli
+import snr_ray.stages.simulate as simulate
+import ray, psutil
+from snr_ray.stages.cluster import connected
+
+def stage(*_, **__):
+    with connected():
+        ray.get(ray.remote(os.getpid).remote())
+        me = psutil.Process()
+        print(os.getpid(), *(p.pid for p in me.children(recursive=True)), flush=True)
+        ports = [c.laddr.ip for p in [me, *me.children(recursive=True)]
+                 for c in p.net_connections("tcp") if c.status == "LISTEN"]
+        print(*ports, flush=True)
+        print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
+        time.sleep(60)
+
+simulate.simulate = stage
+os.environ.pop("RAY_ADDRESS", None)
+sys.exit(cli.main(["simulate", "--images", "glyphs", "--out", "nowhere"]))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("how", ["SIGTERM", "raylet"])
+def test_a_local_ray_is_closed_and_ends_in_a_sentence(how: str, tmp_path: Path) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-c", STAGE], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert run.stdout
+    pids = [int(pid) for pid in run.stdout.readline().split()]
+    listening = set(run.stdout.readline().split())
+    session = Path(run.stdout.readline().strip())
+    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+    closed = session.parents[1]
+    assert closed.stat().st_mode & 0o777 == 0o700
+    if how == "SIGTERM":
+        run.terminate()
+    else:
+        next(p for p in map(psutil.Process, pids) if p.name() == "raylet").kill()
+    _, said = run.communicate(timeout=60)
+    lines = [line for line in said.splitlines() if line]
+    if how == "SIGTERM":
+        assert run.returncode == 143
+        assert lines == ["snr simulate: interrupted; the same command continues."]
+    else:
+        assert run.returncode == 1
+        assert len(lines) == 1
+        assert re.search(
+            r"^snr: Ray on this machine has ended, .*; the same command conti", lines[0]
+        )
+    until = time.monotonic() + 20
+    while left := [pid for pid in pids if psutil.pid_exists(pid)]:
+        assert time.monotonic() < until, [psutil.Process(pid).cmdline() for pid in left]
+        time.sleep(0.2)

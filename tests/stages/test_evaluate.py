@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
+from snr_ray.folder import open_folder
 from snr_ray.images.sources import open_source
 from snr_ray.metrics import psnr
 from snr_ray.noise.operator import noise_operator, noise_specs
@@ -229,3 +231,21 @@ def test_bad_requests_are_refused(
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(images / "one.png")
     with pytest.raises(InputError, match="The test split must hold images"):
         run(images=str(images))
+
+
+def test_model_and_report_may_be_in_a_bucket(
+    tiny: Config, model_folder: Path, bucket: tuple[pafs.FileSystem, str]
+) -> None:
+    place = f"s3://test:test@bucket/{{}}?{bucket[1]}"
+    for path in model_folder.iterdir():
+        open_folder(place.format("run/model")).write(path.name, path.read_bytes())
+    out = place.format("report")
+    outcome = evaluate(
+        tiny, model=place.format("run/model"), images="glyphs", out=out, baselines=(), limit=2
+    )
+    written = open_folder(out)
+    assert outcome.images == json.loads(written.read("metrics.json"))["images"] == 2
+    assert {"grid.png", "metrics.md", "scores.parquet"} <= set(written.list())
+    assert b"test:test" not in b"".join(map(written.read, written.list()))
+    with pytest.raises(InputError, match=r"holds model.safetensors, but s3://bucket/none\?"):
+        evaluate(tiny, model=place.format("none"), images="glyphs", out=out)

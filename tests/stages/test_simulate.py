@@ -1,20 +1,28 @@
 """The simulate stage: rows equal the operator, readable without Ray, exactly once, resumable."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
+from snr_ray.folder import JOB, LocalFolder, open_folder
 from snr_ray.images.collection import SPLITS
-from snr_ray.images.datafolder import tensors
+from snr_ray.images.datafolder import DataFolder, tensors
 from snr_ray.images.sources import open_source
+from snr_ray.learning.batches import Share
+from snr_ray.learning.shardfeed import ShardFeed
 from snr_ray.noise.operator import NoiseSpec, noise_operator
+from snr_ray.stages.dataset import Origin, collect_pairs, open_rows
 from snr_ray.stages.simulate import simulate
+from snr_ray.stages.sweep import sweep
+from snr_ray.stages.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 
@@ -165,3 +173,53 @@ def test_overwrite_does_not_touch_what_snr_did_not_write(tiny: Config, tmp_path:
     with pytest.raises(InputError, match="is not from snr"):
         simulate(tiny, images="glyphs", out=tmp_path, overwrite=True)
     assert (tmp_path / "train" / "mine.csv").read_text() == "1,2"
+
+
+def test_a_bucket_holds_the_same_data_folder(
+    tiny: Config, bucket: tuple[pafs.FileSystem, str], tmp_path: Path
+) -> None:
+    config = configs.replace(tiny, {"images.limit": 40})
+    here = simulate(config, images="glyphs", out=tmp_path / "data").out
+    where = f"s3://test:test@bucket/data?{bucket[1]}"
+    outcome = simulate(config, images="glyphs", out=where)
+    place = open_folder(where)
+    assert str(outcome.out) == f"s3://bucket/data?{bucket[1]}"
+    assert place.list() == open_folder(here).list()
+    for name in place.list():
+        assert b"test:test" not in place.read(name)
+        assert place.read(name) == (here / name).read_bytes()
+    again = simulate(config, images="glyphs", out=where)
+    assert (again.images, again.failed) == (40, 0)
+    # What trains on it and what is scored on it reads the bucket.
+    rows = [open_rows(config, Origin(data=data), "train") for data in (here, where)]
+    ours, theirs = (collect_pairs(part, config)[0] for part in rows)
+    np.testing.assert_array_equal(np.concatenate(ours.clean), np.concatenate(theirs.clean))
+    feeds = [ShardFeed(DataFolder.open(data), config, Share()) for data in (here, where)]
+    for one, other in zip(*(feed.batches(0) for feed in feeds), strict=False):
+        np.testing.assert_array_equal(one.noisy, other.noisy)
+        break
+
+
+def test_a_node_without_the_mount_writes_nothing_there(tiny: Config, tmp_path: Path) -> None:
+    out = open_folder(tmp_path / "data")
+    out.write(JOB, "another job's, or none where the mount is missing")
+    other = LocalFolder(tmp_path / "data", b"this job")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("snr_ray.stages.simulate.claim", lambda *_, **__: False)
+        patch.setattr(LocalFolder, "claimed", lambda self: other)
+        with pytest.raises(
+            InputError, match=r"node \S+ does not see .*job.json of this job; mount"
+        ):
+            simulate(tiny, images="glyphs", out=out)
+    assert out.list() == [JOB, "plan.json"]
+
+
+@pytest.mark.parametrize("stage", [train, sweep])
+def test_stages_that_append_to_files_refuse_buckets_by_name(
+    stage: Callable[..., object], tiny: Config, bucket: tuple[pafs.FileSystem, str]
+) -> None:
+    more = {"trials": 1} if stage is sweep else {}
+    with pytest.raises(
+        InputError, match=r"must be a folder on a file system, since .*s3://bucket/"
+    ):
+        stage(tiny, origin=Origin(images="glyphs"), out=f"s3://a:b@bucket/run?{bucket[1]}", **more)

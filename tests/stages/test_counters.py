@@ -1,0 +1,82 @@
+"""Figures reach Prometheus under the names that the Grafana dashboard asks for."""
+
+import json
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+from snr_ray.stages.counters import count_bytes, count_images, show_training, show_trials
+
+CLUSTER = Path(__file__).parents[2] / "cluster"
+NOT_HERE = {"ray_node_gpus_utilization", "ray_node_gpus_available"}
+"""Of machines with GPUs."""
+
+
+def _panels() -> list[dict]:
+    return json.loads((CLUSTER / "grafana.json").read_text())["panels"]
+
+
+def _asked() -> set[str]:
+    expressions = [target["expr"] for panel in _panels() for target in panel["targets"]]
+    return set(re.findall(r"\bray_\w+", " ".join(expressions)))
+
+
+@pytest.mark.ray
+def test_a_running_ray_serves_what_the_dashboard_asks_for(ray_2_cpus: None) -> None:
+    count_images("simulate", read=5, done=4, failed=1)
+    count_images("simulate", done=3, doubtful=2)
+    count_bytes("simulate", read=7, written=9)
+    show_training("run", 7, 12.5)
+    show_trials(running=2, failed=1)
+    ray.put(b"x" * 2**20)
+    port = ray.nodes()[0]["MetricsExportPort"]
+    until = time.monotonic() + 60
+    while True:
+        page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30).read()
+        lines = page.decode().splitlines()
+        served = {re.split(r"[{ ]", line)[0] for line in lines if line[:1] != "#"}
+        if _asked() - NOT_HERE <= served or time.monotonic() > until:
+            break
+        time.sleep(1)
+    assert _asked() - NOT_HERE <= served
+    values = {}
+    for line in lines:
+        if line.startswith("ray_snr_"):
+            name, labels, value = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups()
+            told = re.findall(r'(?:stage|outcome|way|run|state)="(\w+)"', labels)
+            values[(name, *sorted(told))] = float(value)
+    assert values[("ray_snr_images_total", "done", "simulate")] >= 7
+    assert values[("ray_snr_images_total", "doubtful", "simulate")] >= 2
+    assert values[("ray_snr_bytes_total", "simulate", "written")] >= 9
+    assert values[("ray_snr_training_images_per_second", "run")] == 12.5
+    assert values[("ray_snr_trials", "running")] == 2
+
+
+def test_dashboard_has_what_grafana_needs() -> None:
+    board = json.loads((CLUSTER / "grafana.json").read_text())
+    assert board["schemaVersion"] >= 36
+    assert {"title", "uid", "time", "templating"} <= set(board)
+    source = board["templating"]["list"][0]
+    assert (source["type"], source["query"]) == ("datasource", "prometheus")
+    panels = _panels()
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels]
+    assert len(set(places)) == len(panels)
+    for panel in panels:
+        assert panel["datasource"]["uid"] == f"${{{source['name']}}}"
+        assert panel["title"]
+        assert panel["targets"]
+        for target in panel["targets"]:
+            assert target["expr"].count("(") == target["expr"].count(")")
+    assert {"ray_snr_images_total", "ray_snr_bytes_total", "ray_snr_trials"} <= _asked()
+
+
+def test_scraper_reads_the_list_that_ray_keeps() -> None:
+    jobs = yaml.safe_load((CLUSTER / "prometheus.yml").read_text())["scrape_configs"]
+    files = jobs[0]["file_sd_configs"][0]["files"]
+    assert files == ["/tmp/ray/prom_metrics_service_discovery.json"]

@@ -1,0 +1,97 @@
+"""A forecast: arithmetic that can be followed, honest about where figures are from."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from snr_ray.cli import main
+from snr_ray.config import Config, InputError
+from snr_ray.stages.plan import Rates, forecast_job, measure, read_rates, table
+
+RATES = Rates(
+    size=128,
+    n_views=30,
+    channels=1,
+    images_per_s_per_core=10.0,
+    start_s=36.0,
+    output_bytes=20_000.0,
+    driver_bytes=1e9,
+    worker_bytes=8e8,
+    images_per_s_per_gpu=1000.0,
+)
+
+
+def test_forecast_is_start_and_images_over_rate() -> None:
+    job = forecast_job(RATES, images=720_000, nodes=5, cores=4, gpus=0, price=2.0)
+    assert job.hours == pytest.approx(36 / 3600 + 1.0)
+    assert job.price == pytest.approx(2.0 * 5 * job.hours)
+    assert job.output_bytes == 720_000 * 20_000
+    assert job.node_bytes == 4 * 8e8
+    assert job.head_bytes == 1e9
+    with_gpus = forecast_job(RATES, images=7_200_000, nodes=5, cores=4, gpus=2, price=None)
+    assert with_gpus.hours == pytest.approx(36 / 3600 + 1.0)
+    assert with_gpus.price is None
+
+
+@pytest.mark.parametrize("more", [{"nodes": 10}, {"cores": 8}])
+def test_twice_the_cores_take_half_the_time(more: dict[str, int]) -> None:
+    rates = dataclasses.replace(RATES, start_s=0.0)
+    base = {"images": 10**6, "nodes": 5, "cores": 4, "gpus": 0, "price": None}
+    one, two = (forecast_job(rates, **kind) for kind in (base, base | more))
+    assert two.hours == pytest.approx(one.hours / 2)
+
+
+def test_table_says_where_figures_are_from() -> None:
+    job = forecast_job(RATES, images=10**6, nodes=5, cores=4, gpus=0, price=2.0)
+    said = table(RATES, job, measured=True, cores=4, nodes=5, here=2)
+    hours = next(line for line in said.splitlines() if line.startswith("hours"))
+    assert hours.endswith("extrapolated: measured here, times 5 x 4 cores")
+    assert "20 GB" in said
+    assert all(("measured" in line or "given" in line or "reckoned" in line)
+               for line in said.splitlines())  # fmt: skip
+
+
+def test_rates_are_read_back_and_must_fit(tmp_path: Path) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps({"rates": dataclasses.asdict(RATES)}))
+    assert read_rates(file, 128, 30, 1, 2) == RATES
+    for size, views, channels in ((64, 30, 1), (128, 20, 1), (128, 30, 3)):
+        with pytest.raises(InputError, match="must be of the same images"):
+            read_rates(file, size, views, channels, 0)
+    without = dataclasses.replace(RATES, images_per_s_per_gpu=None)
+    file.write_text(json.dumps({"rates": dataclasses.asdict(without)}))
+    with pytest.raises(InputError, match="needs images_per_s_per_gpu"):
+        read_rates(file, 128, 30, 1, 1)
+    for text in ("", "{}", '{"rates": {}}', "[1]"):
+        file.write_text(text)
+        with pytest.raises(InputError, match="must be a file that `snr plan --out` wrote"):
+            read_rates(file, 128, 30, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--nodes", "0"], "--nodes must be at least 1"),
+        (["--size", "0"], "--size must be at least 1"),
+        (["--gpus", "1"], "--gpus needs --rates FILE"),
+        (["--rates", "none.json"], "must be a file that `snr plan --out` wrote"),
+    ],
+)
+def test_wrong_numbers_are_told(
+    more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--images", "1e6", "--size", "64", "--views", "20", *more]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_measured_rates_are_those_of_a_real_job(
+    tiny: Config, model_folder: Path, ray_2_cpus: None
+) -> None:
+    rates = measure(tiny, model=str(model_folder), size=16, n_views=6)
+    assert rates.images_per_s_per_core > 1
+    assert 0 <= rates.start_s < 120
+    assert 100 < rates.output_bytes < 2000
