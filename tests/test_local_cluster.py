@@ -40,7 +40,8 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "SNR_RAY_PORT": str(_free_port(6500)),
     }
     arguments = ["start", "--num-cpus=2", "--object-store-memory=200000000"]
-    subprocess.run([SCRIPT, *arguments], env=plain, check=True, capture_output=True)
+    started = subprocess.run([SCRIPT, *arguments], env=plain, capture_output=True, text=True)
+    assert started.returncode == 0, started.stderr
     setting = subprocess.run(
         ["bash", "-c", f'eval "$({SCRIPT} env)" && env -0'],
         env=plain, check=True, capture_output=True, text=True,

@@ -24,6 +24,8 @@ from snr_ray.config import InputError, Lost
 LOST = "Ray on this machine has ended, killed or out of memory (its logs are in {})"
 SHORT = Path("/tmp")
 """Where local files lie; not TMPDIR, as paths of Ray's sockets may have about 100 characters."""
+ATTEMPTS = 2
+"""Ray gives up a start after 30 seconds, which a busy machine may exceed; a second is quicker."""
 ANSWER_S = 10.0
 """How long a cluster may take to answer: one that is starting, or far away."""
 
@@ -47,18 +49,15 @@ def connected() -> Iterator[None]:
     elif address != "auto" and "://" not in address:
         check_cluster(address)
     stops = signal.getsignal(signal.SIGTERM)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    for attempt in range(ATTEMPTS):
         try:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=True,
-                **options,
-            )
+            _start(address, options)
+            break
         except Exception as error:  # Ray has no class of its own for most of what can happen
-            raise _sentence(address, error) from error
+            late = address == "local" and "timed out during startup" in str(error)
+            if not late or attempt == ATTEMPTS - 1:
+                raise _sentence(address, error) from error
+            ray.shutdown()  # what has started of it
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stops)  # Ray's own prints the stack of its C++
     quiet_data()
@@ -76,6 +75,18 @@ def connected() -> Iterator[None]:
         # A prefetching thread that is late finds Ray gone, which is no news.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.shutdown()
+
+
+def _start(address: str, options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+            **options,
+        )
 
 
 def check_cluster(address: str) -> None:
@@ -140,8 +151,8 @@ def _sentence(address: str, error: Exception) -> Exception:
     reason = " ".join(str(error).split())
     if "timed out during startup" in reason:
         return InputError(
-            "Ray must start within 30 seconds, but this machine is too busy for that; the same "
-            "command continues when there is less to do."
+            "Ray must start within 30 seconds, but this machine was twice too busy for that; the "
+            "same command continues when there is less to do."
         )
     if address == "local":
         return error

@@ -212,8 +212,8 @@ def test_pages_may_have_sizes_of_their_own_and_thumbnails_are_no_pages() -> None
 def test_resolution_profile_text_and_place_on_the_map_are_kept() -> None:
     geo = [(33550, "d", 3, (2.0, 2.0, 0.0), True), (42112, "s", 0, "<GDALMetadata/>", True)]
     data = tiff(RGB, photometric="rgb", resolution=(300, 200), resolutionunit="CENTIMETER",
-                iccprofile=b"profile" * 9, description="a slice of 2 \u00b5m".encode(), extratags=geo,
-                datetime="2020:01:02 03:04:05", software="scanner 1")  # fmt: skip
+                iccprofile=b"profile" * 9, description="a slice of 2 \u00b5m".encode(),
+                extratags=geo, datetime="2020:01:02 03:04:05", software="scanner 1")  # fmt: skip
     page = again(data)[1].pages[0]
     assert page.get_resolution() == (300, 200)
     assert page.tags[296].value == 3

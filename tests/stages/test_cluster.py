@@ -37,13 +37,17 @@ from snr_ray.stages.cluster import check_cluster, closed_folder, connected
 def test_ray_that_does_not_start(
     problem: Exception, raised: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tries = []
+
     def init(**_: object) -> None:
+        tries.append(problem)
         raise problem
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)  # a machine too busy for it cannot be had in a test
     with pytest.raises(raised, match=said), connected():
         pytest.fail("there is no cluster")
+    assert len(tries) == (2 if said == "too busy" else 1)
 
 
 def test_nothing_starts_ray_by_the_way() -> None:
@@ -208,6 +212,7 @@ def test_a_local_ray_is_closed_and_ends_in_a_sentence(how: str, tmp_path: Path) 
     )  # fmt: skip
     assert run.stdout
     pids = [int(pid) for pid in run.stdout.readline().split()]
+    assert pids, run.communicate()
     listening = set(run.stdout.readline().split())
     session = Path(run.stdout.readline().strip())
     assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
