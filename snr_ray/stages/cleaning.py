@@ -58,6 +58,8 @@ class Cleaning:
     source: Source
     images: ImagesConfig
     target: Target
+    per_value: int
+    """Bytes of memory that cleaning takes for each value of an image."""
     maker: "ray.ObjectRef"
     """device name -> FileSwapper; unpacked only where there is a model to be held."""
 
@@ -129,7 +131,7 @@ def _clean_block(job: "list[ray.ObjectRef]", indices: Indices) -> pa.Table:
     """All of a block: its rows and failures."""
     this = shared(job[0])
     files = read_files(this.source, indices.tolist())
-    return _table(_swapper(this).run(files, this.images, this.target))
+    return _table(_swapper(this).run(files, this.images, this.target, this.per_value))
 
 
 _clean = ray.remote(num_cpus=1, max_retries=0)(_clean_block)
@@ -157,9 +159,10 @@ Portion = tuple[list[Opened], int, list[Row]]
 def _read_block(job: "list[ray.ObjectRef]", indices: Indices) -> tuple[list[Portion], list[Stack]]:
     """Decoded images: what is to be known of the files, and the pixels."""
     this = shared(job[0])
+    files = read_files(this.source, indices.tolist())
     portions: list[Portion] = []
     stacks: list[Stack] = []
-    for opened, some, failed in open_files(read_files(this.source, indices.tolist()), this.images):
+    for opened, some, failed in open_files(files, this.images, this.per_value):
         portions.append((opened, len(some), failed))
         stacks += some
     return portions, stacks

@@ -46,6 +46,7 @@ from snr_ray.stages.fileswap import SwapperMaker
 from snr_ray.stages.imagefiles import OWN_NAMES, Doubtful, Target, check_output_names
 from snr_ray.stages.manifest import Manifest
 from snr_ray.stages.retrylist import asked_for
+from snr_ray.stages.room import bytes_per_value
 from snr_ray.stages.simulate import Outcome
 
 Array = npt.NDArray[np.float32]
@@ -148,6 +149,7 @@ def denoise(
                 source=source,
                 images=config.images,
                 target=Target(folder.claimed(), fingerprint(repr(identity)), injects, doubtful),
+                per_value=bytes_per_value(trained.config, told),
                 maker=ray.put(SwapperMaker(trained, pool, options)),
             )
             job.run(cleaning)

@@ -3,6 +3,7 @@
 Runs without Ray: what a test or a notebook runs is what the batch job runs.
 """
 
+import functools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from snr_ray.hashing import hash64
 from snr_ray.learning.checkpoint import TrainedModel
 from snr_ray.network.blocks import Normal
 from snr_ray.network.swap import NoiseCodes, detect, exchange, explained, swap
+from snr_ray.network.tiles import TILE, in_tiles
 from snr_ray.network.trust import doubtful
 from snr_ray.stages.imagefiles import (
     Answer,
@@ -63,11 +65,17 @@ class FileSwapper:
         device = trained.model.top.device
         self.pool = [torch.from_numpy(np.array(level)).to(device) for level in pool]
 
-    def run(self, files: Iterable[ImageFile], images: ImagesConfig, target: Target) -> list[Row]:
+    def run(
+        self,
+        files: Iterable[ImageFile],
+        images: ImagesConfig,
+        target: Target,
+        per_value: int = 0,
+    ) -> list[Row]:
         """Swap and write files. Returns a row for each: those of MANIFEST_SCHEMA, or a failure
         with id, stage and error. Raises NoRoom if nothing more can be written."""
         rows: list[Row] = []
-        for opened, stacks, failed in open_files(files, images):
+        for opened, stacks, failed in open_files(files, images, per_value):
             answers = [self.answer(stack) for stack in stacks]
             rows += failed + write_files(opened, stacks, answers, target)
         return rows
@@ -93,10 +101,20 @@ class FileSwapper:
         model, images = self.trained.model, stack.pixels
         ids = self._noise_ids(images)
         answer = Answer(images, donors, [""] * len(images))
+        noise = self._lent(donors, images)
+        if model.noise_maker is None and not self.samples and max(images.shape[2:]) > TILE:
+            made = functools.partial(swap, model)
+            answer.images = np.stack(
+                [
+                    in_tiles(image, functools.partial(made, noise=[z[k : k + 1] for z in noise]))
+                    for k, image in enumerate(images)
+                ]
+            )
+            return answer
         exchanged = exchange(
             model,
             images,
-            self._lent(donors, images),
+            noise,
             noise_ids=ids,
             geometry=self.geometry,
             explain=not self.inject,

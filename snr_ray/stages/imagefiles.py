@@ -24,6 +24,7 @@ from snr_ray.config import ImagesConfig, InputError
 from snr_ray.folder import Folder, NotShared
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.formats import OpenFile, open_file
+from snr_ray.stages.room import check_room
 
 Array = npt.NDArray[np.float32]
 Row = dict[str, Any]
@@ -199,11 +200,12 @@ def read_files(source: Source, indices: Iterable[int]) -> Iterator[ImageFile]:
 
 
 def open_files(
-    files: Iterable[ImageFile], images: ImagesConfig
+    files: Iterable[ImageFile], images: ImagesConfig, per_value: int = 0
 ) -> Iterator[tuple[list[Opened], list[Stack], list[Row]]]:
     """Decode files: portions of bounded size, each with its stacks and the failures before it.
 
-    Pictures of one portion that share a shape share stacks of at most PASS_PIXELS.
+    Pictures of one portion that share a shape share stacks of at most PASS_PIXELS. An image that
+    has no room in memory at `per_value` bytes for each value fails before it is decoded.
     """
     opened: list[Opened] = []
     pixels: list[list[Array]] = []
@@ -213,6 +215,7 @@ def open_files(
         try:
             if file.error:
                 raise InputError(file.error)
+            check_room(file.data, file.name, per_value)
             white = 1.0 if file.tensor else images.white
             one = open_file(file.data, file.name, white=white, window=images.window)
         except InputError as error:

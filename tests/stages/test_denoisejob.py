@@ -1,0 +1,208 @@
+"""How a job runs: bounds, lists of failures, names of its own, doubt, a GPU that is played."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from snr_ray.cli import main
+from snr_ray.config import Config, InputError
+from snr_ray.stages import room
+from snr_ray.stages.denoise import denoise
+from snr_ray.stages.denoisejob import Running
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
+# Models of random weights explain nothing, and what they write is what is looked at here.
+cleaning = functools.partial(denoise, Config(), doubtful="write")
+
+
+def rows(out: Path) -> dict[str, dict]:
+    return {row["id"]: row for row in pq.read_table(out / "manifest.parquet").to_pylist()}
+
+
+def test_names_of_the_job_never_meet_those_of_images(
+    model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    image = (image_folder / "a" / "00.png").read_bytes()
+    odd = ["parts", "manifest.parquet", "Report.html", "job.json", "failures.parquet_"]
+    for name in odd:
+        (image_folder / name).mkdir()
+        (image_folder / name / "x.png").write_bytes(image)
+    job = {"model": str(model_folder), "images": str(image_folder), "out": tmp_path / "out"}
+    for overwrite in (False, False, True):  # done, found done, done anew
+        outcome = cleaning(**job, overwrite=overwrite)
+        assert (outcome.images, outcome.failed) == (24 + len(odd), 0)
+        results = [tmp_path / "out" / row["output"] for row in rows(tmp_path / "out").values()]
+        assert len({path.resolve() for path in results}) == 24 + len(odd)
+        assert all(path.is_file() for path in results)
+    assert (tmp_path / "out" / "parts" / "x.png").is_file()
+    assert json.loads((tmp_path / "out" / "job.json").read_text())["stage"] == "denoise"
+
+
+def test_a_replaced_input_is_done_again_and_another_spelling_is_the_same_job(
+    model_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    cleaning(model=str(model_folder), images=str(image_folder), out=out)
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    replaced = image_folder / "a" / "00.png"
+    Image.fromarray(np.zeros((20, 18), np.uint8)).save(replaced)
+    monkeypatch.chdir(image_folder.parent)
+    assert cleaning(model=str(model_folder), images="./images/", out=out).images == 24
+    changed = {path for path in stamps if path.stat().st_mtime_ns != stamps[path]}
+    assert changed == {out / "a" / "00.png"}
+    assert len(pq.read_table(out / "manifest.parquet")) == 24
+
+
+def test_a_list_of_failures_is_a_list_of_images_to_do(
+    model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    good = (image_folder / "a" / "00.png").read_bytes()
+    for name in ("one.png", "two.png", "three.png"):
+        (image_folder / name).write_bytes(b"")
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert cleaning(model=str(model_folder), images=str(image_folder), out=out).failed == 3
+    (image_folder / "one.png").write_bytes(good)
+    (image_folder / "late.png").write_bytes(good)  # not in the list
+    failures = str(out / "failures.parquet")
+    outcome = cleaning(model=str(model_folder), images=failures, out=again)
+    assert (outcome.images, outcome.failed) == (1, 2)
+    assert set(rows(again)) == {"one.png"}
+    outcome = cleaning(model=str(model_folder), images=failures, out=out)
+    assert (outcome.images, outcome.failed) == (25, 2)
+    old = tmp_path / "old" / "failures.parquet"
+    old.parent.mkdir()
+    pq.write_table(pq.read_table(failures).replace_schema_metadata(None), old)
+    with pytest.raises(InputError, match="of an older snr_ray"):
+        cleaning(model=str(model_folder), images=str(old), out=tmp_path / "x")
+
+
+def test_too_many_failures_end_the_job_and_all_that_was_done_stays(
+    model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    for k in range(4):
+        (image_folder / f"bad{k}.png").write_bytes(b"")
+    job = {"model": str(model_folder), "images": str(image_folder), "out": tmp_path / "out"}
+    with pytest.raises(InputError, match=r"--max-failures 3 allows 3 of 28 .* but 4 of 28 did"):
+        cleaning(**job, running=Running(max_failures="3"))
+    assert len(pq.read_table(tmp_path / "out" / "failures.parquet")) == 4
+    assert len(rows(tmp_path / "out")) == 24
+    assert cleaning(**job, running=Running(max_failures="100%")).failed == 4
+    for text in ("many", "-1", "101%", "2.5", "nan%", "%"):
+        with pytest.raises(InputError, match="a number of images or a percentage"):
+            Running(max_failures=text)
+
+
+def test_doubtful_results_are_told_and_not_written_as_if_clean(
+    model_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A model of random weights explains nothing.
+    out = tmp_path / "out"
+    argv = ["denoise", "--model", str(model_folder), "--images", str(image_folder / "a"), "--out",
+            str(out), "--progress", "json"]  # fmt: skip
+    assert main(argv) == 3
+    said = capsys.readouterr()
+    assert "12 images are doubtful" in said.err
+    assert "12 of them doubtful" in (out / "report.html").read_text()
+    last = json.loads([line for line in said.err.splitlines() if line.startswith("{")][-1])
+    assert (last["done"], last["total"], last["failed"]) == (12, 12, 0)
+    assert {row["status"] for row in rows(out).values()} == {"doubtful"}
+    for path in (image_folder / "a").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert main([*argv, "--doubtful", "fail", "--overwrite"]) == 3
+    failures = pq.read_table(out / "failures.parquet").to_pylist()
+    assert {row["stage"] for row in failures} == {"doubtful"}
+    assert len(failures) == 12
+
+
+def test_an_image_without_room_in_memory_fails_alone(
+    model_folder: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (9000, 9000)).save(image_folder / "huge.png")
+    data = (image_folder / "huge.png").read_bytes()
+    monkeypatch.setattr(room, "node_memory", lambda: 8 * 2**30)
+    with pytest.raises(InputError, match=r"half of a node's 8 GB .* huge.png holds 81 million"):
+        room.check_room(data, "huge.png", 1000)
+    room.check_room(data, "huge.png", 0)
+    room.check_room((image_folder / "a" / "00.png").read_bytes(), "00.png", 10**9)
+
+
+def test_as_many_gpus_as_there_are(model_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    job = {"model": str(model_folder), "images": str(image_folder), "out": tmp_path / "out"}
+    with pytest.raises(InputError, match="at most the GPUs that Ray has, 0, but got 2"):
+        cleaning(**job, running=Running(gpus=2))
+    assert cleaning(**job, running=Running(gpus=0)).images == 24
+
+
+PLAYED = """
+import functools, os, sys, threading, time, uuid
+from pathlib import Path
+from snr_ray.cli import prepare_environment
+prepare_environment()
+import ray
+from snr_ray.config import Config, InputError
+from snr_ray.stages import denoise, denoisejob, fileswap
+model, images, out, log, n_gpus = *map(Path, sys.argv[1:5]), int(sys.argv[5])
+ray.init(address="local", num_cpus=2, num_gpus=n_gpus, include_dashboard=False,
+         log_to_driver=False, object_store_memory=200 * 2**20)
+denoisejob.MOST_IMAGES = denoisejob.GPU_BLOCK = 2
+
+class Slow:
+    def __init__(self, swapper):
+        self.swapper, self.now = swapper, 0
+        self.lock = threading.Lock()
+    def answer(self, stack):
+        with self.lock:
+            self.now += 1
+            (log / f"{os.getpid()}-{self.now}").touch()
+        time.sleep(0.3)
+        with self.lock:
+            self.now -= 1
+        return self.swapper.answer(stack)
+
+class Maker(fileswap.SwapperMaker):
+    def __call__(self, device):
+        (log / f"load-{os.getpid()}-{uuid.uuid4().hex}").touch()
+        return Slow(super().__call__(device))
+
+denoise.SwapperMaker = Maker
+try:
+    done = denoise.denoise(Config(), model=str(model), images=str(images), out=out,
+                           doubtful="write")
+    print(done.images, done.failed)
+except InputError as error:
+    print(error)
+"""
+
+
+def test_gpus_hold_the_model_once_and_have_several_batches_at_hand(
+    model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    # Ray counts a GPU that is the processor: who loads, who swaps, and how much at once.
+    (tmp_path / "log").mkdir()
+    command = [sys.executable, "-c", PLAYED, str(model_folder), str(image_folder),
+               str(tmp_path / "out"), str(tmp_path / "log"), "1"]  # fmt: skip
+    env = {**os.environ, "SNR_RAY_GPU_IS_CPU": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["24", "0"], done.stdout + done.stderr
+    log = [path.name.split("-") for path in (tmp_path / "log").iterdir()]
+    loads = [pid for kind, pid, *_ in log if kind == "load"]
+    assert len(loads) == 1
+    assert {pid for pid, *_ in log if pid != "load"} == set(loads)
+    assert max(int(count) for pid, count, *_ in log if pid != "load") == 2
+    cleaning(model=str(model_folder), images=str(image_folder), out=tmp_path / "cores")
+    for name in rows(tmp_path / "cores"):
+        same = (tmp_path / "out" / name).read_bytes() == (tmp_path / "cores" / name).read_bytes()
+        assert same, name
+    # Without torch's leave, one sentence.
+    env.pop("SNR_RAY_GPU_IS_CPU")
+    command[5] = str(tmp_path / "refused")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert "torch finds none on" in done.stdout
