@@ -12,30 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from skimage.transform import iradon, radon
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.images.datafolder import DataFolder
-from snr_ray.images.formats import decode
-from snr_ray.images.sources import open_source
 from snr_ray.learning.batches import PairFeed, Pairs, Share
-from snr_ray.learning.checkpoint import load_model, save_model
-from snr_ray.learning.fit import Learner, donor_codes
+from snr_ray.learning.fit import Learner
 from snr_ray.learning.shardfeed import ShardFeed
 from snr_ray.metrics import as_json
-from snr_ray.network.hvae import HVAE
-from snr_ray.network.swap import swap
 from snr_ray.noise.operator import NoiseSpec, RadonNoise
 from snr_ray.outputs import write_atomic
 from snr_ray.scoring.report import memory_plot
+from snr_ray.stages.benchdenoise import measure_denoise
 from snr_ray.stages.benchjob import CURVE, Rows, measure_job
 from snr_ray.stages.benchstep import measure_step
 from snr_ray.stages.cluster import connected
 from snr_ray.stages.dataset import Origin, collect_pairs, open_rows
-from snr_ray.stages.denoise import denoise
 from snr_ray.stages.simulate import simulate
 from snr_ray.stages.sweep import sweep
 
@@ -56,7 +49,7 @@ def bench(config: Config, name: str, *, out: Path | None) -> int:
         "simulate": measure_job,
         "data": _data,
         "train": measure_step,
-        "denoise": _denoise,
+        "denoise": measure_denoise,
         "sweep": _sweep,
     }
     rows = measures[name](config)
@@ -209,40 +202,6 @@ def _feed_cost(learner: Learner, feeds: dict[str, PairFeed | ShardFeed]) -> Rows
             "feed_cost_percent": 100 * (float(np.median(times)) / bare - 1),
         }
         for what, times in seconds.items()
-    ]
-
-
-def _denoise(config: Config) -> Rows:
-    """The batch job against a plain loop over the same files in one process."""
-    with tempfile.TemporaryDirectory() as folder, connected():
-        pairs = _pairs(config)
-        learner = Learner(config)
-        model, images = Path(folder) / "model", Path(folder) / "images"
-        assert isinstance(learner.average, HVAE)
-        codes = donor_codes(learner.average, pairs)
-        save_model(model, config, learner.average, codes, {}, "snr bench denoise (untrained)")
-        source = open_source("glyphs")
-        images.mkdir()
-        for k, index in enumerate(source.select("train", BULK_IMAGES)):
-            pixels = (source.load(index, config.images) * 255).round().astype(np.uint8)
-            Image.fromarray(pixels[0]).save(images / f"{k:05d}.png")
-        files = sorted(images.iterdir())
-        trained = load_model(model)
-        torch.set_num_threads(1)
-
-        def loop() -> None:
-            for start in range(0, len(files), 64):
-                part = files[start : start + 64]
-                arrays = [decode(path.read_bytes(), path.name).pixels for path in part]
-                swap(trained.model, np.stack(arrays), trained.codes.mean(0))
-
-        plain = len(files) / _seconds(loop)
-        since = time.perf_counter()
-        denoise(config, model=str(model), images=str(images), out=Path(folder) / "out")
-        job = len(files) / (time.perf_counter() - since)
-    return [
-        {"what": "plain loop, 1 core, nothing written", "images_per_s": plain},
-        {"what": "snr denoise, start included", "images_per_s": job},
     ]
 
 

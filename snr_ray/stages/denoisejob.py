@@ -120,7 +120,10 @@ class Job:
         """
         n_gpus = self._gpus()
         work = on_gpus(cleaning, n_gpus) if n_gpus else on_cores(cleaning)
-        per_block = self._per_block() * (GPU_BLOCK if n_gpus else 1)
+        self.drive(work, self._per_block() * (GPU_BLOCK if n_gpus else 1))
+
+    def drive(self, work: bulk.Work, per_block: int) -> None:
+        """The same by any work; raises as `run`."""
         passed = self.done | ~self.asked.wanted
         blocks = bulk.plan(len(passed), passed, per_block)
         try:
