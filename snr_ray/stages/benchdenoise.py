@@ -280,9 +280,7 @@ def _idle_driver(images: Path, out: Path, start: Any) -> dict[str, float]:
     job = Job(asked, place, ImagesConfig(), Running(), rows, done)
     with connected():
         ref, width = ray.put(source), 2 * cpus()
-        work = Work(
-            lambda block: _nothing.remote([ref], block.indices), lambda: width, _never_killed
-        )
+        work = Work(lambda block: _nothing.remote([ref], block.indices), lambda: width, _never)
         for warm in [work.start(Block(np.zeros(1, np.int64))) for _ in range(width)]:
             ray.get(warm)
         since, before = time.perf_counter(), time.process_time()
@@ -309,7 +307,7 @@ def _nothing(job: "list[ray.ObjectRef]", indices: np.ndarray) -> pa.Table:
     return pa.table(columns, schema=ROW_SCHEMA)
 
 
-def _never_killed(index: int, reason: str) -> pa.Table:
+def _never(index: int, stage: str, reason: str) -> pa.Table:
     raise AssertionError(reason)
 
 

@@ -3,8 +3,8 @@
     plan --blocks--> work, a bounded number at once --tables--> who asked
 
 The driver keeps no list of images or blocks, so its memory and its time to the first result do not
-grow with the collection. A block whose worker is killed is halved until the image that does it is
-alone; it then gets a process of its own, and fails when that is killed too.
+grow with the collection. A block that ends in an error, or whose worker is killed, is halved until
+the image that does it is alone; that fails, of a kill when a process of its own is killed, too.
 """
 
 import time
@@ -34,7 +34,6 @@ _LOST = (
     lost.ObjectLostError,
     lost.ActorDiedError,
     lost.ActorUnavailableError,
-    lost.LocalRayletDiedError,
 )
 
 
@@ -60,8 +59,8 @@ class Work:
     """Starts a block; the reference is to its table."""
     width: Callable[[], int]
     """How many blocks should be under way."""
-    killed: Callable[[int, str], pa.Table]
-    """The table of an image whose process was killed, and by what."""
+    failed: Callable[[int, str, str], pa.Table]
+    """The table of an image that cannot be done: `killed` or `error`, and the reason."""
 
 
 def plan(n_images: int, done: npt.NDArray[np.bool_], per_block: int) -> Iterator[Block]:
@@ -103,18 +102,11 @@ def tables(
                 moved = time.monotonic()
                 try:
                     yield ray.get(ref)
-                except _LOST as error:
-                    rest, table = _after_kill(block, error, work)
-                    again.extend(rest)
-                    if table is not None:
-                        yield table
-                except ray.exceptions.RayTaskError as error:
-                    cause = error.cause
+                except (*_LOST, lost.RayTaskError) as error:
+                    cause = error.cause if isinstance(error, lost.RayTaskError) else error
                     if isinstance(cause, InputError):
                         raise cause from None
-                    if not isinstance(cause, _LOST):
-                        raise
-                    rest, table = _after_kill(block, cause, work)
+                    rest, table = _after(block, cause, work)
                     again.extend(rest)
                     if table is not None:
                         yield table
@@ -125,20 +117,25 @@ def tables(
             ray.cancel(ref, force=False)
 
 
-def _after_kill(block: Block, error: Exception, work: Work) -> tuple[list[Block], pa.Table | None]:
-    """What is tried next of a block whose process was killed."""
+def _after(block: Block, error: Exception, work: Work) -> tuple[list[Block], pa.Table | None]:
+    """What is tried next of a block that ended in an error, and what is given up."""
+    killed = isinstance(error, _LOST)
     if len(block.indices) > 1:
         halves = np.array_split(block.indices, 2)
-        return [Block(half, kills=int(len(half) == 1)) for half in halves], None
-    if block.kills < KILLS:
+        return [Block(half, kills=int(killed and len(half) == 1)) for half in halves], None
+    if killed and block.kills < KILLS:
         return [Block(block.indices, block.kills + 1)], None
-    return [], work.killed(int(block.indices[0]), _reason(error))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, lost.OutOfMemoryError):
-        return "memory was short"
-    return "its process ended without a word, as one does that is out of memory or crashes"
+    if not killed:
+        said = " ".join(str(error).split())[:300]
+        reason = f"It ended in an error that is not known here ({type(error).__name__}: {said})."
+    elif isinstance(error, lost.OutOfMemoryError):
+        reason = "Its process was killed each time it was tried: the node ran out of memory."
+    else:
+        reason = (
+            "Its process was killed each time it was tried, as those are that crash or need more "
+            "memory than there is."
+        )
+    return [], work.failed(int(block.indices[0]), "killed" if killed else "error", reason)
 
 
 def _stalled(under_way: "dict[ray.ObjectRef, Block]", minutes: float) -> str:

@@ -71,21 +71,28 @@ def on_cores(job: Cleaning) -> Work:
     def start(block: Block) -> "ray.ObjectRef":
         return (_clean_alone if block.alone else _clean).remote([ref], block.indices)
 
-    return Work(start, _Width(), _killed(job))
+    return Work(start, _Width(), _failed(job))
 
 
-def on_gpus(job: Cleaning, n_gpus: int) -> Work:
+def on_gpus(job: Cleaning, n_gpus: int, wait_minutes: float) -> Work:
     """Blocks through actors with a GPU each.
 
     Raises:
-        InputError: if Ray counts GPUs that torch cannot use.
+        InputError: if Ray counts GPUs that torch cannot use, or that others do not give back.
     """
     ref = ray.put(job)
     gpu = ray.remote(_Gpu).options(
         num_gpus=1, num_cpus=0, max_restarts=-1, max_concurrency=LOADS_TOGETHER
     )
     actors = [gpu.remote([ref]) for _ in range(n_gpus)]
-    problems = [said for said in ray.get([actor.problem.remote() for actor in actors]) if said]
+    asked = [actor.problem.remote() for actor in actors]
+    try:
+        problems = [said for said in ray.get(asked, timeout=60 * wait_minutes) if said]
+    except ray.exceptions.GetTimeoutError:
+        raise InputError(
+            f"{n_gpus} GPUs must be free within {wait_minutes:g} minutes, but others hold them; "
+            "ask for fewer with --gpus, or give --stall more minutes."
+        ) from None
     if problems:
         raise InputError(problems[0])
     turn = 0
@@ -97,7 +104,7 @@ def on_gpus(job: Cleaning, n_gpus: int) -> Work:
         answers = actors[turn].answer.remote(stacks)
         return _write.remote([ref], opened, stacks, answers)
 
-    return Work(start, _Width(more=2 * LOADS_TOGETHER * n_gpus), _killed(job))
+    return Work(start, _Width(more=2 * LOADS_TOGETHER * n_gpus), _failed(job))
 
 
 class _Width:
@@ -113,11 +120,9 @@ class _Width:
         return self.width
 
 
-def _killed(job: Cleaning) -> Callable[[int, str], pa.Table]:
-    def row(index: int, reason: str) -> pa.Table:
-        file = ImageFile(job.source.ids[index], "", "", b"")
-        said = f"The image could not be done: {reason}, each time it was tried."
-        return _table([failure(file, "killed", said)])
+def _failed(job: Cleaning) -> Callable[[int, str, str], pa.Table]:
+    def row(index: int, stage: str, reason: str) -> pa.Table:
+        return _table([failure(ImageFile(job.source.ids[index], "", "", b""), stage, reason)])
 
     return row
 

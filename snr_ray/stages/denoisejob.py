@@ -119,7 +119,8 @@ class Job:
             InputError: if the job cannot go on; all that was done is kept.
         """
         n_gpus = self._gpus()
-        work = on_gpus(cleaning, n_gpus) if n_gpus else on_cores(cleaning)
+        wait = self.running.stall_minutes
+        work = on_gpus(cleaning, n_gpus, wait) if n_gpus else on_cores(cleaning)
         self.drive(work, self._per_block() * (GPU_BLOCK if n_gpus else 1))
 
     def drive(self, work: bulk.Work, per_block: int) -> None:

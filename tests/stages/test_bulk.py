@@ -17,21 +17,27 @@ from snr_ray.stages.bulk import Block, Work, plan, tables
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 
 
-def work(poison: tuple[int, ...] = (), *, sleep: float = 0.0, width: int = 3) -> Work:
+def work(
+    poison: tuple[int, ...] = (), *, odd: int = -1, sleep: float = 0.0, width: int = 3
+) -> Work:
     """Tables of indices; a worker that meets a poisonous one is killed as by the kernel."""
 
     def rows(indices: np.ndarray) -> pa.Table:
         for index in indices:
             if index in poison:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if index == odd:
+                raise KeyError("nobody thought of this")
         time.sleep(sleep)
         return pa.table({"index": indices, "why": [""] * len(indices)})
 
     task = ray.remote(num_cpus=1, max_retries=0)(rows)
     return Work(
         start=lambda block: task.remote(block.indices),
-        width=lambda: width,
-        killed=lambda index, why: pa.table({"index": np.array([index]), "why": [why]}),
+        width=lambda: 3,
+        failed=lambda index, kind, why: pa.table(
+            {"index": np.array([index]), "why": [f"{kind}: {why}"]}
+        ),
     )
 
 
@@ -46,10 +52,12 @@ def test_blocks_have_the_same_borders_whatever_is_done() -> None:
 
 def test_an_image_that_kills_its_process_takes_no_other_with_it() -> None:
     blocks = plan(40, np.zeros(40, bool), 10)
-    found = pa.concat_tables(tables(blocks, work((17, 31)))).to_pylist()
+    found = pa.concat_tables(tables(blocks, work((17,), odd=31))).to_pylist()
     assert sorted(row["index"] for row in found) == list(range(40))
-    assert {row["index"] for row in found if row["why"]} == {17, 31}
-    assert "crashes" in next(row["why"] for row in found if row["why"])
+    why = {row["index"]: row["why"] for row in found if row["why"]}
+    assert set(why) == {17, 31}
+    assert "killed: Its process was killed each time" in why[17]
+    assert "error: It ended in an error that is not known here (KeyError" in why[31]
 
 
 def test_blocks_are_planned_as_they_are_needed() -> None:
@@ -83,6 +91,8 @@ def test_what_a_task_says_of_the_whole_job_ends_it() -> None:
         list(
             tables(
                 plan(9, np.zeros(9, bool), 3),
-                Work(lambda block: task.remote(block.indices), lambda: 2, lambda i, why: None),
+                Work(
+                    lambda block: task.remote(block.indices), lambda: 2, lambda i, kind, why: None
+                ),
             )
         )
