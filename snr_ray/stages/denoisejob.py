@@ -245,7 +245,7 @@ class Job:
                     "written where this machine does not see them; the same command makes them "
                     "anew."
                 )
-        return Outcome(Path(str(self.out)), summary.images, n_failed, summary.doubtful)
+        return Outcome(self.out, summary.images, n_failed, summary.doubtful)
 
     def _say(self, summary: Summary, trained: TrainedModel) -> None:
         its = trained.config.images
