@@ -17,6 +17,7 @@ from snr_ray.network.blocks import Normal, unexplained
 from snr_ray.network.correction import corrected
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.noisemaker import noise_of
+from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import NoiseSpec
 
 Array = npt.NDArray[np.float32]
@@ -132,6 +133,7 @@ def swap(
     normal: Normal | None = None,
     noise_ids: npt.NDArray[np.int64] | None = None,
     geometry: NoiseSpec | None = None,
+    told: npt.NDArray[np.int64] | None = None,
     prior_levels: int = 0,
 ) -> Array:
     """The images alone of `exchange`, which see: [B, C, H, W] float32, not clipped."""
@@ -142,6 +144,7 @@ def swap(
         normal=normal,
         noise_ids=noise_ids,
         geometry=geometry,
+        told=told,
         prior_levels=prior_levels,
     ).images
 
@@ -155,6 +158,7 @@ def exchange(
     normal: Normal | None = None,
     noise_ids: npt.NDArray[np.int64] | None = None,
     geometry: NoiseSpec | None = None,
+    told: npt.NDArray[np.int64] | None = None,
     prior_levels: int = 0,
     explain: bool = False,
 ) -> Exchanged:
@@ -177,6 +181,8 @@ def exchange(
         noise_ids: [B] known or detected ids of the images, for a model with model.physics.
         geometry: how all of the images were made, for a model that `unrolls`; None: as their noise
             codes say.
+        told: [B] view counts of the images, where they differ, for a model of a range of them: 0
+            of clean ones, below 0 where it is for their noise codes to say.
         prior_levels: so many of the finest levels take their content from the prior.
         explain: also say how well the result explains the images, of a model that `unrolls`.
     """
@@ -194,8 +200,15 @@ def exchange(
     if noise is not None:  # a single code serves all; otherwise each image lends to its channels
         noise = [code.repeat_interleave(apart, 0) if len(code) > 1 else code for code in noise]
     ids = None if noise_ids is None else torch.from_numpy(noise_ids.repeat(apart)).to(x.device)
+    counts = None if told is None else torch.from_numpy(told.repeat(apart)).to(x.device)
     infer = functools.partial(
-        model, x, normal=normal, noise_ids=ids, geometry=geometry, prior_levels=prior_levels
+        model,
+        x,
+        normal=normal,
+        noise_ids=ids,
+        geometry=geometry,
+        told=counts,
+        prior_levels=prior_levels,
     )
     if noise is None or model.one_pass:
         inference = infer(noise=noise)
@@ -207,6 +220,9 @@ def exchange(
     decibels = n_views = None
     if maker is not None and shares is not None:
         side = max(images.shape[2:])
+        if counts is not None:
+            assert isinstance(maker, ViewCountMaker)
+            shares = maker.told(shares, counts, side)
         of_image = shares.reshape(batch, apart, -1).mean(1)
         n_views = maker.counts(of_image, side).cpu().numpy()
         with torch.inference_mode(mode=False):  # gradients go back through what is made
@@ -230,7 +246,11 @@ def exchange(
 
 @torch.inference_mode()
 def explained(
-    model: HVAE, images: Array, clean: Array, geometry: NoiseSpec | None = None
+    model: HVAE,
+    images: Array,
+    clean: Array,
+    geometry: NoiseSpec | None = None,
+    told: npt.NDArray[np.int64] | None = None,
 ) -> npt.NDArray[np.float64]:
     """How well noisy images are explained by what they were cleaned to: PSNR in dB, [B].
 
@@ -244,14 +264,21 @@ def explained(
         model: one that `unrolls`.
         images: noisy ones [B, C, H, W].
         clean: what became of them, of the same shape.
-        geometry: as `swap` was told.
+        geometry: as `swap` was told, and so `told`.
     """
     seen, guess = _tensor(model, images), _tensor(model, clean)
     if geometry is not None:
         again = noise_of(geometry, guess)
     else:
-        assert model.noise_maker is not None
-        again = model.noise_maker(guess, model.noise_maker.shares(_noise_codes(model, images)))
+        maker = model.noise_maker
+        assert maker is not None
+        shares = maker.shares(_noise_codes(model, images))
+        if told is not None:
+            assert isinstance(maker, ViewCountMaker)
+            shares = maker.told(
+                shares, torch.from_numpy(told).to(shares.device), max(seen.shape[2:])
+            )
+        again = maker(guess, shares)
     return _decibels(unexplained(seen, again), len(images))
 
 

@@ -88,7 +88,7 @@ def denoise(
             model was trained on, or any for a model of a range.
         n_views: view count of the images, for a model with model.physics (one that it was trained
             on) or model.unrolled (any); None leaves it to the noise code of each image, which knows
-            those that the model was trained on. "detect" tries all on the first images: the one
+            those that the model was trained on, and finds each by itself for a model of a range. "detect" tries all on the first images: the one
             whose noise explains them best is taken for all of them.
         doubtful: what becomes of results that do not explain their inputs: `write` them, `copy` the
             inputs' pixels in their place, or `fail` the images.

@@ -21,6 +21,7 @@ from snr_ray.network.blocks import Normal
 from snr_ray.network.swap import NoiseCodes, detect, exchange, explained, swap
 from snr_ray.network.tiles import TILE, in_tiles
 from snr_ray.network.trust import doubtful
+from snr_ray.network.views import SMALLEST_SIDE, explaining, find_views
 from snr_ray.stages.imagefiles import (
     Answer,
     ImageFile,
@@ -57,7 +58,8 @@ class FileSwapper:
                 standard deviation.
             seed: of the choice of donors and of the samples.
             inject: the images are clean, and the pool is of noisy donors: noise of so many views.
-            n_views: view count of the images, for a model that can be told; None detects it.
+            n_views: view count of the images, for a model that can be told; None leaves it to the
+                noise codes, and of a model of a range finds that of each image.
         """
         self.inject, self.n_views = inject, n_views
         self.geometry = None if n_views is None else trained.geometry(n_views)
@@ -99,7 +101,7 @@ class FileSwapper:
 
     def _answer(self, stack: Stack, donors: list[int]) -> Answer:
         model, images = self.trained.model, stack.pixels
-        ids = self._noise_ids(images)
+        ids, found = self._noise_ids(images), self._found(images)
         answer = Answer(images, donors, [""] * len(images))
         noise = self._lent(donors, images)
         if model.noise_maker is None and not self.samples and max(images.shape[2:]) > TILE:
@@ -117,13 +119,14 @@ class FileSwapper:
             noise,
             noise_ids=ids,
             geometry=self.geometry,
+            told=found,
             explain=not self.inject,
         )
         answer.n_views = exchanged.n_views
         if self.samples:
-            answer.images, answer.deviations = self._sample(stack, donors, ids)
+            answer.images, answer.deviations = self._sample(stack, donors, ids, found)
             if exchanged.explained is not None:
-                answer.explained = explained(model, images, answer.images, self.geometry)
+                answer.explained = explained(model, images, answer.images, self.geometry, found)
         else:
             answer.images, answer.explained = exchanged.images, exchanged.explained
         if self.inject:
@@ -152,7 +155,23 @@ class FileSwapper:
             return np.full(len(images), self.trained.noise_id(self.n_views))
         return detect(self.trained.model, self.trained.codes, images)
 
-    def _sample(self, stack: Stack, donors: list[int], ids: Ids | None) -> tuple[Array, Array]:
+    def _found(self, images: Array) -> Ids | None:
+        """View counts of noisy images [B, C, H, W] that nobody has told, each found by itself; of
+        a model of a range, whose noise codes come near and no further. None elsewhere."""
+        trained = self.trained
+        if self.inject or self.n_views is not None or trained.views is None:
+            return None
+        counts, clean = trained.guess_views(images), trained.codes.mean(0)
+        if min(images.shape[2:]) < SMALLEST_SIDE:
+            return None
+        for k in np.flatnonzero(counts):
+            explains = explaining(trained.model, clean, images[k : k + 1], trained.geometry)
+            counts[k] = find_views([images[k]], explains, int(counts[k]))
+        return counts
+
+    def _sample(
+        self, stack: Stack, donors: list[int], ids: Ids | None, found: Ids | None
+    ) -> tuple[Array, Array]:
         """Mean and standard deviation over posterior samples: each [B, C, H, W]."""
         means, deviations = [], []
         for k, (image, donor, name) in enumerate(zip(stack.pixels, donors, stack.ids, strict=True)):
@@ -168,6 +187,7 @@ class FileSwapper:
                         noise,
                         noise_ids=own,
                         geometry=self.geometry,
+                        told=None if found is None else found[k : k + 1],
                         normal=normal,
                     )
                     for _ in range(self.samples)

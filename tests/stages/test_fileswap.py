@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from snr_ray import configfile as configs
 from snr_ray.config import ImagesConfig
 from snr_ray.folder import LocalFolder
 from snr_ray.hashing import hash64
+from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.metrics import psnr
 from snr_ray.network.swap import swap
@@ -137,6 +139,38 @@ def test_a_model_of_a_range_injects_a_view_count_at_every_size(
         x = torch.from_numpy(image)[None, None]
         noisy = trained.model(x, noise=trained.codes.mean(0), wanted=torch.tensor([9])).image
         np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), noisy[0, 0], atol=1e-3)
+
+
+def test_a_model_of_a_range_finds_the_view_count_of_each_image(
+    range_folder: Path, tmp_path: Path
+) -> None:
+    # Photographs of several counts in one stack, cleaned as if each had been told.
+    config = configs.load([], ["images.size=48"]).images
+    source = open_source("photos")
+    clean = np.stack([source.load(row, config) for row in (3, 900, 2000)])
+    counts, files = (13, 20, 30), []
+    noisy = [noise_operator(NoiseSpec(n), 48, 48)(x) for n, x in zip(counts, clean, strict=True)]
+    for k, image in enumerate(noisy):
+        out = io.BytesIO()
+        np.save(out, image[0])
+        files.append(ImageFile(f"{k}", f"{k}.npy", f"{k}.npy", out.getvalue()))
+    trained = load_model(range_folder)
+    maker = trained.model.noise_maker
+    assert isinstance(maker, ViewCountMaker)
+    maker.reading.weight[0], maker.reading.bias[0] = 0.0, 20.0  # all are noisy
+    pool = [level.mean(0, keepdim=True).numpy() for level in trained.donors(0, 16, 16)]
+    for samples in (0, 2):
+        out_ = tmp_path / str(samples)
+        target = Target(LocalFolder(out_), inject=False, doubtful="write")
+        swapper = FileSwapper(trained, pool, samples=samples)
+        rows = swapper.run(files, ImagesConfig(white=1.0), target)
+        assert [row["n_views"] for row in sorted(rows, key=lambda row: row["id"])] == list(counts)
+        if samples:
+            continue
+        for k, n_views in enumerate(counts):
+            code = [torch.from_numpy(level) for level in pool]
+            told = swap(trained.model, noisy[k][None], code, geometry=NoiseSpec(n_views))
+            np.testing.assert_allclose(np.load(out_ / f"{k}.npy"), told[0, 0].clip(0, 1), atol=1e-3)
 
 
 def test_injected_noise_leaves_the_range_in_float_files_alone(
