@@ -29,7 +29,15 @@ from snr_ray.scoring.report import JobPage, denoise_report
 from snr_ray.stages import bulk, manifest, retrylist
 from snr_ray.stages.cleaning import Cleaning, on_cores, on_gpus
 from snr_ray.stages.cluster import gpus
-from snr_ray.stages.imagefiles import MANIFEST_SCHEMA, NO_ROOM, OWN_NAMES, PASS_PIXELS, no_room
+from snr_ray.stages.counters import count_images
+from snr_ray.stages.imagefiles import (
+    DOUBTFUL,
+    MANIFEST_SCHEMA,
+    NO_ROOM,
+    OWN_NAMES,
+    PASS_PIXELS,
+    no_room,
+)
 from snr_ray.stages.manifest import Manifest, Summary
 from snr_ray.stages.simulate import Outcome
 
@@ -152,6 +160,7 @@ class Job:
                     pa.table([bad["id"], bad["stage"], bad["error"]], schema=FAILURES_SCHEMA)
                 )
                 self.n_failed += len(bad)
+                count_images("denoise", failed=len(bad))
                 table = table.filter(pc.invert(failed))
             try:
                 self.rows.add(table.select(MANIFEST_SCHEMA.names))
@@ -159,6 +168,8 @@ class Job:
                 if error.errno in NO_ROOM:
                     raise no_room(self.out, error) from None
                 raise
+            doubtful = pc.sum(pc.equal(table["status"], DOUBTFUL)).as_py() or 0
+            count_images("denoise", done=len(table), doubtful=doubtful)
             self.curve.append((time.monotonic() - since, n_done))
             if len(self.curve) > 2 * CURVE_POINTS:
                 self.curve = self.curve[::2]

@@ -52,6 +52,7 @@ from snr_ray.scoring.scores import Row, Scorer
 from snr_ray.stages.cluster import connected, shared
 from snr_ray.stages.dataset import Origin, collect_pairs, count_rows, gather, open_rows
 from snr_ray.stages.simulate import Outcome
+from snr_ray.stages.waiting import patience
 
 Array = npt.NDArray[np.float32]
 
@@ -158,10 +159,11 @@ def evaluate(
         tables = []
         progress = Progress("evaluate", n_test)
         done_images = 0
-        for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
-            tables.append(table)
-            done_images += len(pc.unique(table["id"]))
-            progress.update(done_images)
+        with patience("evaluate", lambda: done_images):
+            for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+                tables.append(table)
+                done_images += len(pc.unique(table["id"]))
+                progress.update(done_images)
         outcome = rows.select_columns(["id", "error"]).iter_rows()
         failures = [
             {"id": row["id"], "stage": "read", "reason": row["error"]}

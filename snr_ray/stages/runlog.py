@@ -16,6 +16,7 @@ from snr_ray.learning.fit import Metrics
 from snr_ray.metrics import as_json
 from snr_ray.outputs import Progress, write_atomic
 from snr_ray.scoring.runpage import Array, png, run_page
+from snr_ray.stages.counters import show_training
 
 WAITING_S = 30.0
 """A run that waits for processors says so every so many seconds."""
@@ -117,6 +118,8 @@ class Watch:
                 if name in row:
                     self.val = f"{name.partition('_')[0]} {row[name]:.1f} dB"
         if curve := [row for row in new if "images_per_s" in row]:
+            rate = curve[-1]["images_per_s"]
+            show_training(self.path.parent.name, int(curve[-1]["step"]), rate)
             self.progress.update(
                 int(curve[-1]["step"]), self._note(curve[-1]), per_unit=self.batch_size
             )

@@ -43,6 +43,7 @@ from snr_ray.outputs import Progress, claim
 from snr_ray.stages.cluster import connected, cpus, shared
 from snr_ray.stages.counters import count_bytes, count_images
 from snr_ray.stages.inputs import open_images
+from snr_ray.stages.waiting import patience
 
 SHARD_BYTES = 128 * 2**20
 """Tensors of a shard; readers want files of 64 to 256 MB."""
@@ -213,18 +214,19 @@ def _write_shards(
     )
     items = ray.data.from_items(todo, override_num_blocks=len(todo))
     results = items.map_batches(task, batch_size=1, batch_format="pyarrow")
-    for batch in results.iter_batches(batch_size=None, batch_format="numpy"):
-        errors = [error for error in batch["error"] if error]
-        if errors:
-            raise InputError(
-                f"{out} must be a folder that can be written, but {errors[0]}; {done:,} of "
-                f"{total:,} images are done: mend it and run the same command to continue."
-            )
-        rows, failed = int(batch["rows"].sum()), int(batch["failed"].sum())
-        count_images("simulate", read=rows, done=rows - failed, failed=failed)
-        count_bytes("simulate", written=int(batch["bytes"].sum()))
-        done += rows
-        progress.update(done)
+    with patience("simulate", lambda: done):
+        for batch in results.iter_batches(batch_size=None, batch_format="numpy"):
+            errors = [error for error in batch["error"] if error]
+            if errors:
+                raise InputError(
+                    f"{out} must be a folder that can be written, but {errors[0]}; {done:,} of "
+                    f"{total:,} images are done: mend it and run the same command to continue."
+                )
+            rows, failed = int(batch["rows"].sum()), int(batch["failed"].sum())
+            count_images("simulate", read=rows, done=rows - failed, failed=failed)
+            count_bytes("simulate", written=int(batch["bytes"].sum()))
+            done += rows
+            progress.update(done)
 
 
 def _write_shard(
