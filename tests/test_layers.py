@@ -86,9 +86,9 @@ def test_imports_point_downwards_only() -> None:
     ("place", "line"),
     [
         ("hashing.py", "import numba"),
-        ("hashing.py", "from snr_ray.noise.rows import Rows"),
+        ("hashing.py", "from snr_ray.noise.rays import tiles"),
         ("outputs.py", "from snr_ray.cli import main"),
-        ("noise/rows.py", "from snr_ray.images.formats import decode"),
+        ("noise/rays.py", "from snr_ray.images.formats import decode"),
         ("noise/lmmse.py", "import torch"),
         ("images/files.py", "from snr_ray.network import swap"),
         ("images/files.py", "import torch"),

@@ -5,21 +5,15 @@ content code is that of a clean image, and the noise code says what was done to 
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from snr_ray.noise.operator import NoiseSpec, RadonNoise
+from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.noise.tensors import TorchNoise
 
 NEGLIGIBLE = 1e-3
 """Shares of a noise id below it are not made: most images need one operator or none."""
-SHAPES = 3
-"""Shapes of images whose operators are kept in each process: large ones take a gigabyte."""
-OPERATORS = 16
-"""Operators that are kept of each shape."""
 
 
 class NoiseMaker(nn.Module):
@@ -69,19 +63,7 @@ class NoiseMaker(nn.Module):
 def noise_of(spec: NoiseSpec, clean: Tensor) -> Tensor:
     """Images [B, C, H, W] float32 that an operator makes of clean ones; of photons, the mean."""
     spec = dataclasses.replace(spec, photons=0)
-    operator = _operators(clean.shape[-2], clean.shape[-1], clean.device)(spec)
+    operator = TorchNoise(noise_operator(spec, clean.shape[-2], clean.shape[-1]))
     with torch.autocast(clean.device.type, enabled=False):
         noisy: Tensor = operator(clean)
     return noisy
-
-
-@functools.lru_cache(maxsize=SHAPES)
-def _operators(height: int, width: int, device: torch.device) -> Callable[[NoiseSpec], TorchNoise]:
-    """The operators of one shape, each built where it is first asked for."""
-
-    @functools.lru_cache(maxsize=OPERATORS)
-    def build(spec: NoiseSpec) -> TorchNoise:
-        with torch.inference_mode(mode=False):  # built for a validation, it serves training too
-            return TorchNoise(RadonNoise(spec, height, width)).to(device)
-
-    return build

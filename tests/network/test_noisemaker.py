@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from snr_ray.network.noisemaker import SHAPES, NoiseMaker, _operators
+from snr_ray.network.noisemaker import NoiseMaker
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 
 SPECS = [NoiseSpec(8), NoiseSpec(5, "hann", 120.0)]
@@ -75,10 +75,3 @@ def test_gradients_of_images_are_those_of_the_linear_map(shares: list[float]) ->
         there = made(maker, clean + step, codes)
         difference = ((there - made(maker, clean, codes)) * way).sum()
     assert float((gradient * step).sum()) == pytest.approx(float(difference), rel=1e-3)
-
-
-def test_operators_of_few_shapes_are_kept() -> None:
-    maker = maker_of([0.0, 0.5, 0.5])
-    for width in range(9, 13 + SHAPES):
-        made(maker, *clean_and_codes(1, 9, width))
-    assert _operators.cache_info().currsize <= SHAPES

@@ -1,5 +1,7 @@
 """The noise operator: equality with scikit-image, linearity, and its matrix form."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,15 @@ from hypothesis import strategies as st
 from skimage.transform import iradon, radon
 
 from snr_ray.config import FILTERS, InputError, NoiseConfig
-from snr_ray.noise.operator import NoiseSpec, RadonNoise, noise_operator, noise_specs, spec_hash
+from snr_ray.noise.filters import DENSE_BINS
+from snr_ray.noise.operator import (
+    NoiseSpec,
+    RadonNoise,
+    noise_operator,
+    noise_specs,
+    spec_hash,
+    working_bytes,
+)
 
 
 def reference(image: np.ndarray, spec: NoiseSpec) -> np.ndarray:
@@ -91,6 +101,57 @@ def test_matrix_is_the_operator(size: int) -> None:
     noise = noise_operator(NoiseSpec(5), size, size)
     x = np.random.default_rng(3).random((size, size), dtype=np.float32)
     np.testing.assert_allclose(noise.matrix() @ x.ravel(), noise(x).ravel(), atol=2e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(4, 50),
+    width=st.integers(4, 50),
+    n_views=st.integers(1, 40),
+    name=st.sampled_from(FILTERS),
+    angle_range=st.sampled_from([180.0, 120.0, 33.3]),
+    n=st.sampled_from([1, 3, 8, 20, 70]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_transposed_is_the_adjoint(
+    height: int, width: int, n_views: int, name: str, angle_range: float, n: int, seed: int
+) -> None:
+    # <A x, y> = <x, A^T y> for every pair of images.
+    spec = NoiseSpec(min(n_views, 4 * max(height, width)), name, angle_range)
+    noise = RadonNoise(spec, height, width)
+    x, y = np.random.default_rng(seed).standard_normal((2, n, height, width)).astype(np.float32)
+    there, back = noise.times(x), noise.transposed(y)
+    left = (there.astype(np.float64) * y).sum((1, 2))
+    right = (x.astype(np.float64) * back).sum((1, 2))
+    scale = np.linalg.norm(there, axis=(1, 2)) * np.linalg.norm(y, axis=(1, 2))
+    assert np.abs(left - right).max() <= 1e-5 * scale.max()
+
+
+@pytest.mark.parametrize(("size", "n_views"), [(750, 3), (733, 2)])
+def test_large_images_are_filtered_by_their_spectrum(size: int, n_views: int) -> None:
+    image = np.random.default_rng(size).random((size, size))
+    noise = RadonNoise(NoiseSpec(n_views), size, size)
+    assert noise.n_bins > DENSE_BINS
+    assert np.abs(noise(image[None])[0] - reference(image, NoiseSpec(n_views))).max() <= 4e-5
+
+
+def test_an_operator_of_large_images_costs_nothing_to_keep() -> None:
+    noise = RadonNoise(NoiseSpec(400), 3000, 4000)
+    assert sum(getattr(value, "nbytes", 0) for value in vars(noise).values()) < 10_000
+    # One image of 12 million pixels, as it comes in, goes out, and lies in tiles; two sinograms.
+    assert 3 * 48e6 < working_bytes(3000, 4000, 400) < 3 * 48e6 + 60e6
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    x = np.random.default_rng(8).random((12, 40, 40), dtype=np.float32)
+    noise = [noise_operator(NoiseSpec(k), 40, 40) for k in range(1, 13)]
+    expected = [one(image) for one, image in zip(noise, x, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for out, right in zip(
+                pool.map(lambda k: noise[k](x[k]), range(12)), expected, strict=True
+            ):
+                np.testing.assert_array_equal(out, right)
 
 
 def test_project_equals_skimage_radon() -> None:
