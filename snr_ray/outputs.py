@@ -30,6 +30,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     LocalFolder(path.parent).write(path.name, data)
 
 
+FILES = "sizes and times of the images"
+"""Key of an identity, as a refusal names it; earlier versions did not look at them."""
+
+
 def claim(
     out: Folder | Path,
     identity: Mapping[str, Any],
@@ -82,6 +86,8 @@ def _claim(out: Folder, identity: dict[str, Any], owned: tuple[str, ...], overwr
     taken = out.exists(JOB)
     before = {} if overwrite or not taken else _job(out)
     for key in identity:
+        if key == FILES and key not in before:  # of a job of an earlier version
+            continue
         if before and before.get(key) != identity[key]:
             raise InputError(
                 f"{out} belongs to another job ({key}: {before.get(key)!r} there, "

@@ -8,7 +8,7 @@ import pytest
 
 from snr_ray.config import InputError
 from snr_ray.folder import JOB, Folder, LocalFolder, open_folder
-from snr_ray.outputs import claim
+from snr_ray.outputs import FILES, claim
 
 MINE = {"stage": "denoise", "source": "scans"}
 OTHER = {"stage": "denoise", "source": "photos"}
@@ -31,6 +31,15 @@ def test_a_job_continues_and_another_is_refused(place: Folder) -> None:
     assert take(place, MINE) is True
     with pytest.raises(InputError, match=r"another job \(source: 'scans' there, 'photos' now\)"):
         take(place, OTHER)
+
+
+def test_files_that_were_replaced_are_another_job_but_not_to_an_older_one(place: Folder) -> None:
+    job = {"stage": "denoise", "source": "a"}
+    claim(place, job, owned=(), overwrite=False)  # as earlier versions wrote it
+    assert claim(place, job | {FILES: "now"}, owned=(), overwrite=False)
+    claim(place, job | {FILES: "now"}, owned=(), overwrite=True)
+    with pytest.raises(InputError, match=r"another job \(sizes and times of the images: 'now'"):
+        claim(place, job | {FILES: "later"}, owned=(), overwrite=False)
 
 
 def test_overwrite_removes_what_the_stage_owns(place: Folder) -> None:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snr_ray.config import ImagesConfig, InputError
-from snr_ray.hashing import hash64
+from snr_ray.hashing import fingerprint, hash64
 from snr_ray.images.errors import unreadable
 from snr_ray.images.formats import SUFFIXES, decode, output_name
 from snr_ray.images.listing import LeftOut
@@ -202,6 +202,10 @@ class Source:
             return self.stamps(index)
         except OSError:
             return ""
+
+    def files(self) -> str:
+        """What changes when any file or table of the collection does; a look at each of them."""
+        return fingerprint(self.stamp(index) for index in range(len(self.ids)))
 
     @functools.cached_property
     def _hashes(self) -> npt.NDArray[np.uint64]:

@@ -42,7 +42,7 @@ from snr_ray.metrics import as_json
 from snr_ray.network.swap import swap
 from snr_ray.noise.lmmse import FIT_IMAGES
 from snr_ray.noise.operator import noise_specs
-from snr_ray.outputs import Progress, claim
+from snr_ray.outputs import FILES, Progress, claim
 from snr_ray.scoring import probes
 from snr_ray.scoring.baselines import Fitting
 from snr_ray.scoring.cases import TASKS, Restore
@@ -130,6 +130,7 @@ def evaluate(
             "stage": "evaluate",
             "model": _fingerprint(model),
             "source": origin.source.identity,
+            FILES: origin.source.files(),
             "baselines": list(baselines),
             "beside": [f"{other.label} {_fingerprint(other.folder)}" for other in others],
             "limit": limit,

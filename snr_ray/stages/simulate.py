@@ -39,7 +39,7 @@ from snr_ray.images.datafolder import (
     whole,
 )
 from snr_ray.noise.operator import noise_operator, noise_specs, spec_hash
-from snr_ray.outputs import Progress, claim
+from snr_ray.outputs import FILES, Progress, claim
 from snr_ray.stages.cluster import connected, cpus, shared
 from snr_ray.stages.counters import count_bytes, count_images
 from snr_ray.stages.inputs import open_images
@@ -84,6 +84,7 @@ def simulate(
             "stage": "simulate",
             "source": source.identity,
             "ids": fingerprint(source.ids),
+            FILES: source.files(),
             "noise": spec_hash(noise, config.images.size),
             **{f"images.{k}": v for k, v in configs.to_dict(config)["images"].items()},
         },

@@ -16,6 +16,7 @@ from snr_ray.hashing import fingerprint
 from snr_ray.images.datafolder import Failure, write_failures
 from snr_ray.learning.checkpoint import WEIGHTS_FILE, load_any, model_path
 from snr_ray.network.hvae import HVAE
+from snr_ray.outputs import FILES
 from snr_ray.stages.cluster import cpus, gpus
 from snr_ray.stages.dataset import Origin, check_decoder
 from snr_ray.stages.runlog import WAITING_S
@@ -82,6 +83,7 @@ def identity(config: Config, origin: Origin) -> dict[str, Any]:
     data = {}
     if origin.images:
         data["source"] = origin.source.identity
+        data[FILES] = origin.source.files()
     if origin.data:  # known by what it holds, wherever it lies
         data["data"] = fingerprint(origin.folder.place.read("manifest.json"))
     if config.train.start:

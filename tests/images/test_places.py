@@ -84,3 +84,12 @@ def test_a_stamp_changes_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "s.png").unlink()
     assert source.stamp(0) == ""
     assert open_source("glyphs").stamp(0) == ""
+
+
+def test_a_collection_is_another_when_a_file_is_replaced(tmp_path: Path) -> None:
+    for name in "ab":
+        picture(tmp_path / f"{name}.png")
+    before = open_source(str(tmp_path)).files()
+    assert open_source(f"{tmp_path}/").files() == before
+    Image.new("L", (9, 9), 7).save(tmp_path / "b.png")
+    assert open_source(str(tmp_path)).files() != before
