@@ -1,17 +1,20 @@
 """The models that come with snr_ray: small, described, and as good as the day they were shipped."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from skimage import data
 
 from snr_ray.configfile import shipped_models
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import load_model, model_path
 from snr_ray.metrics import psnr
-from snr_ray.network.swap import swap
-from snr_ray.noise.operator import noise_operator, noise_specs
+from snr_ray.network.swap import exchange, swap
+from snr_ray.network.trust import doubtful
+from snr_ray.noise.operator import NoiseSpec, noise_operator, noise_specs
 
 FLOORS = {
     "cifar10": ("photos", (45.7, 38.6, 31.8)),
@@ -48,6 +51,48 @@ def test_shipped_model_keeps_its_psnr(name: str) -> None:
         noisy = noise_operator(spec, size, size)(clean)
         cleaned = psnr(swap(trained.model, noisy, trained.codes.mean(0)), clean).mean()
         assert cleaned > floor, f"{spec.n_views} views"
+
+
+def doubts(name: str, images: np.ndarray) -> np.ndarray:
+    """What `snr denoise` would say of images [B, C, H, W]: doubtful or not, [B]."""
+    trained = load_model(name)
+    made = exchange(trained.model, images, trained.codes.mean(0), explain=True)
+    assert made.explained is not None
+    assert made.n_views is not None
+    side = max(images.shape[2:])
+    return doubtful(made.explained, made.n_views, side, trained.least_explained)
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_good_answers_of_a_shipped_model_are_trusted(name: str) -> None:
+    trained = load_model(name)
+    source, size = open_source(FLOORS[name][0]), trained.config.images.size
+    clean = np.stack([source.load(row, trained.config.images) for row in source.select("val")[:24]])
+    known = {n_views / size for n_views in trained.config.noise.n_views} | {math.inf}
+    assert {round(at, 3) for at in trained.least_explained} == {round(at, 3) for at in known}
+    for spec in noise_specs(trained.config.noise):
+        noisy = noise_operator(spec, size, size)(clean)
+        stored = np.round(noisy.clip(0, 1) * 255).astype(np.float32) / 255
+        assert not doubts(name, np.concatenate([noisy, stored])).any()
+    assert not doubts(name, clean).any()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_sizes_that_a_shipped_model_ruins_are_doubtful(stored: bool) -> None:
+    """256 px of 20 views went in at 15 dB and came out at 7, with nothing said."""
+    photo = data.camera().astype(np.float32) / 255
+    clean = photo.reshape(256, 2, 256, 2).mean((1, 3))[None, None]
+    noisy = noise_operator(NoiseSpec(20), 256, 256)(clean)
+    if stored:
+        noisy = np.round(noisy.clip(0, 1) * 255).astype(np.float32) / 255
+    assert doubts("places64", noisy).all()
+
+
+def test_a_view_count_that_a_shipped_model_does_not_know_is_doubtful() -> None:
+    source = open_source("glyphs")
+    images = load_model("notmnist").config.images
+    clean = np.stack([source.load(row, images) for row in source.select("val")[:24]])
+    assert doubts("notmnist", noise_operator(NoiseSpec(15), 28, 28)(clean)).mean() > 0.5
 
 
 def test_folder_of_the_same_name_comes_first(
