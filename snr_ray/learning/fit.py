@@ -26,7 +26,7 @@ from snr_ray.learning.muon import Muon
 from snr_ray.metrics import psnr
 from snr_ray.network.blocks import PixelLevel
 from snr_ray.network.hvae import HVAE
-from snr_ray.network.noisemaker import noise_of
+from snr_ray.network.noisemaker import NoiseMaker, noise_of
 from snr_ray.network.physics import LinearInverse
 from snr_ray.network.swap import N_DONORS, NoiseCodes, collect, swap
 from snr_ray.network.trust import least_explained
@@ -107,6 +107,9 @@ class Learner:
         self.share = share or Share()
         self.objective = build_objective(config).to(self.device)
         self.objective.to(memory_format=torch.channels_last)
+        for module in self.objective.modules():
+            if isinstance(module, NoiseMaker):
+                module.same_shape = self.device.type == "cuda"
         self.average = copy.deepcopy(self.objective.model).eval().requires_grad_(False)
         self.parallel = wrap(self.objective)
         self.optimizers = build_optimizers(self.objective, config)

@@ -6,13 +6,16 @@ default, adds what knowing both the clean and the noisy image allows. A decoder 
 operator also learns which noise id a noise code stands for.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from snr_ray.config import LossConfig
 from snr_ray.learning.batches import Batch, StepNormal
-from snr_ray.network.blocks import Gaussian, kl, standard
+from snr_ray.network.blocks import Gaussian, joined, kl, kl_terms, standard
 from snr_ray.network.hvae import HVAE, Inference
 from snr_ray.network.noisemaker import NoiseMaker
 from snr_ray.network.unet import UNet
@@ -32,15 +35,46 @@ WITHHELD = 0.125
 """Share of images that a model with model.physics sees without their noise id."""
 
 
-def triplet_loss(
-    mu: Tensor, n_ids: int, form: str, margin: float, n_views: tuple[int, ...] = ()
-) -> Tensor:
-    """Triplet loss on the noise codes of one level; a scalar.
+@dataclass(frozen=True)
+class Distances:
+    """Mean squared differences of noise codes, in units of d. L levels, B images."""
+
+    same: Tensor
+    """[L, B, 1 + n_ids] of two images of one id, clean ones first."""
+    clean: Tensor
+    """[L, B, n_ids] of the clean and the noisy versions of an image."""
+    noisy: Tensor
+    """[L, B, n_ids] of each noisy version and the one before it."""
+
+
+def code_distances(mu: Tensor, n_ids: int, dims: Sequence[int] = ()) -> Distances:
+    """How far noise codes lie apart.
 
     Args:
         mu: [B (1 + n_ids), ...] posterior means; of each image first the clean version, then those
             of noise ids 1, 2 ... Images b and b ^ 1 are partners.
         n_ids: noisy ids.
+        dims: dimensions of each level, where the codes are of several.
+    """
+    code = mu.flatten(1).unflatten(0, (-1, 1 + n_ids))  # [B, 1 + n_ids, dims]
+    dims = dims or (code.shape[-1],)
+    means = torch.block_diag(*(torch.full((n, 1), 1 / n, device=mu.device) for n in dims))
+    noisy, clean = code[:, 1:], code[:, :1]
+    partner = code.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return ((a - b).square() @ means).movedim(-1, 0)
+
+    return Distances(
+        distance(code, partner), distance(noisy, clean), distance(noisy, noisy.roll(1, dims=1))
+    )
+
+
+def triplet_loss(d: Distances, form: str, margin: float, n_views: tuple[int, ...] = ()) -> Tensor:
+    """Triplet loss on noise codes, mean over levels; a scalar.
+
+    Args:
+        d: of the codes.
         form: "drawn": max(0, d(noisy, partner's noisy) - d(noisy, clean) + margin), as the
             original method draws it. "symmetric": pull every pair of equal id, clean ones too, and
             push clean from noisy and noisy ids from each other up to the margin. Without the clean
@@ -49,29 +83,21 @@ def triplet_loss(
         n_views: view count of each noisy id where they are drawn from a range: two of them are
             pushed apart as far as they differ, by the margin from a factor of two on.
     """
-    code = mu.flatten(1).unflatten(0, (-1, 1 + n_ids))  # [B, 1 + n_ids, dims]
-    noisy, clean = code[:, 1:], code[:, :1]
-    partner = torch.arange(len(code), device=mu.device) ^ 1
-
-    def distance(a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).square().mean(-1)  # [B, ids]
-
-    pull, push = distance(code, code[partner]), distance(noisy, clean)
     if form == "drawn":
-        return F.relu(pull[:, 1:] - push + margin).mean()
+        return F.relu(d.same[..., 1:] - d.clean + margin).mean()
 
     def short_of_margin(d: Tensor, share: Tensor | float = 1.0) -> Tensor:
         # The root keeps its slope where codes are still equal, so that they part at once; a
         # squared distance has none there and leaves the codes together for hundreds of steps.
         return F.relu(share * margin - (d + ROOT_EPSILON).sqrt()).mean()
 
-    loss = 0.5 * (pull[:, 1:].mean() + pull[:, 0].mean()) + short_of_margin(push)
-    if n_ids > 1:
+    loss = 0.5 * (d.same[..., 1:].mean() + d.same[..., 0].mean()) + short_of_margin(d.clean)
+    if d.noisy.shape[-1] > 1:
         apart: Tensor | float = 1.0
         if n_views:
-            octaves = torch.tensor(n_views, device=mu.device).log2()
+            octaves = torch.tensor(n_views, device=d.noisy.device).log2()
             apart = (octaves - octaves.roll(1)).abs().clamp(max=1.0)
-        loss = loss + short_of_margin(distance(noisy, noisy.roll(1, dims=1)), apart)
+        loss = loss + short_of_margin(d.noisy, apart)
     return loss
 
 
@@ -201,16 +227,16 @@ class Objective(nn.Module):
 
         weight = torch.where((ids == 0) & (wanted > 0), config.injection, 1.0)
         recon = (weight * self.likelihood(result.image, x[target], ids, wanted)).mean()
-        kl_content = [kl(q, p) for q, p in result.content]
-        kl_noise = [kl(q, standard(q)) for q in result.noise]
-        paid = sum(F.relu(nats - config.free_bits).mean() for nats in kl_content + kl_noise)
-        triplet = torch.stack(
-            [
-                triplet_loss(q.mu, self.n_ids, config.triplet_form, config.margin, batch.n_views)
-                for q in result.noise
-            ]
-        ).mean()
-        content_kl = torch.stack([_symmetric_kl(q, self.n_ids) for q, _ in result.content]).sum(0)
+        content, noise = joined([q for q, _ in result.content]), joined(result.noise)
+        prior = joined([p for _, p in result.content])
+        terms = kl_terms(joined([content, noise]), joined([prior, standard(noise)]))
+        posteriors = [*(q for q, _ in result.content), *result.noise]
+        levels = [q.mu[0].numel() for q in posteriors]
+        nats = torch.stack([level.sum(1) for level in terms.split(levels, dim=1)])
+        paid = F.relu(nats - config.free_bits).mean(1).sum()
+        distances = code_distances(noise.mu, self.n_ids, levels[len(result.content) :])
+        triplet = triplet_loss(distances, config.triplet_form, config.margin, batch.n_views)
+        content_kl = _symmetric_kl(content, self.n_ids)
         loss = recon + warmup * config.beta * paid / n_pixels + config.triplet * triplet
         if config.content_kl:
             loss = loss + warmup * config.content_kl * content_kl.mean() / n_pixels
@@ -227,10 +253,11 @@ class Objective(nn.Module):
         return {
             "loss": loss,
             "recon": recon.detach(),
-            **_by_level("kl_content", kl_content),
-            **_by_level("kl_noise", kl_noise),
+            **_by_level("kl_content", nats[: len(result.content)]),
+            **_by_level("kl_noise", nats[len(result.content) :]),
             "triplet": triplet.detach(),
-            **_distances(result.noise, self.n_ids),
+            "distance_same_id": distances.same.detach().mean().sqrt(),
+            "distance_clean_noisy": distances.clean.detach().mean().sqrt(),
             "content_kl": content_kl.mean().detach(),
             "noise_id": noise_id.detach(),
             **views_error,
@@ -248,26 +275,10 @@ class Objective(nn.Module):
         return 0.5 * (own[0] + used[0]), 0.5 * (own[1] + used[1])
 
 
-def _by_level(name: str, nats: list[Tensor]) -> dict[str, Tensor]:
-    """Mean KL of images, in all and of each level, finest first."""
-    levels = torch.stack(nats).detach().mean(1)
-    return {name: levels.sum(), **{f"{name}_{k}": level for k, level in enumerate(levels)}}
-
-
-@torch.no_grad()
-def _distances(noise: list[Gaussian], n_ids: int) -> dict[str, Tensor]:
-    """How far noise codes lie apart, mean over levels in the units of loss.margin: those of two
-    images of one noise id, which the triplet loss pulls together, and clean from noisy, which it
-    pushes apart."""
-    alike, apart = [], []
-    for q in noise:
-        code = q.mu.flatten(1).unflatten(0, (-1, 2, 1 + n_ids))  # partners are neighbours
-        alike.append((code[:, 0] - code[:, 1]).square().mean())
-        apart.append((code[:, :, 1:] - code[:, :, :1]).square().mean())
-    return {
-        "distance_same_id": torch.stack(alike).mean().sqrt(),
-        "distance_clean_noisy": torch.stack(apart).mean().sqrt(),
-    }
+def _by_level(name: str, nats: Tensor) -> dict[str, Tensor]:
+    """Mean KL of images, in all and of each level, finest first, from [levels, B]."""
+    levels = nats.detach().mean(1)
+    return {name: levels.sum(), **{f"{name}_{k}": level for k, level in enumerate(levels.unbind())}}
 
 
 def _as_found(x: Tensor, ids: Tensor, config: LossConfig, normal: StepNormal) -> Tensor:

@@ -1,6 +1,6 @@
 """Building blocks of the HVAE: Gaussians, residual blocks, noise head, top-down levels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,14 +41,26 @@ def gaussian(parameters: Tensor) -> Gaussian:
     return Gaussian(mu, logvar.clamp(*LOGVAR_RANGE))
 
 
-def kl(q: Gaussian, p: Gaussian) -> Tensor:
-    """KL(q || p) in nats, summed over all but the first axis: [B].
+def kl_terms(q: Gaussian, p: Gaussian) -> Tensor:
+    """KL(q || p) in nats of each dimension.
 
     Source: Kingma and Welling, Auto-encoding variational Bayes (2014), appendix B.
     """
+    wider = q.logvar - p.logvar
     squared = (q.mu - p.mu).square() * torch.exp(-p.logvar)
-    terms = p.logvar - q.logvar + torch.exp(q.logvar - p.logvar) + squared - 1
-    return 0.5 * terms.flatten(1).sum(1)
+    return 0.5 * (torch.exp(wider) - wider + squared - 1)
+
+
+def kl(q: Gaussian, p: Gaussian) -> Tensor:
+    """KL(q || p) in nats, summed over all but the first axis: [B]."""
+    return kl_terms(q, p).flatten(1).sum(1)
+
+
+def joined(gaussians: Sequence[Gaussian]) -> Gaussian:
+    """Gaussians over [B, ...] as one over [B, all their dimensions]: what is done to many small
+    tensors costs more in being asked for than in being done."""
+    mus, logvars = zip(*gaussians, strict=True)
+    return Gaussian(*(torch.cat([t.flatten(1) for t in part], dim=1) for part in (mus, logvars)))
 
 
 def standard(like: Gaussian) -> Gaussian:

@@ -23,6 +23,11 @@ class NoiseMaker(nn.Module):
     and no function of it: its mean is made.
     """
 
+    same_shape: bool = False
+    """Training makes the noise of every id of every image, also where its share is zero, so that
+    what is done does not depend on the shares: a GPU then never waits for a host that looks at
+    them. A processor saves the work."""
+
     def __init__(self, noise: list[NoiseSpec], noise_channels: int) -> None:
         """`noise_channels` is the sum over levels."""
         super().__init__()
@@ -53,6 +58,9 @@ class NoiseMaker(nn.Module):
         image = clean * shares[:, :1, None, None]
         for noise_id, spec in enumerate(self.noise, start=1):
             share = shares[:, noise_id]
+            if self.training and self.same_shape:
+                image = image + share[:, None, None, None] * noise_of(spec, clean)
+                continue
             rows = share.nonzero().squeeze(1)
             if len(rows):
                 noisy = share[rows, None, None, None] * noise_of(spec, clean[rows])

@@ -26,7 +26,8 @@ GAP = 4
 
 PANELS = (
     ("loss, per pixel", ("loss", "recon")),
-    ("KL divergence, nats per image", ("kl_content", "kl_noise", "content_kl")),
+    ("KL divergence, nats per image", ("kl_content", "kl_noise")),
+    ("KL between content of clean and noisy, nats", ("content_kl",)),
     ("KL of each level's content code", ("kl_content_",)),
     ("KL of each level's noise code", ("kl_noise_",)),
     ("noise codes: loss and distances", ("triplet", "distance_")),
@@ -52,7 +53,8 @@ def tiles(
         val: validation images; one row each.
         n_views: view count of each noise id; the last, which is the hardest, is shown.
     """
-    rows, noise_id = np.arange(min(TILES, len(val))), int(np.argmin(n_views)) + 1
+    rows = np.linspace(0, len(val) - 1, min(TILES, len(val))).round().astype(np.int64)
+    noise_id = int(np.argmin(n_views)) + 1
     clean, noisy = val.take(rows, 0), val.take(rows, noise_id)
     ids, views = np.full(len(rows), noise_id), n_views[noise_id - 1]
     columns = {"clean": clean, f"noisy, {views} views": noisy}
@@ -159,6 +161,8 @@ def _curves(rows: list[dict[str, Any]]) -> str:
             axis.grid(alpha=0.25)
             if chosen[0] in LOGARITHMIC:
                 axis.set_yscale("log")
+            if chosen == ["skipped"]:
+                axis.set_ylim(0, max(1.0, *(row.get("skipped", 0) for row in rows)) * 1.05)
             if len(chosen) > 1:
                 axis.legend(fontsize=7, frameon=False)
         for axis in axes[len(panels) :]:

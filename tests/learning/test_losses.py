@@ -9,9 +9,14 @@ from random_models import images, model_of
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, LossConfig
+from snr_ray.learning import losses
 from snr_ray.learning.batches import Batch, Share, StepNormal
-from snr_ray.learning.losses import Likelihood, Objective, Regression, _as_found, triplet_loss
+from snr_ray.learning.losses import Likelihood, Objective, Regression, _as_found, code_distances
 from snr_ray.network.unet import UNet
+
+
+def triplet_loss(codes: torch.Tensor, n_ids: int, form: str, margin: float) -> torch.Tensor:
+    return losses.triplet_loss(code_distances(codes, n_ids), form, margin)
 
 
 def _codes(clean: float, per_id: list[float], spread: float = 0.0) -> torch.Tensor:

@@ -161,12 +161,12 @@ def test_what_does_not_go_with_a_range_is_said(
 
 
 def test_counts_beyond_the_range_are_pushed_apart_as_far_as_they_differ() -> None:
-    from snr_ray.learning.losses import triplet_loss
+    from snr_ray.learning.losses import code_distances, triplet_loss
 
-    equal = torch.ones(4 * 3, 1, 1, 1)
-    alone = triplet_loss(equal, 2, "symmetric", 1.0, (10, 10))
-    octave = triplet_loss(equal, 2, "symmetric", 1.0, (20, 10))
-    more = triplet_loss(equal, 2, "symmetric", 1.0, (40, 10))
-    half = triplet_loss(equal, 2, "symmetric", 1.0, (14, 10))
+    equal = code_distances(torch.ones(4 * 3, 1, 1, 1), 2)
+    alone = triplet_loss(equal, "symmetric", 1.0, (10, 10))
+    octave = triplet_loss(equal, "symmetric", 1.0, (20, 10))
+    more = triplet_loss(equal, "symmetric", 1.0, (40, 10))
+    half = triplet_loss(equal, "symmetric", 1.0, (14, 10))
     assert alone < half < octave
     assert octave == pytest.approx(float(more))

@@ -1,15 +1,20 @@
 """What a step costs: its parts add up, and what is counted is counted."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.learning.batches import PairFeed, Pairs, Share
 from snr_ray.learning.fit import Learner
+from snr_ray.network.noisemaker import NoiseMaker
 from snr_ray.stages.benchstep import PARTS, Launches, _measure
 
-WAITS = {"nonzero", "_local_scalar_dense", "masked_select", "index_put", "_index_put_impl_"}
+WAITS = {"nonzero", "_local_scalar_dense", "masked_select", "item"}
 """Operations whose shape depends on numbers, or that a host waits for."""
 
 
@@ -20,6 +25,18 @@ def pairs(tiny: Config) -> Pairs:
         torch.rand(shape, generator=torch.Generator().manual_seed(k)).numpy() for k in (0, 1, 2)
     ]
     return Pairs([f"{k:02d}" for k in range(16)], images[:1], [[images[1]], [images[2]]])
+
+
+class SameShape(TorchDispatchMode):
+    """Fails on whatever depends on numbers: `WAITS`, and masks as indices."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = op.overloadpacket.__name__
+        assert name not in WAITS, name
+        if name.strip("_").startswith("index"):
+            for index in tree_leaves(args[1:]):
+                assert not (isinstance(index, torch.Tensor) and index.dtype == torch.bool), name
+        return op(*args, **(kwargs or {}))
 
 
 def test_operations_on_lists_and_views_are_counted_once_and_not_at_all() -> None:
@@ -52,3 +69,29 @@ def test_moving_the_weights_waits_for_nothing_and_is_few_operations(
         learner.update()
     assert not WAITS & set(launches.of)
     assert launches.total <= most
+
+
+@pytest.mark.parametrize(("preset", "most"), [("paired", 1200), ("network", 800), ("unet", 400)])
+def test_a_step_on_a_gpu_does_the_same_whatever_the_numbers(
+    pairs: Pairs, preset: str, most: int
+) -> None:
+    learner, like_cpu = (Learner(configs.load(["smoke", preset])) for _ in range(2))
+    for module in learner.objective.modules():
+        if isinstance(module, NoiseMaker):
+            module.same_shape = True
+    feed = PairFeed(pairs, 8, seed=0, share=Share())
+    for step in range(3):
+        like_cpu.train_step(feed.batch(step))
+        with SameShape() if step else contextlib.nullcontext(), Launches() as launches:
+            learner.train_step(feed.batch(step))
+    assert launches.total <= most
+    weights = zip(learner.objective.parameters(), like_cpu.objective.parameters(), strict=True)
+    for a, b in weights:
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_masks_and_looks_are_found() -> None:
+    x = torch.ones(3)
+    for look in (lambda: x[x > 0], lambda: x.nonzero(), lambda: float(x[0])):
+        with pytest.raises(AssertionError), SameShape():
+            look()
