@@ -16,6 +16,7 @@ from torch import Tensor
 from snr_ray.metrics import psnr
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.swap import exchange
+from snr_ray.network.viewcount import ViewCountMaker
 
 Array = npt.NDArray[np.float32]
 
@@ -67,8 +68,12 @@ def least_explained(
     explained: dict[float, list[npt.NDArray[np.float64]]] = {}
     for views_per_pixel, noisy, clean in sets:
         stored = np.round(noisy.clip(0, 1) * 255).astype(np.float32) / np.float32(255)
+        told = None
+        if isinstance(model.noise_maker, ViewCountMaker):  # whose counts are found, not read
+            n_views = 0 if math.isinf(views_per_pixel) else views_per_pixel * max(noisy.shape[2:])
+            told = np.full(len(noisy), round(n_views))
         for seen in (noisy, stored):
-            made = exchange(model, seen, code, explain=True)
+            made = exchange(model, seen, code, told=told, explain=True)
             assert made.explained is not None
             better = psnr(made.images, clean) > psnr(seen, clean)
             good = made.explained[better | math.isinf(views_per_pixel)]

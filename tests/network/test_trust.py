@@ -4,10 +4,12 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from snr_ray.learning.checkpoint import load_model
+from snr_ray.metrics import psnr
 from snr_ray.network.swap import exchange
 from snr_ray.network.trust import LEAST, MARGIN, doubtful, least_explained
 from snr_ray.noise.operator import NoiseSpec, noise_operator
@@ -69,3 +71,18 @@ def test_answers_worse_than_their_input_set_no_bound(model_folder: Path) -> None
     trained = load_model(model_folder)
     clean = np.random.default_rng(0).random((4, 1, 16, 16), dtype=np.float32)
     assert least_explained(trained.model, trained.codes.mean(0), [(0.5, clean, clean)]) == {}
+
+
+def test_a_model_of_a_range_is_measured_by_true_view_counts(range_folder: Path) -> None:
+    # Its noise codes may read other counts, and what these explain bounds nothing.
+    trained = load_model(range_folder)
+    clean = np.random.default_rng(0).random((4, 1, 16, 16), dtype=np.float32)
+    noisy, code = noise_operator(NoiseSpec(12), 16, 16)(clean), trained.codes.mean(0)
+    target = 0.5 * noisy  # what answers are good for does not matter here
+    least = least_explained(trained.model, code, [(12 / 16, noisy, target)])
+    expected = []
+    for seen in (noisy, (np.round(noisy.clip(0, 1) * 255) / 255).astype(np.float32)):
+        made = exchange(trained.model, seen, code, geometry=NoiseSpec(12), explain=True)
+        assert made.explained is not None
+        expected += made.explained[psnr(made.images, target) > psnr(seen, target)].tolist()
+    assert least[12 / 16] == pytest.approx(min(expected), abs=0.01)
