@@ -78,7 +78,7 @@ def settle(config: Config, origin: Origin) -> Config:
         for key, value in stored[section].items():
             if mine[section][key] != value:
                 print(
-                    f"{origin.data} was simulated with {section}.{key}={value}, which is used in "
+                    f"{origin.name} was simulated with {section}.{key}={value}, which is used in "
                     f"place of {mine[section][key]}.",
                     file=sys.stderr,
                 )

@@ -25,7 +25,7 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, NoiseConfig
-from snr_ray.folder import Folder, open_folder
+from snr_ray.folder import Folder, open_folder, without_secrets
 from snr_ray.hashing import fingerprint
 from snr_ray.images.collection import SPLITS
 from snr_ray.images.datafolder import failures_bytes, parquet_bytes
@@ -192,7 +192,7 @@ def evaluate(
     _tell("measuring the uncertainty")
     uncertainty = probes.uncertainty(trained, val, test)
     metrics = {
-        "model": str(model),
+        "model": without_secrets(str(model)),
         "source": images,
         "images": n_images,
         "failed": len(failures),

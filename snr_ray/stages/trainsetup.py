@@ -12,6 +12,7 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
+from snr_ray.folder import without_secrets
 from snr_ray.hashing import fingerprint
 from snr_ray.images.datafolder import Failure, write_failures
 from snr_ray.learning.checkpoint import WEIGHTS_FILE, load_any, model_path
@@ -61,7 +62,8 @@ def settle_start(config: Config) -> Config:
         stored[key] = mine[key]
     for key, value in stored.items():
         if mine[key] != value:
-            print(f"{start} has model.{key}={value}, which is used in place of {mine[key]}.",
+            print(f"{without_secrets(str(start))} has model.{key}={value}, which is used in place "
+                  f"of {mine[key]}.",
                   file=sys.stderr)  # fmt: skip
     settled = configs.replace(config, {f"model.{key}": value for key, value in stored.items()})
     check_decoder(settled)
