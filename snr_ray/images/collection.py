@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from snr_ray.config import ImagesConfig, InputError
 from snr_ray.hashing import fingerprint, hash64
 from snr_ray.images.errors import unreadable
-from snr_ray.images.formats import SUFFIXES, decode, output_name
+from snr_ray.images.formats import SUFFIXES, only, open_file, output_name
 from snr_ray.images.listing import LeftOut
 from snr_ray.images.pixels import Decoded, prepare, scale
 
@@ -124,13 +124,16 @@ class Source:
         """Pixels of one image at its own size; of `config`, white and window matter.
 
         Raises:
-            InputError: if it cannot be used.
+            InputError: if it cannot be used, or is a stack.
         """
-        config = config or ImagesConfig()
+        return only(self.pictures(index, config or ImagesConfig()), self.ids[index])
+
+    def pictures(self, index: int, config: ImagesConfig) -> list[Decoded]:
+        """As `read`, but all pages, slices or frames of a stack."""
         name, raw = self.ids[index], self._raw(index)
         if isinstance(raw, bytes):
-            return decode(raw, name, white=config.white, window=config.window)
-        return scale(raw, name, white=config.white, window=config.window, tensors=self.tensors)
+            return open_file(raw, name, white=config.white, window=config.window).frames
+        return [scale(raw, name, white=config.white, window=config.window, tensors=self.tensors)]
 
     def load(self, index: int, config: ImagesConfig) -> Array:
         """One image as noise is made of it: [channels, size, size] float32. Raises InputError."""

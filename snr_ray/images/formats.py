@@ -149,7 +149,11 @@ def decode(
     data: bytes, name: str, *, white: float | None = None, window: Span | None = None
 ) -> Decoded:
     """The picture of a file that holds one; arguments and errors as of `open_file`."""
-    frames = open_file(data, name, white=white, window=window).frames
+    return only(open_file(data, name, white=white, window=window).frames, name)
+
+
+def only(frames: list[Decoded], name: str) -> Decoded:
+    """The picture of a file that holds one. Raises InputError for a stack."""
     if len(frames) != 1:
         raise InputError(f"A file must hold one image, but {name} holds {len(frames)}; split it.")
     return frames[0]

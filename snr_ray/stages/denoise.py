@@ -88,8 +88,9 @@ def denoise(
             model was trained on, or any for a model of a range.
         n_views: view count of the images, for a model with model.physics (one that it was trained
             on) or model.unrolled (any); None leaves it to the noise code of each image, which knows
-            those that the model was trained on, and finds each by itself for a model of a range. "detect" tries all on the first images: the one
-            whose noise explains them best is taken for all of them.
+            those that the model was trained on, and finds each by itself for a model of a range.
+            "detect" tries all on the first images: the one whose noise explains them best is taken
+            for all of them.
         doubtful: what becomes of results that do not explain their inputs: `write` them, `copy` the
             inputs' pixels in their place, or `fail` the images.
         running: on what, and when to stop.
@@ -203,7 +204,8 @@ def _detect_views(trained: TrainedModel, source: Source, config: Config) -> int:
     decibels, reason = 0.0, ""
     for index in range(len(source.ids)):
         try:
-            image = source.read(index, config.images).pixels
+            pictures = source.pictures(index, config.images)
+            image = pictures[len(pictures) // 2].pixels
         except InputError as error:
             reason = reason or str(error)
             continue

@@ -1,14 +1,16 @@
 """NIfTI volumes: slice by slice, back with affine, header and kind of numbers."""
 
 import gzip
+from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
 
-from snr_ray.config import InputError
+from snr_ray.config import ImagesConfig, InputError
 from snr_ray.images.formats import open_file, output_name
+from snr_ray.images.sources import open_source
 
 WINDOW = (-1000.0, 400.0)
 AFFINE = np.array([[-0.75, 0, 0, 90], [0, 0.5, 0, -120], [0, 0, 3.0, 5], [0, 0, 0, 1]])
@@ -77,3 +79,11 @@ def test_what_cannot_be_read_has_its_sentence() -> None:
     for data in (gzip.compress(b"no volume"), b"no volume", gzip.compress(b"x" * 900)[:20]):
         with pytest.raises(InputError, match=r"a\.nii\.gz cannot be read as an image"):
             open_file(data, "a.nii.gz", window=WINDOW)
+
+
+def test_a_source_gives_one_picture_or_all(tmp_path: Path) -> None:
+    (tmp_path / "a.nii").write_bytes(volume(UNITS.astype(np.int16)))
+    source, images = open_source(str(tmp_path)), ImagesConfig(window=WINDOW)
+    assert [frame.pixels.shape for frame in source.pictures(0, images)] == [(1, 9, 12)] * 4
+    with pytest.raises(InputError, match=r"must hold one image, but a\.nii holds 4; split it"):
+        source.read(0, images)
