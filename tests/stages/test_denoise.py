@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import tifffile
@@ -22,6 +23,7 @@ from PIL import Image
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, ImagesConfig, InputError
+from snr_ray.folder import open_folder
 from snr_ray.images.formats import decode
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import load_model
@@ -339,3 +341,29 @@ def test_scans_of_several_view_counts_are_not_taken_for_one(tmp_path: Path) -> N
             out=out,
             n_views="detect",
         )
+
+
+def test_model_images_and_results_may_be_in_a_bucket(
+    model_folder: Path, image_folder: Path, bucket: tuple[pafs.FileSystem, str], tmp_path: Path
+) -> None:
+    there = f"s3://test:test@bucket/{{}}?{bucket[1]}"
+    images = sorted(image_folder.rglob("*.png"))[:6]
+    for folder, paths in (("model", list(model_folder.iterdir())), ("in", images)):
+        for path in paths:
+            open_folder(there.format(folder)).write(path.name, path.read_bytes())
+    here = tmp_path / "in"
+    here.mkdir()
+    for path in images:
+        (here / path.name).write_bytes(path.read_bytes())
+    cleaning(model=str(model_folder), images=str(here), out=tmp_path / "out")
+    where = {"model": there.format("model"), "images": there.format("in")}
+    for _ in range(2):  # the second finds itself done
+        outcome = cleaning(**where, out=there.format("out"))
+        assert (outcome.images, outcome.failed) == (6, 0)
+    place = open_folder(there.format("out"))
+    written = place.list()
+    assert {name for name in written if name.endswith(".png")} == {path.name for path in images}
+    for path in images:
+        assert place.read(path.name) == (tmp_path / "out" / path.name).read_bytes()
+    assert b"test:test" not in b"".join(map(place.read, written))
+    assert not Path("s3:").exists()
