@@ -93,19 +93,10 @@ make_token() {
     fi
 }
 
-start() {
-    local ray
-    ray=$(find_ray) || return 1
-    if [[ -n $(running) ]]; then
-        say "the cluster in $dir runs already; cluster/local.sh stop ends it."
-        return 1
-    fi
-    if (: <>"/dev/tcp/$host/$port") 2>/dev/null; then
-        say "$dashboard is taken; set SNR_DASHBOARD=127.0.0.1:PORT."
-        return 1
-    fi
-    close_folder || return 1
-    make_token || return 1
+# Start the head and wait until it takes jobs; leaves nothing behind where it does not.
+begin() {
+    local ray=$1
+    shift
     # --block keeps one process above all others of this cluster: `stop` needs no other number.
     # On its end Ray waits 30 s for work to move to other nodes, and there are none.
     export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
@@ -125,13 +116,35 @@ start() {
     until (: <>"/dev/tcp/$host/$port") 2>/dev/null \
         && "$ray" job list --address "http://$dashboard" >/dev/null 2>&1; do
         if ! kill -0 "$pid" 2>/dev/null || ((waited++ >= 120)); then
-            say "Ray did not start; the end of $log:"
-            tail -n 20 "$log" >&2
             stop >/dev/null
             return 1
         fi
         sleep 1
     done
+}
+
+start() {
+    local ray
+    ray=$(find_ray) || return 1
+    if [[ -n $(running) ]]; then
+        say "the cluster in $dir runs already; cluster/local.sh stop ends it."
+        return 1
+    fi
+    if (: <>"/dev/tcp/$host/$port") 2>/dev/null; then
+        say "$dashboard is taken; set SNR_DASHBOARD=127.0.0.1:PORT."
+        return 1
+    fi
+    close_folder || return 1
+    make_token || return 1
+    # On a busy machine Ray gives up its own start; a second one finds all it reads in memory.
+    begin "$ray" "$@" || {
+        grep -qE "Timed out waiting for node info|timed out during startup" "$log" \
+            && begin "$ray" "$@"
+    } || {
+        say "Ray did not start; the end of $log:"
+        tail -n 20 "$log" >&2
+        return 1
+    }
     cat <<TEXT
 Ray runs; dashboard http://$dashboard, logs in $ray_dir. Submit a job and stop with
 
