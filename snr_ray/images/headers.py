@@ -1,19 +1,20 @@
 """How many values an image file holds, by its header: known before it is decoded."""
 
 import io
-from posixpath import splitext
+import math
 
 import numpy as np
 import tifffile
 from PIL import Image
 
-from snr_ray.images.formats import HEAD_BYTES, KINDS, recognise
+from snr_ray.images import nifti
+from snr_ray.images.formats import HEAD_BYTES, KINDS, recognise, split
 
 
 def n_values(data: bytes, name: str) -> int | None:
     """Pictures x height x width x channels of a file; None where its header does not say, or not in
     a way that is understood here."""
-    kind = recognise(data[:HEAD_BYTES]) or KINDS.get(splitext(name)[1].lower())
+    kind = recognise(data[:HEAD_BYTES]) or KINDS.get(split(name)[1].lower())
     file = io.BytesIO(data)
     try:
         if kind == "npy":
@@ -31,6 +32,8 @@ def n_values(data: bytes, name: str) -> int | None:
             tags = ["Rows", "Columns", "NumberOfFrames"]
             head = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
             return int(head.Rows) * int(head.Columns) * int(head.get("NumberOfFrames") or 1)
+        if kind == "nifti":
+            return math.prod(nifti.shape(data))
         # Pillow warns of what it takes for an attack; how large is too large is decided by memory.
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:

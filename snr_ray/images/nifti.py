@@ -9,6 +9,7 @@ nibabel is an extra.
 import functools
 import gzip
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from snr_ray.config import InputError
 from snr_ray.images.pixels import Contents, Stored, Values
 
 PACKED = b"\x1f\x8b"
+FIRST_HEADER, SECOND_HEADER = 348, 540
+"""Bytes of the headers of NIfTI-1 and NIfTI-2."""
 
 
 def read(data: bytes, name: str) -> Contents:
@@ -34,8 +37,8 @@ def read(data: bytes, name: str) -> Contents:
         ) from None
     packed = data[:2] == PACKED
     plain = gzip.decompress(data) if packed else data
-    second = int.from_bytes(plain[:4], "little") == 540 or int.from_bytes(plain[:4], "big") == 540
-    volume = (nibabel.Nifti2Image if second else nibabel.Nifti1Image).from_bytes(plain)
+    kind_of_file = nibabel.Nifti2Image if _is_second(plain) else nibabel.Nifti1Image
+    volume = kind_of_file.from_bytes(plain)
     kind = volume.get_data_dtype()
     if kind.kind not in "iuf":
         raise InputError(f"A NIfTI volume must hold numbers, but {name} holds {kind}.")
@@ -47,6 +50,23 @@ def read(data: bytes, name: str) -> Contents:
     scaled = (slope, intercept) != (1.0, 0.0)
     frames = [Stored((s * slope + intercept).astype(np.float32) if scaled else s) for s in slices]
     return Contents(frames, functools.partial(_write, volume, stored, slope, intercept, packed))
+
+
+def shape(data: bytes) -> tuple[int, ...]:
+    """Shape of a volume, by its header alone. Raises whatever nibabel does for damaged bytes."""
+    import nibabel
+
+    start = data[:SECOND_HEADER]
+    if data[:2] == PACKED:
+        start = zlib.decompressobj(zlib.MAX_WBITS + 16).decompress(data, SECOND_HEADER)
+    if _is_second(start):
+        return nibabel.Nifti2Header(start).get_data_shape()
+    return nibabel.Nifti1Header(start[:FIRST_HEADER]).get_data_shape()
+
+
+def _is_second(start: bytes) -> bool:
+    """Whether bytes begin as NIfTI-2 does: with the size of its header, in either byte order."""
+    return SECOND_HEADER in (int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big"))
 
 
 def _scaling(volume: Any) -> tuple[float, float]:

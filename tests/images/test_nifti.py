@@ -10,6 +10,7 @@ import pytest
 
 from snr_ray.config import ImagesConfig, InputError
 from snr_ray.images.formats import open_file, output_name
+from snr_ray.images.headers import n_values
 from snr_ray.images.sources import open_source
 
 WINDOW = (-1000.0, 400.0)
@@ -79,6 +80,14 @@ def test_what_cannot_be_read_has_its_sentence() -> None:
     for data in (gzip.compress(b"no volume"), b"no volume", gzip.compress(b"x" * 900)[:20]):
         with pytest.raises(InputError, match=r"a\.nii\.gz cannot be read as an image"):
             open_file(data, "a.nii.gz", window=WINDOW)
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+def test_its_size_is_known_before_it_is_unpacked(kind: Any) -> None:
+    data = volume(UNITS.astype(np.int16), kind)
+    for name, file in (("a.nii", data), ("a.nii.gz", gzip.compress(data))):
+        assert n_values(file, name) == UNITS.size
+        assert n_values(file[:30], name) is None
 
 
 def test_a_source_gives_one_picture_or_all(tmp_path: Path) -> None:
