@@ -28,6 +28,7 @@ GROUND = {"yaml", "numpy", "pyarrow"}
 EXCEPTIONS = {
     ("metrics.py", "skimage"),  # SSIM
     ("noise/tensors.py", "torch"),  # the operator on tensors
+    ("noise/kernels.py", "torch"),  # and on a GPU
     ("images/sources.py", "torchvision"),  # downloads, imported where they are used
 }
 

@@ -180,6 +180,16 @@ class RadonNoise:
         return self.angles.nbytes + 2 * 4 * self.spec.n_views * self.n_bins
 
     @property
+    def directions(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Cosines and sines [A] of the views."""
+        return np.cos(self.angles), np.sin(self.angles)
+
+    @property
+    def flat_filtered(self) -> Array:
+        """Filtered projections [A, N] of an image that is OFFSET everywhere."""
+        return self._flat[1]
+
+    @property
     def block(self) -> int:
         """Images that go through the loops together."""
         return _block(self.height, self.width)
@@ -258,7 +268,7 @@ class RadonNoise:
         n_images = sinogram.shape[2]
         clean = filtered(sinogram, self.spec.filter, self._sinogram("filtered", n_images))
         if offset:
-            clean += self._flat[1][..., None]
+            clean += self.flat_filtered[..., None]
         pixels = scratch("pixels", self.height * self.width, n_images)
         pixels[:] = 0
         self._loop(back_project, clean, pixels, transposed=False)

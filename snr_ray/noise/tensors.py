@@ -1,5 +1,6 @@
 """The noise operator on tensors, with gradients. Equal to `operator` to 1e-4."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -46,14 +47,31 @@ class TorchNoise(nn.Module):
 
 
 class _Linear(torch.autograd.Function):
-    """The operator's own loops, and their exact transpose for the gradients."""
+    """The linear map, and its exact transpose for the gradients: by kernels where the images are
+    on a GPU that Triton knows, else by the compiled loops."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, noise: RadonNoise) -> Tensor:
         ctx.noise = noise
+        if _has_kernels(images):
+            return _on_gpu("times", noise, images)
         return torch.from_numpy(noise.times(images.detach().cpu().numpy())).to(images.device)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        clean = ctx.noise.transposed(gradient.cpu().numpy())
+        if _has_kernels(gradient):
+            return _on_gpu("transposed", ctx.noise, gradient), None
+        clean = ctx.noise.transposed(gradient.detach().cpu().numpy())
         return torch.from_numpy(clean).to(gradient.device), None
+
+
+def _has_kernels(images: Tensor) -> bool:
+    return images.is_cuda and importlib.util.find_spec("triton") is not None
+
+
+def _on_gpu(name: str, noise: RadonNoise, images: Tensor) -> Tensor:
+    from snr_ray.noise import kernels
+
+    with torch.cuda.device(images.device):
+        out: Tensor = getattr(kernels, name)(noise, images.flatten(0, -3))
+    return out.reshape(images.shape)
