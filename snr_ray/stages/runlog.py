@@ -85,6 +85,8 @@ class Watch:
         self.batch_size = config.train.batch_size
         self.progress = Progress("train", config.train.steps, "steps", start=start)
         self.val, self.waiting, self.told = "", waiting, time.monotonic()
+        self.latest: tuple[int, float] | None = None
+        """Step and images per second of the newest row."""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
@@ -97,6 +99,8 @@ class Watch:
     def _follow(self) -> None:
         while not self._done.wait(0.5):
             self._read()
+            if self.latest:  # told again and again, or Prometheus forgets it
+                show_training(self.path.parent.name, *self.latest)
             if time.monotonic() - self.told > WAITING_S:
                 self.told = time.monotonic()
                 if sentence := self.waiting():
@@ -118,8 +122,7 @@ class Watch:
                 if name in row:
                     self.val = f"{name.partition('_')[0]} {row[name]:.1f} dB"
         if curve := [row for row in new if "images_per_s" in row]:
-            rate = curve[-1]["images_per_s"]
-            show_training(self.path.parent.name, int(curve[-1]["step"]), rate)
+            self.latest = (int(curve[-1]["step"]), curve[-1]["images_per_s"])
             self.progress.update(
                 int(curve[-1]["step"]), self._note(curve[-1]), per_unit=self.batch_size
             )
