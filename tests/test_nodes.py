@@ -46,15 +46,22 @@ class Nodes:
         return said
 
 
+def _add(cluster: Cluster, **how: Any) -> Any:
+    """A node; Ray gives up a start after 30 seconds, which a busy machine may exceed."""
+    for attempt in range(3):
+        try:
+            return cluster.add_node(object_store_memory=STORE, **how)
+        except Exception as error:  # Ray has no class of its own for it
+            if "timed out during startup" not in str(error) or attempt == 2:
+                raise
+    raise AssertionError
+
+
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     cluster = Cluster()
-    common = {"object_store_memory": STORE, "include_dashboard": False}
-    cluster.add_node(num_cpus=0, **common)
-    workers = [
-        cluster.add_node(num_cpus=2, object_store_memory=STORE),
-        cluster.add_node(num_cpus=2, object_store_memory=STORE, resources={"special": 1}),
-    ]
+    _add(cluster, num_cpus=0, include_dashboard=False)
+    workers = [_add(cluster, num_cpus=2), _add(cluster, num_cpus=2, resources={"special": 1})]
     yield Nodes(cluster, workers)
     cluster.shutdown()
 
