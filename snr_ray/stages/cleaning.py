@@ -84,8 +84,8 @@ def on_gpus(job: Cleaning, n_gpus: int, wait_minutes: float) -> Work:
     gpu = ray.remote(_Gpu).options(
         num_gpus=1, num_cpus=0, max_restarts=-1, max_concurrency=LOADS_TOGETHER
     )
-    actors = [gpu.remote([ref]) for _ in range(n_gpus)]
-    asked = [actor.problem.remote() for actor in actors]
+    actors = [gpu.remote() for _ in range(n_gpus)]
+    asked = [actor.problem.remote([ref]) for actor in actors]
     try:
         problems = [said for said in ray.get(asked, timeout=60 * wait_minutes) if said]
     except ray.exceptions.GetTimeoutError:
@@ -101,7 +101,7 @@ def on_gpus(job: Cleaning, n_gpus: int, wait_minutes: float) -> Work:
         nonlocal turn
         turn = (turn + 1) % n_gpus
         opened, stacks = (_read_alone if block.alone else _read).remote([ref], block.indices)
-        answers = actors[turn].answer.remote(stacks)
+        answers = actors[turn].answer.remote([ref], stacks)
         return _write.remote([ref], opened, stacks, answers)
 
     return Work(start, _Width(more=2 * LOADS_TOGETHER * n_gpus), _failed(job))
@@ -195,11 +195,10 @@ def _write(
 class _Gpu:
     """Holds a GPU and the model on it."""
 
-    def __init__(self, job: "list[ray.ObjectRef]") -> None:
-        self._job = shared(job[0])
+    def __init__(self) -> None:
         self._device = "cpu" if STAND_IN in os.environ else "cuda"
 
-    def problem(self) -> str:
+    def problem(self, job: "list[ray.ObjectRef]") -> str:
         """Why the GPU cannot be used, "" if it can; then the model is loaded."""
         import torch
 
@@ -208,15 +207,15 @@ class _Gpu:
                 "A GPU that Ray counts must be one that torch can use, but torch finds none on "
                 f"{socket.gethostname()}; install a torch for its driver, or give --gpus none."
             )
-        _swapper(self._job, self._device)
+        _swapper(shared(job[0]), self._device)
         return ""
 
-    def answer(self, stacks: list[Stack]) -> list[Answer]:
+    def answer(self, job: "list[ray.ObjectRef]", stacks: list[Stack]) -> list[Answer]:
         """What becomes of stacks. Each of the actor's threads has a stream of its own, so that one
         copies while the other computes."""
         import torch
 
-        swapper = _swapper(self._job, self._device)
+        swapper = _swapper(shared(job[0]), self._device)
         if self._device == "cpu":
             return [swapper.answer(stack) for stack in stacks]
         with torch.cuda.stream(torch.cuda.Stream()):
