@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from skimage.metrics import structural_similarity
 
 Array = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -33,6 +32,8 @@ def ssim(images: Array, truth: Array, *, clip: bool = True) -> Scores:
     Source: Wang et al., Image quality assessment: from error visibility to structural similarity,
     IEEE Transactions on Image Processing 13(4), 2004.
     """
+    from skimage.metrics import structural_similarity  # slow to import, and most do without
+
     clipped = np.clip(images, 0, 1) if clip else images
     return np.array(
         [

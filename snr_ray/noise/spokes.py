@@ -12,7 +12,6 @@ directions the image itself prefers.
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter1d
-from scipy.signal.windows import tukey
 
 Array = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]
@@ -70,6 +69,8 @@ def spokes(image: Array) -> Values:
 def _spectrum(image: Array) -> tuple[Values, Values, Values, Values]:
     """Of half of the frequencies: power, less what the image prefers; radius in cycles per pixel,
     angle as that of a view in [0, pi), and the frequencies per cycle per pixel across a spoke."""
+    from scipy.signal.windows import tukey  # slow to import, and few look at spectra
+
     # The Laplacian evens out a spectrum that falls steeply, or its foot would cover the spokes.
     x = 4.0 * image[:, 1:-1, 1:-1] - image[:, :-2, 1:-1] - image[:, 2:, 1:-1]
     x -= image[:, 1:-1, :-2] + image[:, 1:-1, 2:]

@@ -31,13 +31,13 @@ from PIL import Image
 
 from snr_ray.config import Config, ImagesConfig, InputError
 from snr_ray.folder import LocalFolder
-from snr_ray.images.collection import Texts
+from snr_ray.images.collection import Source, Texts
 from snr_ray.images.sources import open_source
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.stages.benchjob import BARE_TIMEOUT_S, Rows
-from snr_ray.stages.bulk import Block, Work
+from snr_ray.stages.bulk import Block, Indices, Work
 from snr_ray.stages.cleaning import STAND_IN, Cleaning
-from snr_ray.stages.cluster import connected, cpus, shared
+from snr_ray.stages.cluster import connected, cpus
 from snr_ray.stages.denoisejob import MOST_IMAGES, Job, Running
 from snr_ray.stages.imagefiles import (
     ROW_SCHEMA,
@@ -280,7 +280,7 @@ def _idle_driver(images: Path, out: Path, start: Any) -> dict[str, float]:
     job = Job(asked, place, ImagesConfig(), Running(), rows, done)
     with connected():
         ref, width = ray.put(source), 2 * cpus()
-        work = Work(lambda block: _nothing.remote([ref], block.indices), lambda: width, _never)
+        work = Work(lambda block: _nothing.remote(ref, block.indices), lambda: width, _never)
         for warm in [work.start(Block(np.zeros(1, np.int64))) for _ in range(width)]:
             ray.get(warm)
         since, before = time.perf_counter(), time.process_time()
@@ -295,9 +295,9 @@ def _idle_driver(images: Path, out: Path, start: Any) -> dict[str, float]:
 
 
 @ray.remote(num_cpus=1, max_retries=0)
-def _nothing(job: "list[ray.ObjectRef]", indices: np.ndarray) -> pa.Table:
+def _nothing(source: Source, indices: Indices) -> pa.Table:
     """Rows of a block about which nothing was done."""
-    ids = shared(job[0]).ids
+    ids = source.ids
     assert isinstance(ids, Texts)
     names = ids.array.take(pa.array(indices)).cast(pa.string())
     columns = [
@@ -343,9 +343,8 @@ def _played_job(images: Path, out: Path, start: Any) -> float:
     done = np.zeros(len(asked.source.ids), bool)
     ray.init(address="local", num_gpus=1, include_dashboard=False, log_to_driver=False)
     job = Job(asked, place, ImagesConfig(), Running(), Manifest(place), done)
-    maker = ray.put(Waits())
-    cleaning = Cleaning("played", asked.source, ImagesConfig(), Target(place), 0, maker)
-    job.run(cleaning)
+    cleaning = Cleaning("played", asked.source, ImagesConfig(), Target(place), 0)
+    job.run(cleaning, Waits())  # type: ignore[arg-type]
     ray.shutdown()
     # Without the start: from the first block that was finished to the last.
     (first_s, first), (last_s, last) = job.curve[0], job.curve[-1]

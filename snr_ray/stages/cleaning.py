@@ -15,13 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
+from ray import cloudpickle
 
 from snr_ray.config import ImagesConfig, InputError
 from snr_ray.images.collection import Source
 from snr_ray.stages.bulk import Block, Indices, Work
-from snr_ray.stages.cluster import cpus, shared
+from snr_ray.stages.cluster import cpus
 from snr_ray.stages.imagefiles import (
     ROW_SCHEMA,
     Answer,
@@ -49,6 +52,16 @@ STAND_IN = "SNR_RAY_GPU_IS_CPU"
 """Set in the environment, a Ray GPU is served by the processor: for tests of the pipeline alone."""
 
 
+Maker = Callable[[str], "FileSwapper"]
+"""device name -> what has the model on it."""
+Packed = npt.NDArray[np.uint8]
+
+
+def packed(maker: Maker) -> Packed:
+    """A maker as bytes that the processes of a node share, and unpack only to hold a model."""
+    return np.frombuffer(cloudpickle.dumps(maker), np.uint8)
+
+
 @dataclass(frozen=True)
 class Cleaning:
     """All that tasks need to know of a job."""
@@ -60,32 +73,30 @@ class Cleaning:
     target: Target
     per_value: int
     """Bytes of memory that cleaning takes for each value of an image."""
-    maker: "ray.ObjectRef"
-    """device name -> FileSwapper; unpacked only where there is a model to be held."""
 
 
-def on_cores(job: Cleaning) -> Work:
+def on_cores(job: Cleaning, maker: Maker) -> Work:
     """Blocks as one task each."""
-    ref = ray.put(job)
+    ref, model = ray.put(job), ray.put(packed(maker))
 
     def start(block: Block) -> "ray.ObjectRef":
-        return (_clean_alone if block.alone else _clean).remote([ref], block.indices)
+        return (_clean_alone if block.alone else _clean).remote(ref, model, block.indices)
 
     return Work(start, _Width(), _failed(job))
 
 
-def on_gpus(job: Cleaning, n_gpus: int, wait_minutes: float) -> Work:
+def on_gpus(job: Cleaning, maker: Maker, n_gpus: int, wait_minutes: float) -> Work:
     """Blocks through actors with a GPU each.
 
     Raises:
         InputError: if Ray counts GPUs that torch cannot use, or that others do not give back.
     """
-    ref = ray.put(job)
+    ref, model = ray.put(job), ray.put(packed(maker))
     gpu = ray.remote(_Gpu).options(
         num_gpus=1, num_cpus=0, max_restarts=-1, max_concurrency=LOADS_TOGETHER
     )
     actors = [gpu.remote() for _ in range(n_gpus)]
-    asked = [actor.problem.remote([ref]) for actor in actors]
+    asked = [actor.problem.remote(ref, model) for actor in actors]
     try:
         problems = [said for said in ray.get(asked, timeout=60 * wait_minutes) if said]
     except ray.exceptions.GetTimeoutError:
@@ -100,9 +111,9 @@ def on_gpus(job: Cleaning, n_gpus: int, wait_minutes: float) -> Work:
     def start(block: Block) -> "ray.ObjectRef":
         nonlocal turn
         turn = (turn + 1) % n_gpus
-        opened, stacks = (_read_alone if block.alone else _read).remote([ref], block.indices)
-        answers = actors[turn].answer.remote([ref], stacks)
-        return _write.remote([ref], opened, stacks, answers)
+        opened, stacks = (_read_alone if block.alone else _read).remote(ref, block.indices)
+        answers = actors[turn].answer.remote(ref, model, stacks)
+        return _write.remote(ref, opened, stacks, answers)
 
     return Work(start, _Width(more=2 * LOADS_TOGETHER * n_gpus), _failed(job))
 
@@ -131,12 +142,12 @@ def _table(rows: list[Row]) -> pa.Table:
     return pa.Table.from_pylist(rows, ROW_SCHEMA)
 
 
-# Tasks are never started again by Ray: the driver knows what to try next.
-def _clean_block(job: "list[ray.ObjectRef]", indices: Indices) -> pa.Table:
+# Ray never starts a task again: the driver knows what to try next. What tasks need comes as
+# arguments: one that waits for an object lends its core to another, and then two share it.
+def _clean_block(job: Cleaning, model: Packed, indices: Indices) -> pa.Table:
     """All of a block: its rows and failures."""
-    this = shared(job[0])
-    files = read_files(this.source, indices.tolist())
-    return _table(_swapper(this).run(files, this.images, this.target, this.per_value))
+    files = read_files(job.source, indices.tolist())
+    return _table(_swapper(job, model).run(files, job.images, job.target, job.per_value))
 
 
 _clean = ray.remote(num_cpus=1, max_retries=0)(_clean_block)
@@ -145,7 +156,7 @@ _clean_alone = ray.remote(num_cpus=1, max_retries=0, max_calls=1)(_clean_block)
 _KEPT: dict[str, "FileSwapper"] = {}
 
 
-def _swapper(job: Cleaning, device: str = "cpu") -> "FileSwapper":
+def _swapper(job: Cleaning, model: Packed, device: str = "cpu") -> "FileSwapper":
     """The model of a job, loaded once in each process."""
     if job.key not in _KEPT:
         _KEPT.clear()
@@ -153,7 +164,7 @@ def _swapper(job: Cleaning, device: str = "cpu") -> "FileSwapper":
 
         if device == "cpu":
             torch.set_num_threads(1)
-        _KEPT[job.key] = ray.get(job.maker)(device)
+        _KEPT[job.key] = cloudpickle.loads(model.tobytes())(device)
     return _KEPT[job.key]
 
 
@@ -161,13 +172,12 @@ Portion = tuple[list[Opened], int, list[Row]]
 """Opened files, how many stacks they have, and the failures before them."""
 
 
-def _read_block(job: "list[ray.ObjectRef]", indices: Indices) -> tuple[list[Portion], list[Stack]]:
+def _read_block(job: Cleaning, indices: Indices) -> tuple[list[Portion], list[Stack]]:
     """Decoded images: what is to be known of the files, and the pixels."""
-    this = shared(job[0])
-    files = read_files(this.source, indices.tolist())
+    files = read_files(job.source, indices.tolist())
     portions: list[Portion] = []
     stacks: list[Stack] = []
-    for opened, some, failed in open_files(files, this.images, this.per_value):
+    for opened, some, failed in open_files(files, job.images, job.per_value):
         portions.append((opened, len(some), failed))
         stacks += some
     return portions, stacks
@@ -179,15 +189,16 @@ _read_alone = ray.remote(num_cpus=1, max_retries=0, num_returns=2, max_calls=1)(
 
 @ray.remote(num_cpus=1, max_retries=0)
 def _write(
-    job: "list[ray.ObjectRef]",
+    job: Cleaning,
     portions: list[Portion],
     stacks: list[Stack],
     answers: list[Answer],
 ) -> pa.Table:
-    this, rows, first = shared(job[0]), [], 0
+    rows: list[Row] = []
+    first = 0
     for opened, n_stacks, failed in portions:
         some = slice(first, first + n_stacks)
-        rows += failed + write_files(opened, stacks[some], answers[some], this.target)
+        rows += failed + write_files(opened, stacks[some], answers[some], job.target)
         first += n_stacks
     return _table(rows)
 
@@ -198,7 +209,7 @@ class _Gpu:
     def __init__(self) -> None:
         self._device = "cpu" if STAND_IN in os.environ else "cuda"
 
-    def problem(self, job: "list[ray.ObjectRef]") -> str:
+    def problem(self, job: Cleaning, model: Packed) -> str:
         """Why the GPU cannot be used, "" if it can; then the model is loaded."""
         import torch
 
@@ -207,15 +218,15 @@ class _Gpu:
                 "A GPU that Ray counts must be one that torch can use, but torch finds none on "
                 f"{socket.gethostname()}; install a torch for its driver, or give --gpus none."
             )
-        _swapper(shared(job[0]), self._device)
+        _swapper(job, model, self._device)
         return ""
 
-    def answer(self, job: "list[ray.ObjectRef]", stacks: list[Stack]) -> list[Answer]:
+    def answer(self, job: Cleaning, model: Packed, stacks: list[Stack]) -> list[Answer]:
         """What becomes of stacks. Each of the actor's threads has a stream of its own, so that one
         copies while the other computes."""
         import torch
 
-        swapper = _swapper(shared(job[0]), self._device)
+        swapper = _swapper(job, model, self._device)
         if self._device == "cpu":
             return [swapper.answer(stack) for stack in stacks]
         with torch.cuda.stream(torch.cuda.Stream()):

@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import ray
 from torch import Tensor
 
 from snr_ray import configfile as configs
@@ -151,9 +150,8 @@ def denoise(
                 images=config.images,
                 target=Target(folder.claimed(), fingerprint(repr(identity)), injects, doubtful),
                 per_value=bytes_per_value(trained.config, told),
-                maker=ray.put(SwapperMaker(trained, pool, options)),
             )
-            job.run(cleaning)
+            job.run(cleaning, SwapperMaker(trained, pool, options))
     title = "Noise removed" if inject is None else f"Noise of {inject} views injected"
     return job.finish(title, trained, files_per_image=1 + (samples > 0))
 

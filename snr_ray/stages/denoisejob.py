@@ -27,7 +27,7 @@ from snr_ray.learning.checkpoint import TrainedModel
 from snr_ray.outputs import Progress
 from snr_ray.scoring.report import JobPage, denoise_report
 from snr_ray.stages import bulk, manifest, retrylist
-from snr_ray.stages.cleaning import Cleaning, on_cores, on_gpus
+from snr_ray.stages.cleaning import Cleaning, Maker, on_cores, on_gpus
 from snr_ray.stages.cluster import gpus
 from snr_ray.stages.counters import count_images
 from snr_ray.stages.imagefiles import (
@@ -120,7 +120,7 @@ class Job:
         """Images to do."""
         return int((self.asked.wanted & ~self.done).sum())
 
-    def run(self, cleaning: Cleaning) -> None:
+    def run(self, cleaning: Cleaning, maker: Maker) -> None:
         """Do all images that are left.
 
         Raises:
@@ -128,7 +128,7 @@ class Job:
         """
         n_gpus = self._gpus()
         wait = self.running.stall_minutes
-        work = on_gpus(cleaning, n_gpus, wait) if n_gpus else on_cores(cleaning)
+        work = on_gpus(cleaning, maker, n_gpus, wait) if n_gpus else on_cores(cleaning, maker)
         self.drive(work, self._per_block() * (GPU_BLOCK if n_gpus else 1))
 
     def drive(self, work: bulk.Work, per_block: int) -> None:

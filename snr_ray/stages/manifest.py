@@ -144,8 +144,9 @@ class Manifest:
         found.worst = [row for *_, row in sorted(least, key=lambda item: item[:2], reverse=True)]
         if counts.sum():
             found.least = float(found.worst[0]["explained"])
-            middle = np.searchsorted(np.cumsum(counts), (counts.sum() + 1) // 2)
-            found.median = float(DECIBELS[middle])
+            half = counts.sum() / 2
+            ends = np.searchsorted(np.cumsum(counts), [np.floor(half + 0.5), np.floor(half + 1)])
+            found.median = float(DECIBELS[np.minimum(ends, len(counts) - 1)].mean()) + 0.05
         return found
 
 

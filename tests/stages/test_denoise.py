@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -154,10 +155,10 @@ def test_tensors_of_a_data_folder_become_float_tiff(
 
 @pytest.fixture
 def scans(tmp_path: Path) -> Path:
-    """300 random images of 32 pixels."""
+    """200 random images of 32 pixels."""
     folder, rng = tmp_path / "scans", np.random.default_rng(0)
     folder.mkdir()
-    for k in range(300):
+    for k in range(200):
         pixels = rng.integers(0, 256, (32, 32), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{k:04d}.png")
     return folder
@@ -175,8 +176,8 @@ def started(out: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
                 os.killpg(job.pid, signal.SIGKILL)
 
 
-def wait_for_rows(job: subprocess.Popen[bytes], out: Path, n_parts: int = 1) -> None:
-    while len(list((out / "manifest.parquet").glob("part*.parquet"))) < n_parts:
+def wait_for_rows(job: subprocess.Popen[bytes], out: Path) -> None:
+    while not list((out / "manifest.parquet").glob("part*.parquet")):
         assert job.poll() is None, job.stderr.read().decode() if job.stderr else ""
         time.sleep(0.05)
 
@@ -188,22 +189,23 @@ def test_outputs_of_killed_jobs_are_kept_and_completed(
     options = ["--model", str(model_folder), "--images", str(scans), "--samples", "8",
                "--doubtful", "write"]  # fmt: skip
     with started(out, *options) as job:
-        wait_for_rows(job, out)
         # First a worker: the job goes on. Then the driver, with all that it started.
-        tasks = [p for p in psutil.Process(job.pid).children(recursive=True)
-                 if "_clean_block" in " ".join(p.cmdline())]  # fmt: skip
-        for task in tasks[:1]:
-            task.kill()
-        wait_for_rows(job, out, 2)
+        tasks: list[psutil.Process] = []
+        while not tasks:
+            tasks = [p for p in psutil.Process(job.pid).children(recursive=True)
+                     if "_clean_block" in " ".join(p.cmdline())]  # fmt: skip
+            time.sleep(0.05)
+        tasks[0].kill()
+        wait_for_rows(job, out)
     kept = pq.read_table(out / "manifest.parquet")["output"].to_pylist()
     stamps = {name: (out / name).stat().st_mtime_ns for name in kept}
-    assert 0 < len(kept) < 300
+    assert 0 < len(kept) < 200
     (out / ".0123456789ab.partial").write_bytes(b"cut short")
     os.utime(out / ".0123456789ab.partial", (1, 1))
     outcome = cleaning(model=str(model_folder), images=str(scans), out=out, samples=8)
-    assert (outcome.images, outcome.failed) == (300, 0)
+    assert (outcome.images, outcome.failed) == (200, 0)
     ids = pq.read_table(out / "manifest.parquet")["id"].to_pylist()
-    assert len(ids) == len(set(ids)) == 300
+    assert len(ids) == len(set(ids)) == 200
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == stamps
     assert not list(out.rglob("*.partial"))
     cleaning(model=str(model_folder), images=str(scans), out=whole, samples=8)
@@ -305,8 +307,10 @@ def test_view_count_that_nobody_knows_is_detected(
         rows = pq.read_table(out / "manifest.parquet").to_pylist()
         assert {row["n_views"] for row in rows} <= ({13} if n_views else {0, 10, 20, 40})
         known = [row["explained"] for row in rows]
-        said = f"to {np.median(known):.0f} dB in the median, {min(known):.0f} dB at the least"
-        assert said in capsys.readouterr().out
+        said = re.search(r"to (.*) dB in the median, (.*) dB at the", capsys.readouterr().out)
+        assert said
+        assert float(said[1]) == pytest.approx(np.median(known), abs=0.6)
+        assert float(said[2]) == pytest.approx(min(known), abs=0.6)
         explains[n_views] = min(known) if n_views else max(known)
         images = np.stack([np.load(out / f"{k}.npy") for k in range(4)])[:, None]
         return float(psnr(images, clean).mean())
