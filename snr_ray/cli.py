@@ -113,6 +113,8 @@ def prepare_environment() -> None:
     # torch starts a thread per core in every process otherwise; workers are told their share.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Else a process of its own reports to the makers of Ray.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A thread of Ray Data that prefetches may outlive the stage that asked for it; without this it
     # starts another Ray, which ends the process when it goes.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")

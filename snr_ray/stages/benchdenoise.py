@@ -278,7 +278,7 @@ def _idle_driver(images: Path, out: Path, start: Any) -> dict[str, float]:
     place = LocalFolder(out)
     rows, done = Manifest(place), np.zeros(len(source.ids), bool)
     job = Job(asked, place, ImagesConfig(), Running(), rows, done)
-    with connected():
+    with connected(data=False):
         ref, width = ray.put(source), 2 * cpus()
         work = Work(lambda block: _nothing.remote(ref, block.indices), lambda: width, _never)
         for warm in [work.start(Block(np.zeros(1, np.int64))) for _ in range(width)]:

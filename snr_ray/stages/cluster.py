@@ -31,10 +31,11 @@ ANSWER_S = 10.0
 
 
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(*, data: bool = True) -> Iterator[None]:
     """Connect for the time of a stage: to RAY_ADDRESS (a job has it set), else to a new local Ray.
 
-    Stays out of the way where the caller has connected already.
+    Stays out of the way where the caller has connected already. `data` says that the stage uses Ray
+    Data, which takes a second to import.
 
     Raises:
         InputError: within a minute, if the cluster cannot be used, with the reason.
@@ -60,7 +61,8 @@ def connected() -> Iterator[None]:
             ray.shutdown()  # what has started of it
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stops)  # Ray's own prints the stack of its C++
-    quiet_data()
+    if data:
+        quiet_data()
     done = threading.Event()
     if address == "local":
         threading.Thread(target=_end_with_ray, args=(done,), daemon=True).start()

@@ -143,7 +143,7 @@ def denoise(
     if job.n_left:
         injects = inject is not None
         options = {"samples": samples, "seed": config.seed, "inject": inject, "n_views": told}
-        with connected():
+        with connected(data=False):
             cleaning = Cleaning(
                 key=uuid.uuid4().hex,
                 source=source,
