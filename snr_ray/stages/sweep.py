@@ -43,8 +43,10 @@ from snr_ray.stages.trainsetup import identity
 OWNED = ("data", "study.journal", "study.journal.lock", "trials", "best.yaml", "trials.csv",
          "history.png", "split.png", "report.html")  # fmt: skip
 POLL_S = 1.0
-TRIAL_BYTES = 1_300 * 2**20
-"""Memory of a trial beside its workers: its driver, and five processes of Ray Train."""
+TRIAL_BYTES = 700 * 2**20
+"""Memory of a trial that runs in its task."""
+TRIAL_ON_TRAIN_BYTES = 1_300 * 2**20
+"""Memory of one of several workers beside these: its driver, and five processes of Ray Train."""
 
 
 def sweep(
@@ -93,13 +95,23 @@ def sweep(
     return Outcome(out, len(study.get_trials(states=FINISHED)), failed)
 
 
-# A trial's driver and what Ray Train starts beside it stay on one node: on any, not all on the one
-# that this process is on.
-@ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")
+# On any node, not all on the one that this process is on. A trial whose node is lost is tried again
+# and continues from its checkpoint; what fails of itself is not.
+@ray.remote(max_retries=3, scheduling_strategy="SPREAD")
 def _train_trial(config: Config, origin: Origin, folder: str) -> None:
-    """One trial, in a task of its own; its training workers hold the resources."""
+    """One trial, in a task of its own: that of a single worker runs in it, those of several hold
+    the resources of a larger one."""
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    train(config, origin=origin, out=Path(folder), progress=False, alone=False)
+    here = config.train.num_workers == 1
+    train(config, origin=origin, out=Path(folder), progress=False, alone=False, here=here)
+
+
+def _resources(config: Config, memory: int) -> dict[str, Any]:
+    """What Ray is to find for the task of a trial."""
+    if config.train.num_workers > 1:
+        return {"num_cpus": 0, "memory": memory}
+    gpus = 1 if config.train.use_gpu else 0
+    return {"num_cpus": config.train.cpus_per_worker, "num_gpus": gpus, "memory": memory}
 
 
 @dataclasses.dataclass
@@ -124,7 +136,9 @@ def _run(study: optuna.Study, config: Config, origin: Origin, out: Path, trials:
             trial.set_user_attr("folder", folder)
             run = out / "trials" / folder
             chosen = suggest(trial, config)
-            ref = _train_trial.options(memory=memory).remote(chosen, origin, str(run))
+            ref = _train_trial.options(**_resources(chosen, memory)).remote(
+                chosen, origin, str(run)
+            )
             live[ref] = _Live(trial, run)
             print(f"sweep: trial {trial.number} starts: {_short(trial.params)}", flush=True)
         if not live:
@@ -167,7 +181,8 @@ def _slots(config: Config) -> tuple[int, int]:
     if train.use_gpu:
         bounds.append(gpus() // train.num_workers)
     rooms = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
-    memory = int(min(TRIAL_BYTES, max(rooms)))
+    wanted = TRIAL_BYTES if train.num_workers == 1 else TRIAL_ON_TRAIN_BYTES
+    memory = int(min(wanted, max(rooms)))
     bounds.append(sum(int(room // memory) for room in rooms) if memory else 1)
     return max(1, min(bounds)), memory
 

@@ -57,7 +57,7 @@ from snr_ray.stages.trainsetup import (
     wait_for_room,
     waiting_for,
 )
-from snr_ray.stages.trainworker import CHECKPOINTS, NodeTorch, work
+from snr_ray.stages.trainworker import CHECKPOINTS, NodeTorch, work, work_alone
 
 OWNED = ("config.yaml", "metrics.jsonl", "tensorboard", CHECKPOINTS, "failures.parquet",
          "errors.txt", "report.html", "pictures.png", "model", "stop", "data")  # fmt: skip
@@ -74,6 +74,7 @@ def train(
     wait: float | None = None,
     progress: bool = True,
     alone: bool = True,
+    here: bool = False,
 ) -> Outcome:
     """Train a model, or continue, or leave a finished run alone.
 
@@ -86,6 +87,8 @@ def train(
             for those there are to be free.
         progress: keep a progress line.
         alone: make sure that no other driver has the folder; off where the caller has it.
+        here: train in this process, a task that holds what train.cpus_per_worker and train.use_gpu
+            ask for, in place of workers of Ray Train; for train.num_workers=1.
 
     Raises:
         InputError: for a source, folder or setting the user can put right.
@@ -112,13 +115,20 @@ def train(
             goes_on = f"goes on from {newest}" if newest else "begins anew, as none is intact"
             print(f"train: damaged: {'; '.join(damaged)}. Training {goes_on}.", file=sys.stderr)
         with connected():
-            wait_for_room(config, wait, tell=progress)
-            _train(config, origin, out, counts, progress=progress)
+            if not here:
+                wait_for_room(config, wait, tell=progress)
+            _train(config, origin, out, counts, progress=progress, here=here)
     return _outcome(out)
 
 
 def _train(
-    config: Config, origin: Origin, out: Path, counts: dict[str, int], *, progress: bool
+    config: Config,
+    origin: Origin,
+    out: Path,
+    counts: dict[str, int],
+    *,
+    progress: bool,
+    here: bool,
 ) -> None:
     name = f"snr train {'--images' if origin.images else '--data'} {origin.name}"
     failed: dict[str, list[Failure]] = {"train": [], "val": []}
@@ -154,7 +164,10 @@ def _train(
     watch = Watch(out, config, functools.partial(waiting_for, config)) if progress else None
     ending = f"Interrupted; the same command continues: {name}"
     try:
-        _fit_on_ray(job, datasets)
+        if here:
+            work_alone(job, datasets)
+        else:
+            _fit_on_ray(job, datasets)
         ending = f"Done: {name}"
     except (InputError, RunError) as error:
         ending = str(error)

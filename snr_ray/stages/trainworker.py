@@ -1,14 +1,18 @@
 """What every training worker runs, between the driver and the learner."""
 
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import psutil
+import pyarrow as pa
 import ray
 import ray.train
 import ray.train.torch
 import torch
 from ray.train.torch.config import TorchConfig, _TorchBackend
+from torch import nn
 
 from snr_ray.learning.batches import PairFeed, Share
 from snr_ray.learning.checkpoint import load_any, save_model
@@ -26,38 +30,74 @@ CHECKPOINTS = "checkpoints"
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs: its part of every batch, its device, its rows, its fellow workers."""
+
+    share: Share
+    device: torch.device
+    tables: Callable[[str], Iterator[pa.Table]]
+    """Rows of a data set by its name."""
+    wrap: Callable[[nn.Module], nn.Module]
+    """Turns the objective into its data-parallel form."""
+    meet: Callable[[int], object]
+    """Waits for the others at a step, so that none is ahead of a checkpoint."""
+
+
 def work(job: dict[str, Any]) -> None:
+    """`train_at` as one of the workers of Ray Train."""
+    context = ray.train.get_context()
+
+    def tables(name: str) -> Iterator[pa.Table]:
+        shard = ray.train.get_dataset_shard(name)
+        return iter(shard.iter_batches(batch_size=None, batch_format="pyarrow"))
+
+    place = Place(
+        share=Share(context.get_world_rank(), context.get_world_size()),
+        device=ray.train.torch.get_device(),
+        tables=tables,
+        wrap=ray.train.torch.prepare_model,
+        meet=lambda step: ray.train.report({"step": step}),
+    )
+    train_at(place, job)
+
+
+def work_alone(job: dict[str, Any], datasets: dict[str, Any]) -> None:
+    """`train_at` as the only worker, in this process, without Ray Train and its five others."""
+
+    def tables(name: str) -> Iterator[pa.Table]:
+        return iter(datasets[name].iter_batches(batch_size=None, batch_format="pyarrow"))
+
+    device = torch.device("cuda" if job["config"].train.use_gpu else "cpu")
+    train_at(Place(Share(), device, tables, lambda module: module, lambda step: None), job)
+
+
+def train_at(place: Place, job: dict[str, Any]) -> None:
     """Train from the newest checkpoint of the run folder to the end.
 
     Args:
+        place: where.
         job: `config`; `out`, the run folder; `origin`, the command for the model card; `start`, the
             model folder to begin from, or None; `data`, the data folder, or None where the images
             are in memory.
     """
-    config, out = job["config"], job["out"]
-    context = ray.train.get_context()
-    share = Share(context.get_world_rank(), context.get_world_size())
+    config, out, share = job["config"], job["out"], place.share
     torch.set_num_threads(config.train.cpus_per_worker)
-    val, _ = gather(_tables("val"), config)
+    val, _ = gather(place.tables("val"), config)
     feed: PairFeed | ShardFeed | MixedFeed
     if config.noise.views_per_pixel is not None:
-        donors, _ = gather(_tables("donors"), config)
-        pictures, _ = gather_pictures(_tables("train"), config)
+        donors, _ = gather(place.tables("donors"), config)
+        pictures, _ = gather_pictures(place.tables("train"), config)
         feed = MixedFeed(pictures, config, share)
     elif job["data"]:
         feed, donors = ShardFeed(job["data"], config, share), val
     else:
-        donors, _ = gather(_tables("train"), config)
+        donors, _ = gather(place.tables("train"), config)
         feed = PairFeed(donors, config.train.batch_size, seed=config.seed, share=share)
 
-    learner = Learner(
-        config,
-        device=ray.train.torch.get_device(),
-        share=share,
-        wrap=ray.train.torch.prepare_model,
-    )
+    learner = Learner(config, device=place.device, share=share, wrap=place.wrap)
     if config.model.physics:
-        known, _ = gather(_tables("physics"), config)
+        known, _ = gather(place.tables("physics"), config)
         learner.fit_physics(known)
     newest = _from_rank_zero(share, newest_checkpoint(out / CHECKPOINTS)[0])
     if newest:
@@ -82,15 +122,10 @@ def work(job: dict[str, Any]) -> None:
                 origin = job["origin"]
                 save_model(out / "model", config, learner.average, codes, metrics, origin)
         # All wait here until the state is on disk: none is a step ahead when a worker dies.
-        ray.train.report({"step": learner.step})
+        place.meet(learner.step)
         return stop
 
     fit(learner, feed.batches(learner.step), log=log, checkpoint=save)
-
-
-def _tables(name: str) -> Any:
-    shard = ray.train.get_dataset_shard(name)
-    return iter(shard.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
 def _from_rank_zero(share: Share, value: T) -> T:
