@@ -18,7 +18,7 @@ import numpy as np
 
 from snr_ray import __version__
 from snr_ray.config import InputError
-from snr_ray.images.pixels import Contents, Stored, Values
+from snr_ray.images.pixels import Contents, Made, Stored, Values
 
 LONGEST_TEXT = {"SeriesDescription": 64, "DerivationDescription": 1024}
 """Characters that their value representations (LO, ST) hold."""
@@ -124,7 +124,7 @@ def _write(
     frames: Values,
     scales: Sequence[tuple[float, float]],
     units: Sequence[Values],
-    job: str,
+    made: Made,
 ) -> bytes:
     """The file with other Hounsfield units; pixels that the old one calls padding stay."""
     from pydicom.uid import ExplicitVRLittleEndian
@@ -151,7 +151,7 @@ def _write(
                        ("LargestImagePixelValue", stored.max())):  # fmt: skip
         if tag in file:
             setattr(file, tag, int(value))
-    _derive(file, job)
+    _derive(file, made)
     out = io.BytesIO()
     with warnings.catch_warnings():  # as the old file broke them
         warnings.simplefilter("ignore")
@@ -172,7 +172,7 @@ def _padding(file: Any, frames: Values) -> Any:
     return (frames >= ends.min()) & (frames <= ends.max())
 
 
-def _derive(file: Any, job: str) -> None:
+def _derive(file: Any, made: Made) -> None:
     """Make it an image of its own, derived from the old one.
 
     Source: DICOM PS3.3, C.7.6.1.1.2 (image type), C.12.4 (derivation), C.7.6.1 (source image).
@@ -191,12 +191,13 @@ def _derive(file: Any, job: str) -> None:
         file.SourceImageSequence = [source]
     for tag in ("SOPInstanceUID", "SeriesInstanceUID"):
         old = str(file.get(tag, ""))
-        setattr(file, tag, generate_uid(entropy_srcs=[tag, old, job]))
+        setattr(file, tag, generate_uid(entropy_srcs=[tag, old, made.job]))
     file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID
     if "SOPClassUID" in file:
         file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID
-    _append(file, "SeriesDescription", "denoised")
-    _append(file, "DerivationDescription", f"sparse-view noise removed by snr_ray {__version__}")
+    _append(file, "SeriesDescription", f"noise {made.noise}")
+    said = f"sparse-view noise {made.noise} by snr_ray {__version__}"
+    _append(file, "DerivationDescription", said)
     if "ImageType" in file:
         file.ImageType = ["DERIVED", "SECONDARY", *list(file.ImageType)[2:]]
     groups = [*(file.get("SharedFunctionalGroupsSequence") or []),

@@ -19,6 +19,7 @@ from snr_ray.images.pixels import (
     Array,
     Contents,
     Decoded,
+    Made,
     Span,
     Stored,
     Values,
@@ -42,6 +43,7 @@ KINDS = {
     ".nii.gz": "nifti",
 }
 SUFFIXES = tuple(KINDS)
+NOT_SAID = Made()
 HEAD_BYTES = 132
 """Bytes that say what a file is."""
 _HEADS = (
@@ -63,11 +65,11 @@ class OpenFile:
     kind: str
     """Its format, one of KINDS."""
     frames: list[Decoded]
-    write: Callable[[Sequence[Values], str], bytes]
+    write: Callable[[Sequence[Values], Made], bytes]
     """Of `Contents`."""
 
     def encode(
-        self, frames: Sequence[Array], name: str, *, clip: bool = True, job: str = ""
+        self, frames: Sequence[Array], name: str, *, clip: bool = True, made: Made = NOT_SAID
     ) -> bytes:
         """The bytes of a file like this one, with other pixels.
 
@@ -76,8 +78,8 @@ class OpenFile:
             name: of the result; its suffix says the format, which is the file's own if it has
                 none. Metadata is kept where the format stays.
             clip: cut pixels to [0, 1], the window where there is one.
-            job: what made the pixels; identifiers of a DICOM result follow from it and the old
-                ones, so that the same job writes the same bytes.
+            made: what is said of it in a DICOM result, whose identifiers follow from the job and
+                the old ones, so that the same job writes the same bytes.
 
         Raises:
             InputError: if the format of `name` cannot hold the pixels, or its metadata is such that
@@ -91,7 +93,7 @@ class OpenFile:
         if kind != self.kind:
             return _write(values, kind, name)
         try:
-            return self.write(values, job)
+            return self.write(values, made)
         except InputError:
             raise
         except Exception as error:  # tags that their own writers refuse
@@ -201,7 +203,7 @@ def _read_npy(data: bytes, name: str) -> Contents:
     return Contents([Stored(values)], _rewrite_npy)
 
 
-def _rewrite_npy(frames: Sequence[Values], job: str) -> bytes:
+def _rewrite_npy(frames: Sequence[Values], made: Made) -> bytes:
     return _npy(frames[0])
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from snr_ray.config import InputError
-from snr_ray.images.pixels import Contents, Stored, Values
+from snr_ray.images.pixels import Contents, Made, Stored, Values
 
 PACKED = b"\x1f\x8b"
 FIRST_HEADER, SECOND_HEADER = 348, 540
@@ -81,7 +81,7 @@ def _write(
     intercept: float,
     packed: bool,
     values: Sequence[Values],
-    job: str,
+    made: Made,
 ) -> bytes:
     """The volume with other values in the same kind of numbers."""
     slices = np.stack([v.swapaxes(0, 1) for v in values], axis=-1).reshape(stored.shape)

@@ -7,7 +7,7 @@ Hounsfield units need it. Numbers whose meaning is not known raise an InputError
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -49,13 +49,22 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Made:
+    """How pixels were made, for formats that say so."""
+
+    job: str = ""
+    """What names the job: identifiers of a result follow from it and those of its input."""
+    noise: Literal["removed", "injected"] = "removed"
+
+
+@dataclass(frozen=True)
 class Contents:
     """What a file holds, and how to write it back."""
 
     frames: Sequence[Stored]
-    write: Callable[[Sequence[Values], str], bytes]
-    """Values of every frame, in the units of `frames`, and the job's name -> bytes of a file of the
-    same kind with the metadata kept."""
+    write: Callable[[Sequence[Values], Made], bytes]
+    """Values of every frame, in the units of `frames`, and how they were made -> bytes of a file of
+    the same kind with the metadata kept."""
 
 
 def scale(

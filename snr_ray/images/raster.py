@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from snr_ray.config import InputError
-from snr_ray.images.pixels import Contents, Stored, Values, turn, without_alpha
+from snr_ray.images.pixels import Contents, Made, Stored, Values, turn, without_alpha
 
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "WEBP")
 GREY_OR_COLOUR = {"PNG": (1, 3), "JPEG": (1, 3), "BMP": (1, 3), "WEBP": (3,)}
@@ -90,7 +90,7 @@ def write(values: Values, kind: str, **kept: Any) -> bytes:
     return out.getvalue()
 
 
-def _rewrite(kind: str, kept: dict[str, Any], frames: Sequence[Values], job: str) -> bytes:
+def _rewrite(kind: str, kept: dict[str, Any], frames: Sequence[Values], made: Made) -> bytes:
     return write(frames[0], kind, **kept)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG
 
 from snr_ray.config import InputError
-from snr_ray.images.pixels import Contents, Stored, Values, turn, without_alpha
+from snr_ray.images.pixels import Contents, Made, Stored, Values, turn, without_alpha
 
 COLOURS = {
     PHOTOMETRIC.MINISBLACK: 1,
@@ -70,7 +70,7 @@ def read(data: bytes, name: str) -> Contents:
 
 
 def _rewrite(
-    options: list[dict[str, Any]], big: bool, order: str, values: Sequence[Values], job: str
+    options: list[dict[str, Any]], big: bool, order: str, values: Sequence[Values], made: Made
 ) -> bytes:
     return write(values, options, bigtiff=big, byteorder=order)
 

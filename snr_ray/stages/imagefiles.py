@@ -24,6 +24,7 @@ from snr_ray.config import ImagesConfig, InputError
 from snr_ray.folder import Folder, NotShared
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.formats import OpenFile, open_file
+from snr_ray.images.pixels import Made
 from snr_ray.stages.room import check_room
 
 Array = npt.NDArray[np.float32]
@@ -343,7 +344,8 @@ def _encoded(one: Opened, pictures: list[_Picture], target: Target, *, copied: b
     # Noise leaves the range of clean images; float files can hold that.
     whole = copied or (target.inject and one.open.frames[0].depth.kind == "f")
     frames = [picture.pixels if copied else picture.result for picture in pictures]
-    return one.open.encode(frames, file.output, clip=not whole, job=target.job)
+    made = Made(target.job, "injected" if target.inject else "removed")
+    return one.open.encode(frames, file.output, clip=not whole, made=made)
 
 
 def _npy(deviations: Sequence[Array]) -> bytes:

@@ -3,7 +3,7 @@
 import functools
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import imagecodecs
 import numpy as np
@@ -14,6 +14,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 
 from snr_ray.config import InputError
 from snr_ray.images.formats import OpenFile, decode, open_file
+from snr_ray.images.pixels import Made
 
 WINDOW = (-1000.0, 200.0)
 STORED = (np.arange(48, dtype=np.uint16) * 20).reshape(8, 6)
@@ -48,8 +49,10 @@ def saved(file: FileDataset) -> bytes:
     return out.getvalue()
 
 
-def rewritten(file: OpenFile, job: str = "a job") -> tuple[bytes, FileDataset]:
-    data = file.encode([frame.pixels for frame in file.frames], "out.dcm", job=job)
+def rewritten(
+    file: OpenFile, job: str = "a job", noise: Literal["removed", "injected"] = "removed"
+) -> tuple[bytes, FileDataset]:
+    data = file.encode([frame.pixels for frame in file.frames], "out.dcm", made=Made(job, noise))
     return data, pydicom.dcmread(io.BytesIO(data))
 
 
@@ -73,7 +76,8 @@ def test_a_slice_comes_back_as_a_derived_slice_in_its_own_units() -> None:
     assert after.ImageType == ["DERIVED", "SECONDARY", "AXIAL"]
     assert after.SourceImageSequence[0].ReferencedSOPInstanceUID == "1.2.3"
     assert after.file_meta.MediaStorageSOPInstanceUID == after.SOPInstanceUID
-    assert after.SeriesDescription == "Chest; denoised"
+    assert after.SeriesDescription == "Chest; noise removed"
+    assert rewritten(file, noise="injected")[1].SeriesDescription == "Chest; noise injected"
 
 
 def test_identifiers_follow_from_the_old_ones_and_the_job() -> None:
