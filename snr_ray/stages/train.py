@@ -209,6 +209,13 @@ def _fit_on_ray(job: dict[str, Any], datasets: dict[str, Any]) -> None:
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
         raise _why(error, out) from None
+    except (ray.exceptions.ActorDiedError, ray.exceptions.OutOfMemoryError) as error:
+        write_atomic(out / "errors.txt", f"{error}\n")
+        raise RunError(
+            "Training has ended because the process that leads it was killed, most often for lack "
+            f"of memory on this machine (all that is known is in {out / 'errors.txt'}); the same "
+            "command continues from the last checkpoint."
+        ) from error
 
 
 class EndAtOnce(UserCallback):
