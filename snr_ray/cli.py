@@ -44,7 +44,9 @@ EXAMPLES = {
   snr denoise --model run/model --images scans/ --out cleaned --donor random --samples 16""",
     "evaluate": """snr evaluate --model run/model --images glyphs --out report
   snr evaluate --model notmnist --images notmnist:notMNIST.tar.gz --out report --limit 200
-  snr evaluate --model run/model --beside unet/model --images glyphs --out report""",
+  snr evaluate --model run/model --beside unet/model --images glyphs --out report
+  snr evaluate --model places64 --images slices/ --out report --size 128 --views 80,40,20 \\
+      --split all --baselines tvrec --set images.window=[-1000,1000]""",
     "bench": """snr bench radon
   snr bench train --out train.json
   snr bench simulate --set images.size=32 --set images.limit=1000000 --out simulate.json""",
@@ -224,6 +226,9 @@ def _run(args: argparse.Namespace, config: Config) -> int:
             baselines=names,
             beside=tuple(args.beside),
             limit=args.limit,
+            size=args.size,
+            n_views=args.views,
+            split=args.split,
             **options,
         )
         print(open_folder(outcome.out).read("metrics.md").decode())
@@ -343,6 +348,13 @@ def _parser() -> argparse.ArgumentParser:
         help="another model folder for the same table, such as a U-Net's; may be given several "
              "times, and models that differ only by their seed share a row")  # fmt: skip
     add("--limit", metavar="N", type=int, help="score at most N test images")
+    add("--size", metavar="N", type=int,
+        help="height and width of the images in pixels; default the model's own")  # fmt: skip
+    add("--views", metavar="K,K,K", type=_counts, default=(),
+        help="view counts of the noise; default the model's own. At another size or view count "
+             "images are cleaned blind, told it, and with the count found by itself")  # fmt: skip
+    add("--split", choices=("test", "all"), default="test",
+        help="all: every image, of a source that no model was trained on")  # fmt: skip
     return parser
 
 
@@ -375,6 +387,12 @@ def _count(text: str) -> int:
 def _place(text: str) -> Path | str:
     """A path; a URI stays as it was typed, as a Path would lose one of its slashes."""
     return text if ":/" in text else Path(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    if all(part.strip().isdecimal() for part in text.split(",")):
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    raise argparse.ArgumentTypeError(f"takes view counts such as 80,40,20, but got {text!r}")
 
 
 def _views(text: str) -> int | str:

@@ -28,6 +28,8 @@ Array = npt.NDArray[np.float32]
 Raw = bytes | npt.NDArray[np.generic]
 
 SPLITS = ("train", "val", "test")
+ALL = "all"
+"""Every image, where no model was trained on any."""
 CHECKED = 100
 """Images that are tried before a collection is given up; of one that can be used, the first."""
 
@@ -162,13 +164,13 @@ class Source:
         return output_name(name, tensors=self.tensors, file=self.chunks is None)
 
     def select(self, split: str, limit: int | None = None) -> npt.NDArray[np.int64]:
-        """Indices of a split ("train", "val" or "test"), in the order of id hashes.
+        """Indices of a split ("train", "val", "test", or "all" of them), in the order of id hashes.
 
         The split of an image is a hash of its group (80 / 10 / 10 %), so it never changes when
         images are added, and `limit` keeps the same images whatever the split asked for.
         """
         order = np.argsort(self._hashes, kind="stable")[:limit]
-        return order[self._splits[order] == SPLITS.index(split)]
+        return order if split == ALL else order[self._splits[order] == SPLITS.index(split)]
 
     def split(self, index: int) -> str:
         """Split of one image."""

@@ -55,6 +55,10 @@ class Case:
     """[B] of the noisy images, told or detected."""
     spec: NoiseSpec | None = None
     """How the noise was made; None where there is none."""
+    elsewhere: bool = False
+    """Of a size or view count that was asked for, rather than one that the model was trained on."""
+    found: Labels | None = None
+    """[B] view counts that the noisy images were found to have, where that was tried."""
     fitted: "Mapping[str, Restore]" = field(default_factory=dict)
     """Baselines that were asked for and fit this noise, by key."""
 
@@ -71,6 +75,7 @@ class Case:
             clean=self.clean[which],
             noisy=self.noisy[which],
             noise_ids=self.noise_ids[which],
+            found=None if self.found is None else self.found[which],
         )
 
 

@@ -60,6 +60,10 @@ class Method:
     """Case and model -> the truth."""
     clip: bool = True
     """Whether images are cut to [0, 1] before they are scored."""
+    own: bool = False
+    """It says more of what the model was trained on, and nothing elsewhere."""
+    finds: bool = False
+    """It takes the view counts that were found, which are scored with it."""
     given: bool = False
     """The answer is there before any work is done."""
     every: int = 1
@@ -111,6 +115,16 @@ def _swap_detected(case: Case, model: TrainedModel) -> Array:
 def _swap_told(case: Case, model: TrainedModel) -> Array:
     codes, geometry = model.codes.mean(0), model.geometry(case.n_views)
     return swap(model.model, case.noisy, codes, noise_ids=case.noise_ids, geometry=geometry)
+
+
+def _swap_found(case: Case, model: TrainedModel) -> Array:
+    out, codes = np.empty_like(case.noisy), model.codes.mean(0)
+    assert case.found is not None
+    for n_views in np.unique(case.found):
+        which = case.found == n_views
+        geometry = model.geometry(int(n_views))
+        out[which] = swap(model.model, case.noisy[which], codes, geometry=geometry)
+    return out
 
 
 def _hdn(case: Case, model: TrainedModel) -> Array:
@@ -173,28 +187,42 @@ _ORDERED = (
         beside=True,
     ),
     Method("swap", "**noise removed**, mean clean noise code", REMOVE, _swap, beside=True),
-    Method("swap_random", "**noise removed**, random clean donor", ("remove",), _swap_random),
+    Method(
+        "swap_random", "**noise removed**, random clean donor", ("remove",), _swap_random, own=True
+    ),
     Method(
         "swap_mirror",
         "noise removed, mean over the image and its mirror image at the diagonal",
         ("remove",),
         _swap_mirror,
+        own=True,
     ),
     Method(
         "swap_detected",
         "noise removed, view count detected",
         ("remove",),
         _swap_detected,
+        own=True,
         when=lambda case, model: model.config.model.physics,
     ),
     Method(
         "swap_told",
         "**noise removed**, told the view count",
-        ("remove_unseen",),
+        REMOVE,
         _swap_told,
-        when=lambda case, model: model.geometry(case.n_views) is not None,
+        when=lambda case, model: (
+            (case.elsewhere or case.task == "remove_unseen") and model.model.unrolls
+        ),
     ),
-    Method("hdn", "finest content from the prior, no swap (HDN mode)", ("remove",), _hdn),
+    Method(
+        "swap_found",
+        "**noise removed**, view count found by itself",
+        REMOVE,
+        _swap_found,
+        when=lambda case, model: case.found is not None,
+        finds=True,
+    ),
+    Method("hdn", "finest content from the prior, no swap (HDN mode)", ("remove",), _hdn, own=True),
     Method(
         "recon_clean",
         "reconstruction of the clean image",

@@ -36,16 +36,21 @@ PAGE_FAILURES = 100_000
 """Failed images that a page looks at."""
 
 
-def grid(rows: list[list[Array]], labels: list[str], path: Path) -> None:
-    """Draw the original figure: one row of seven images [C, H, W] per picture, columns as named.
+def grid(
+    rows: list[list[Array]],
+    labels: list[str],
+    path: Path,
+    columns: tuple[str, ...] = GRID_COLUMNS,
+) -> None:
+    """Draw images [C, H, W], a row for each picture; by default the original figure of seven.
 
     Noisy images are clipped to [0, 1] for display only.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1.35 * len(GRID_COLUMNS) + 0.6, 1.38 * len(rows) + 0.45))
-    axes = figure.subplots(len(rows), len(GRID_COLUMNS), squeeze=False)
+    figure = Figure(figsize=(1.35 * len(columns) + 0.6, 1.38 * len(rows) + 0.45))
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
             axis = axes[row][column]
@@ -54,7 +59,7 @@ def grid(rows: list[list[Array]], labels: list[str], path: Path) -> None:
             axis.set_xticks([])
             axis.set_yticks([])
             if row == 0:
-                axis.set_title(GRID_COLUMNS[column], fontsize=8)
+                axis.set_title(columns[column], fontsize=8)
         axes[row][0].set_ylabel(labels[row], fontsize=8)
     figure.subplots_adjust(0.035, 0.01, 0.995, 1 - 0.42 / figure.get_figheight(), 0.04, 0.04)
     FigureCanvasAgg(figure).print_png(path)
@@ -63,12 +68,35 @@ def grid(rows: list[list[Array]], labels: list[str], path: Path) -> None:
 def evaluation_table(metrics: dict[str, Any]) -> str:
     """metrics.json as a Markdown page."""
     results = metrics["results"]
-    trained_on = metrics["n_views"]
     blind = (
         "The model sees the linear estimate for the given view count beside the image."
         if metrics["physics"]
         else "The model is blind to the view count."
     )
+    of = "the test split" if metrics.get("split", "test") == "test" else "the source, all of it"
+    lines = [
+        f"# {metrics['model']} on {metrics['source']}",
+        "",
+        f"{metrics['images']} images of {of}. PSNR in dB / SSIM, mean over images, "
+        "data range 1; images are clipped to [0, 1] where not said otherwise; ± is the standard "
+        "deviation over seeds. Milliseconds per image are those of one core. "
+        + blind
+        + (" It is grey and takes each channel of RGB by itself." * metrics["per_channel"])
+        + (f" Images are {metrics['size']}x{metrics['size']} pixels." * (not metrics["probes"])),
+        "",
+        *itertools.chain.from_iterable(
+            _score_table(title, [r for r in results if r["task"] == task])
+            for task, title in TASKS.items()
+        ),
+    ]
+    if metrics["probes"]:
+        lines += _probe_tables(metrics)
+    return "\n".join(lines)
+
+
+def _probe_tables(metrics: dict[str, Any]) -> list[str]:
+    """Lines about the codes, donors, injection and uncertainty."""
+    trained_on = metrics["n_views"]
     probes = metrics["probes"]
     classes = "class_from_noise_code" in probes
     chance = f"(chance {probes['chance_of_noise_id']:.0%}"
@@ -83,18 +111,6 @@ def evaluation_table(metrics: dict[str, Any]) -> str:
         return cells({n: u[key] for n, u in metrics["uncertainty"].items()}, form)
 
     lines = [
-        f"# {metrics['model']} on {metrics['source']}",
-        "",
-        f"{metrics['images']} images of the test split. PSNR in dB / SSIM, mean over images, "
-        "data range 1; images are clipped to [0, 1] where not said otherwise; ± is the standard "
-        "deviation over seeds. Milliseconds per image are those of one core. "
-        + blind
-        + (" It is grey and takes each channel of RGB by itself." * metrics["per_channel"]),
-        "",
-        *itertools.chain.from_iterable(
-            _score_table(title, [r for r in results if r["task"] == task])
-            for task, title in TASKS.items()
-        ),
         "## What the codes know",
         "",
         f"| accuracy on test images {chance} | noise code | content code |",
@@ -130,7 +146,7 @@ def evaluation_table(metrics: dict[str, Any]) -> str:
         "`calibration.png` draws the last line, `grid.png` shows images.",
         "",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 def _score_table(title: str, results: list[dict[str, Any]]) -> list[str]:
@@ -162,7 +178,8 @@ def _cell(cell: dict[str, Any] | None) -> str:
     if not cell:
         return ""
     spread = f" ± {cell['psnr_std']:.2f}" if "psnr_std" in cell else ""
-    return f"{cell['psnr']:.2f}{spread} / {cell['ssim']:.3f}"
+    found = f" ({cell['found']:.0%} found)" if "found" in cell else ""
+    return f"{cell['psnr']:.2f}{spread} / {cell['ssim']:.3f}{found}"
 
 
 def calibration(uncertainty: dict[str, dict[str, Any]], path: Path) -> None:

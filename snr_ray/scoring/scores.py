@@ -12,16 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from snr_ray.config import NoiseConfig
 from snr_ray.hashing import hash64
 from snr_ray.learning.batches import Pairs
 from snr_ray.learning.checkpoint import TrainedModel, TrainedUNet
 from snr_ray.metrics import psnr, ssim
 from snr_ray.network.swap import detect
+from snr_ray.network.views import explaining, find_views
 from snr_ray.noise.operator import noise_operator, noise_specs
 from snr_ray.scoring.cases import Case, Restore, as_seen
 from snr_ray.scoring.methods import METHODS, Method
 
 Array = npt.NDArray[np.float32]
+Values = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.int64]
 
 UNSEEN_VIEWS = (30, 15)
 """View counts to try that no model was trained on."""
@@ -51,6 +55,19 @@ class Row(NamedTuple):
         return (f"model `{self.model}`: " if self.model else "") + METHODS[self.method].text
 
 
+class Scores(NamedTuple):
+    """Of the images of a block."""
+
+    psnr: Values
+    ssim: Values
+    seconds: float
+    """An image."""
+    which: npt.NDArray[np.bool_]
+    """Which images of the block."""
+    found: Labels | None
+    """View count that was found of each, where the row is of that."""
+
+
 class Scorer:
     """Every method on the pairs of one block."""
 
@@ -60,20 +77,24 @@ class Scorer:
         baselines: dict[str, list[Restore]],
         beside: dict[str, TrainedModel | TrainedUNet],
         pairs: Pairs,
+        elsewhere: NoiseConfig | None = None,
     ) -> None:
-        """`baselines`: by key, what cleans images of each noise id. `beside`: models by label."""
+        """`baselines`: by key, what cleans images of each noise id. `beside`: models by label.
+        `elsewhere`: noise of the pairs where it, or their size, is not what the model knows."""
         self.trained, self.baselines, self.beside = trained, baselines, beside
+        self.elsewhere = elsewhere
         self.ids = sorted(pairs.ids)
         self.rows = np.arange(len(pairs))
         self.pairs, self.clean = pairs, pairs.take(self.rows, 0)
         self.hashes = np.array([hash64(name) for name in self.ids], np.uint64)
-        self.scores: dict[Row, Any] = {}
+        self.scores: dict[Row, Scores] = {}
 
-    def run(self) -> dict[Row, Any]:
-        """By row of the table: PSNR, SSIM, seconds per image, and which rows they are of."""
-        for case in self.cases():
+    def run(self) -> dict[Row, Scores]:
+        """By row of the table: PSNR, SSIM, seconds per image, which rows they are of, and the view
+        counts found, if any."""
+        for case in self.cases() if self.elsewhere is None else self.cases_elsewhere():
             for method in METHODS.values():
-                if case.task in method.tasks:
+                if case.task in method.tasks and not (case.elsewhere and method.own):
                     self.score(method, case)
         return self.scores
 
@@ -85,7 +106,7 @@ class Scorer:
         for noise_id, spec in enumerate(noise_specs(noise), start=1):
             noisy, known = self.pairs.take(self.rows, noise_id), np.full(len(clean), noise_id)
             fitted = {key: restore[noise_id - 1] for key, restore in self.baselines.items()}
-            case = Case("remove", self.ids, clean, noisy, known, spec, fitted)
+            case = Case("remove", self.ids, clean, noisy, known, spec, fitted=fitted)
             yield case
             yield dataclasses.replace(case, task="make")
             for task in ("remove_grainy", "remove_stored"):
@@ -97,6 +118,29 @@ class Scorer:
                 # Nobody says which of the known noise ids comes nearest: the noise code does.
                 nearest = detect(self.trained.model, self.trained.codes, noisy)
                 yield Case("remove_unseen", self.ids, clean, noisy, nearest, spec)
+
+    def cases_elsewhere(self) -> Iterator[Case]:
+        """The same at other sizes and view counts, where the model has no noise id to be told."""
+        assert self.elsewhere is not None
+        trained = self.trained
+        for noise_id, spec in enumerate(noise_specs(self.elsewhere), start=1):
+            exact = self.pairs.take(self.rows, noise_id)
+            fitted = {key: restore[noise_id - 1] for key, restore in self.baselines.items()}
+            for task in ("remove", "remove_grainy", "remove_stored"):
+                noisy = as_seen(task, exact, self.ids)
+                nearest = detect(trained.model, trained.codes, noisy)
+                found = self.find(noisy) if trained.model.unrolls else None
+                yield Case(task, self.ids, self.clean, noisy, nearest, spec, True, found, fitted)
+
+    def find(self, noisy: Array) -> Labels:
+        """View counts of noisy images [B, C, H, W], each found by itself: [B]."""
+        trained, found = self.trained, []
+        guesses = trained.guess_views(noisy)
+        for image, guess in zip(noisy, guesses, strict=True):
+            codes = trained.codes.mean(0)
+            explains = explaining(trained.model, codes, image[None], trained.geometry)
+            found.append(find_views([image], explains, int(guess) or None))
+        return np.array(found, np.int64)
 
     def score(self, method: Method, case: Case) -> None:
         """Add the rows of a method: of the model in question, and of those beside it."""
@@ -116,6 +160,7 @@ class Scorer:
             image = method.run(case, model)
             seconds = 0.0 if method.given else (time.perf_counter() - since) / len(image)
             truth, clip = method.against(case, model), method.clip
-            self.scores[Row(case.task, method.key, case.n_views, label)] = (
-                psnr(image, truth, clip=clip), ssim(image, truth, clip=clip), seconds, which
-            )  # fmt: skip
+            found = case.found if method.finds else None
+            self.scores[Row(case.task, method.key, case.n_views, label)] = Scores(
+                psnr(image, truth, clip=clip), ssim(image, truth, clip=clip), seconds, which, found
+            )

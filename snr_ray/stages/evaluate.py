@@ -1,5 +1,8 @@
 """Scores of models on the test split of a source, beside baselines: tables and pictures.
 
+At other sizes and view counts than the model's own (--size, --views, --split all) images are
+cleaned blind, told their view count, and with the count found by itself; probes are left out.
+
 test rows --tasks: every method on every noise id--> PSNR and SSIM per image --> means
 
 OUT/metrics.json     the contract other programs read
@@ -9,10 +12,8 @@ OUT/grid.png         noisy, its reconstruction, clean, its reconstruction, remov
 OUT/calibration.png  predicted against true error
 """
 
-import dataclasses
 import functools
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ import ray
 import torch
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError, NoiseConfig
+from snr_ray.config import VIEWS_PER_PIXEL, Config, InputError, NoiseConfig
 from snr_ray.folder import Folder, open_folder, without_secrets
 from snr_ray.hashing import fingerprint
-from snr_ray.images.collection import SPLITS
+from snr_ray.images.collection import ALL, SPLITS
 from snr_ray.images.datafolder import failures_bytes, parquet_bytes
 from snr_ray.learning.batches import Pairs
 from snr_ray.learning.checkpoint import (
@@ -39,16 +40,17 @@ from snr_ray.learning.checkpoint import (
     model_place,
 )
 from snr_ray.metrics import as_json
-from snr_ray.network.swap import swap
-from snr_ray.noise.lmmse import FIT_IMAGES
+from snr_ray.network.swap import detect, swap
+from snr_ray.noise.lmmse import FIT_IMAGES, LMMSE_PIXELS
 from snr_ray.noise.operator import noise_specs
 from snr_ray.outputs import FILES, Progress, claim
 from snr_ray.scoring import probes
 from snr_ray.scoring.baselines import Fitting
-from snr_ray.scoring.cases import TASKS, Restore
+from snr_ray.scoring.beside import means, open_beside
+from snr_ray.scoring.cases import Restore
 from snr_ray.scoring.methods import BASELINES, METHODS, QUICK_BASELINES
 from snr_ray.scoring.report import calibration, evaluation_table, grid
-from snr_ray.scoring.scores import Row, Scorer
+from snr_ray.scoring.scores import Scorer
 from snr_ray.stages.cluster import connected, shared
 from snr_ray.stages.dataset import Origin, collect_pairs, count_rows, gather, open_rows
 from snr_ray.stages.simulate import Outcome
@@ -59,16 +61,8 @@ Array = npt.NDArray[np.float32]
 TUNE_IMAGES = 100
 """Validation images that choose the TV weight."""
 GRID_ROWS = 9
-
-
-@dataclasses.dataclass(frozen=True)
-class Beside:
-    """Another model in the same table; `label` is the name of its run folder."""
-
-    label: str
-    folder: str
-    """What tasks open."""
-    config: Config
+BLOCK_PIXELS = 2**19
+"""Of the images that are scored together."""
 
 
 def evaluate(
@@ -80,14 +74,17 @@ def evaluate(
     baselines: tuple[str, ...] = QUICK_BASELINES,
     beside: tuple[str, ...] = (),
     limit: int | None = None,
+    size: int | None = None,
+    n_views: tuple[int, ...] = (),
+    split: str = "test",
     overwrite: bool = False,
 ) -> Outcome:
     """Score a model on the test images of a source.
 
     Args:
         config: only how images are read (images.fit, images.white, images.limit) is used; size,
-            channels and noise are the model's. With images.channels=3 a grey model is applied to
-            each channel of RGB images, else they are made grey for it.
+            channels and noise are the model's where not said otherwise. With images.channels=3 a
+            grey model is applied to each channel of RGB images, else they are made grey for it.
         model: model folder, or the name of a shipped model.
         images: SRC of clean images; train and val splits serve the baselines and probes.
         out: output folder.
@@ -95,6 +92,9 @@ def evaluate(
         beside: other model folders for the same table, supervised U-Nets or HVAEs of the same
             images and noise; those that differ only by their seed share a row, also with `model`.
         limit: score at most this many test images.
+        size: height and width of the images, in pixels; None: the model's own.
+        n_views: view counts of the noise; none: the model's own.
+        split: "test", or "all": every image, of a source that no model was trained on.
         overwrite: replace an earlier evaluation.
 
     Raises:
@@ -106,7 +106,8 @@ def evaluate(
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1, but got {limit}.")
     trained = load_model(model)
-    others = _open_beside(trained.config, beside)
+    others = open_beside(trained.config, beside)
+    elsewhere = bool(size or n_views or split == ALL)
     keep = {f"images.{k}": getattr(config.images, k) for k in ("fit", "white", "window", "limit")}
     per_channel = config.images.channels == 3 and trained.config.images.channels == 1
     if per_channel:
@@ -120,9 +121,13 @@ def evaluate(
             "counts are left out"
         )
         baselines = tuple(key for key in baselines if not METHODS[key].operator)
+    if elsewhere:
+        config = _elsewhere(config, size, n_views)
+        baselines = _possible(config, baselines, split)
     origin = Origin(images=images)
-    counts = {split: count_rows(config, origin, split) for split in reversed(SPLITS)}
-    n_test = min(counts["test"], limit or counts["test"])
+    needed = reversed(SPLITS) if not elsewhere else ((split, "val") if baselines else (split,))
+    counts = {name: count_rows(config, origin, name) for name in needed}
+    n_test = min(counts[split], limit or counts[split])
     out = open_folder(out)
     resumed = claim(
         out,
@@ -134,6 +139,7 @@ def evaluate(
             "baselines": list(baselines),
             "beside": [f"{other.label} {_fingerprint(other.folder)}" for other in others],
             "limit": limit,
+            **({"size": size, "n_views": list(n_views), "split": split} if elsewhere else {}),
             **keep,
         },
         owned=("metrics.json", "metrics.md", "scores.parquet", "grid.png", "calibration.png",
@@ -148,15 +154,17 @@ def evaluate(
         work = ray.put(
             {
                 "model": model_place(model),
-                "images": config.images,
+                "config": config,
+                "elsewhere": elsewhere,
                 "baselines": _fit_baselines(config, origin, baselines),
                 "beside": [(other.label, other.folder) for other in others],
             }
         )
         # Rows come from tasks; scoring is a second task on each block.
-        rows = open_rows(config, origin, "test", limit).materialize()
+        rows = open_rows(config, origin, split, limit).materialize()
         task = functools.partial(_score_block, work=work)
-        scored = rows.map_batches(task, batch_size=32, batch_format="pyarrow")
+        block = int(np.clip(BLOCK_PIXELS // config.images.side**2, 2, 32))
+        scored = rows.map_batches(task, batch_size=block, batch_format="pyarrow")
         tables = []
         progress = Progress("evaluate", n_test)
         done_images = 0
@@ -171,9 +179,11 @@ def evaluate(
             for row in outcome
             if row["error"]
         ]
-        first = rows.limit(probes.IMAGES).iter_batches(batch_size=None, batch_format="pyarrow")
+        shown = GRID_ROWS if elsewhere else probes.IMAGES
+        first = rows.limit(shown).iter_batches(batch_size=None, batch_format="pyarrow")
         test, _ = gather(iter(first), config)
-        val, _ = collect_pairs(open_rows(config, origin, "val", probes.IMAGES), config)
+        if not elsewhere:
+            val, _ = collect_pairs(open_rows(config, origin, "val", probes.IMAGES), config)
     if len(failures) == n_test:
         raise InputError(
             f"Evaluation needs at least one readable test image, but all of {images} failed: "
@@ -182,39 +192,91 @@ def evaluate(
     scores = pa.concat_tables(tables)
     n_images = n_test - len(failures)
     out.write("scores.parquet", parquet_bytes(scores))
+    metrics: dict[str, Any] = {
+        "model": without_secrets(str(model)),
+        "source": images,
+        "split": split,
+        "size": config.images.size,
+        "images": n_images,
+        "failed": len(failures),
+        "data_range": 1.0,
+        "n_views": list(config.noise.n_views),
+        "physics": trained.config.model.physics,
+        "per_channel": per_channel,
+        "results": means(scores, trained.config, others),
+    }
+    if elsewhere:
+        metrics |= {"donor_std_db": {}, "probes": {}}
+        with out.writing("grid.png") as path:
+            _draw_elsewhere(trained, test, config.noise, path)
+    else:
+        labels = dict(zip(origin.source.ids, origin.source.labels, strict=False))
+        metrics |= _probed(trained, val, test, labels)
+        with out.writing("grid.png") as path:
+            _draw_grid(trained, test, path)
+        with out.writing("calibration.png") as path:
+            calibration(metrics["uncertainty"], path)
+    out.write("failures.parquet", failures_bytes(failures))
+    out.write("metrics.md", evaluation_table(metrics))
+    out.write("metrics.json", as_json(metrics, indent=2) + "\n")
+    return Outcome(out.named, n_images, len(failures))
+
+
+def _probed(
+    trained: TrainedModel, val: Pairs, test: Pairs, labels: dict[str, str]
+) -> dict[str, Any]:
+    """What is measured of a model on its own size and view counts, beside the scores."""
     _tell("measuring the spread over donors")
     donor_std_db = probes.donor_spread(trained, test)
     _tell("probing the codes")
-    labels = dict(zip(origin.source.ids, origin.source.labels, strict=False))
     accuracies = probes.accuracies(trained, val, test, labels)
     _tell("training classifiers that tell injected from truly noisy images")
     injected_or_true = probes.injected_or_true(trained, val, test)
     _tell("measuring the uncertainty")
-    uncertainty = probes.uncertainty(trained, val, test)
-    metrics = {
-        "model": without_secrets(str(model)),
-        "source": images,
-        "images": n_images,
-        "failed": len(failures),
-        "data_range": 1.0,
-        "n_views": list(trained.config.noise.n_views),
-        "physics": trained.config.model.physics,
-        "per_channel": per_channel,
-        "results": _means(scores, trained.config, others),
+    return {
         "donors": probes.SPREAD_DONORS,
         "donor_std_db": donor_std_db,
         "probes": accuracies,
         "injected_or_true": injected_or_true,
-        "uncertainty": uncertainty,
+        "uncertainty": probes.uncertainty(trained, val, test),
     }
-    out.write("failures.parquet", failures_bytes(failures))
-    with out.writing("grid.png") as path:
-        _draw_grid(trained, test, path)
-    with out.writing("calibration.png") as path:
-        calibration(uncertainty, path)
-    out.write("metrics.md", evaluation_table(metrics))
-    out.write("metrics.json", as_json(metrics, indent=2) + "\n")
-    return Outcome(out.named, n_images, len(failures))
+
+
+def _elsewhere(config: Config, size: int | None, n_views: tuple[int, ...]) -> Config:
+    """How images of another size and other view counts are read and made noisy."""
+    if config.images.crop:
+        raise InputError(
+            "--size, --views and --split all are for models of whole images, but this one was "
+            "trained on crops, whose noise comes from beyond them; leave them out."
+        )
+    changes = {
+        "images.size": size or config.images.size,
+        "noise.n_views": list(n_views or config.noise.n_views),
+        "noise.views_per_pixel": None,  # these counts are what is scored, not a sample of a range
+        "train.sizes": [],
+    }
+    config = configs.replace(config, changes)
+    most = VIEWS_PER_PIXEL * config.images.size
+    if max(config.noise.n_views) > most:
+        raise InputError(
+            f"--views must be at most {VIEWS_PER_PIXEL} per pixel of --size, here {most}, but got "
+            f"{max(config.noise.n_views)}; more views add nothing."
+        )
+    return config
+
+
+def _possible(config: Config, baselines: tuple[str, ...], split: str) -> tuple[str, ...]:
+    """Baselines that can be fitted to images of a size and need none of those that are scored."""
+    if "lmmse" in baselines and (split == ALL or config.images.size**2 > LMMSE_PIXELS):
+        _tell(
+            "lmmse is left out: it would be fitted on the images that are scored"
+            if split == ALL
+            else f"lmmse is left out: images have more than {LMMSE_PIXELS} pixels"
+        )
+        baselines = tuple(key for key in baselines if key != "lmmse")
+    if split == ALL and baselines:
+        _tell("weights of baselines are chosen on the val tenth of the images, which flatters them")
+    return baselines
 
 
 def _tell(what: str) -> None:
@@ -223,31 +285,6 @@ def _tell(what: str) -> None:
 
 def _fingerprint(folder: str) -> str:
     return fingerprint((model_path(folder) / "model.safetensors").read_bytes())
-
-
-def _open_beside(config: Config, folders: Iterable[str]) -> list[Beside]:
-    """The models of --beside, checked against the images and noise of the model in question."""
-    others: list[Beside] = []
-    for folder in folders:
-        path = model_path(folder)
-        its = load_any(path).config
-        for section, key in (("images", "size"), ("images", "channels"), ("images", "crop"),
-                             *(("noise", field.name) for field in dataclasses.fields(NoiseConfig))
-                             ):  # fmt: skip
-            mine, theirs = (getattr(getattr(c, section), key) for c in (config, its))
-            if mine != theirs:
-                raise InputError(
-                    f"Models of one table need the same images and noise, but {folder} has "
-                    f"{section}.{key}={theirs} where the model has {mine}."
-                )
-        label = path.parent.name if path.name == "model" else path.name
-        if label in {other.label for other in others}:
-            raise InputError(
-                f"Run folders of --beside name their rows, but two are called {label!r}; "
-                "rename one."
-            )
-        others.append(Beside(label, model_place(folder), its))
-    return others
 
 
 def _fit_baselines(
@@ -282,69 +319,35 @@ def _score_block(table: pa.Table, *, work: "ray.ObjectRef") -> pa.Table:
     job = shared(work)
     trained = _model(job["model"])
     assert isinstance(trained, TrainedModel)
-    pairs, _ = gather(iter([table]), dataclasses.replace(trained.config, images=job["images"]))
+    config: Config = job["config"]
+    pairs, _ = gather(iter([table]), config)
     rows: list[dict[str, Any]] = []
     if len(pairs):
         ids = np.array(sorted(pairs.ids))
         beside = {label: _model(folder) for label, folder in job["beside"]}
-        scorer = Scorer(trained, job["baselines"], beside, pairs)
-        for row, (p, s, seconds, which) in scorer.run().items():
-            rows += [
-                {"id": name, **row._asdict(), "psnr": p[k], "ssim": s[k], "seconds": seconds}
-                for k, name in enumerate(ids[which])
-            ]
+        elsewhere = config.noise if job["elsewhere"] else None
+        scorer = Scorer(trained, job["baselines"], beside, pairs, elsewhere)
+        for row, scores in scorer.run().items():
+            for k, name in enumerate(ids[scores.which]):
+                found = None if scores.found is None else int(scores.found[k])
+                rows.append(
+                    {
+                        "id": name,
+                        **row._asdict(),
+                        "psnr": scores.psnr[k],
+                        "ssim": scores.ssim[k],
+                        "seconds": scores.seconds,
+                        "found": found,
+                        "right": None if found is None else float(found == row.n_views),
+                    }
+                )
     schema = pa.schema(
         [("id", pa.string()), ("task", pa.string()), ("method", pa.string()),
          ("n_views", pa.int32()), ("model", pa.string()), ("psnr", pa.float64()),
-         ("ssim", pa.float64()), ("seconds", pa.float64())]
+         ("ssim", pa.float64()), ("seconds", pa.float64()), ("found", pa.int32()),
+         ("right", pa.float64())]
     )  # fmt: skip
     return pa.Table.from_pylist(rows, schema)
-
-
-def _means(scores: pa.Table, config: Config, others: list[Beside]) -> list[dict[str, Any]]:
-    """A dictionary for each row and view count, in the order of TASKS and METHODS.
-
-    Models that differ only by their seed are one, that of `config` among them: the mean of their
-    means, and the standard deviation of these.
-    """
-    first: dict[Config, str] = {}
-    label, seen = {}, set()
-    for name, its in [("", config), *((other.label, other.config) for other in others)]:
-        # Equal seeds are no spread: such models were trained on something else, or are copies.
-        recipe = dataclasses.replace(its, seed=0)
-        label[name] = name if its in seen else first.setdefault(recipe, name)
-        seen.add(its)
-    columns = [("psnr", "mean"), ("ssim", "mean"), ("seconds", "mean")]
-    means = scores.group_by(list(Row._fields)).aggregate(columns).to_pylist()
-    pooled: dict[Row, list[dict[str, Any]]] = {}
-    for cell in sorted(means, key=lambda cell: str(cell["model"])):
-        row = Row(*(cell[name] for name in Row._fields))._replace(model=label[cell["model"]])
-        pooled.setdefault(row, []).append(cell)
-
-    def place(row: Row) -> tuple[Any, ...]:
-        tasks, methods = list(TASKS), list(METHODS)
-        return tasks.index(row.task), methods.index(row.method), row.model, row.n_views
-
-    return [
-        {
-            "method": row.name,
-            "text": row.text,
-            "task": row.task,
-            "n_views": row.n_views,
-            "psnr": round(float(np.mean([cell["psnr_mean"] for cell in cells])), 4),
-            "ssim": round(float(np.mean([cell["ssim_mean"] for cell in cells])), 5),
-            "seconds": round(float(np.mean([cell["seconds_mean"] for cell in cells])), 6),
-        }
-        | (
-            {
-                "seeds": len(cells),
-                "psnr_std": round(float(np.std([cell["psnr_mean"] for cell in cells], ddof=1)), 4),
-            }
-            if len(cells) > 1
-            else {}
-        )
-        for row, cells in sorted(pooled.items(), key=lambda item: place(item[0]))
-    ]
 
 
 def _draw_grid(trained: TrainedModel, pairs: Pairs, path: Path) -> None:
@@ -369,3 +372,23 @@ def _draw_grid(trained: TrainedModel, pairs: Pairs, path: Path) -> None:
         rows.append([picture[0] for picture in pictures])
         labels.append(f"{views[noise_id - 1]} views")
     grid(rows, labels, path)
+
+
+def _draw_elsewhere(trained: TrainedModel, pairs: Pairs, noise: NoiseConfig, path: Path) -> None:
+    """One picture per row; view counts take turns."""
+    columns, rows, labels = ["noisy", "noise removed", "clean"], [], []
+    told = trained.model.unrolls
+    if told:
+        columns.insert(2, "noise removed,\ntold the views")
+    for k in range(min(len(pairs), GRID_ROWS)):
+        noise_id = 1 + k % len(noise.n_views)
+        clean, noisy = pairs.take(np.array([k]), 0), pairs.take(np.array([k]), noise_id)
+        codes, views = trained.codes.mean(0), noise.n_views[noise_id - 1]
+        ids = detect(trained.model, trained.codes, noisy)
+        pictures = [noisy, swap(trained.model, noisy, codes, noise_ids=ids), clean]
+        if told:
+            geometry = trained.geometry(views)
+            pictures.insert(2, swap(trained.model, noisy, codes, geometry=geometry))
+        rows.append([picture[0] for picture in pictures])
+        labels.append(f"{views} views")
+    grid(rows, labels, path, tuple(columns))

@@ -16,7 +16,7 @@ from snr_ray.config import Config, InputError
 from snr_ray.folder import open_folder
 from snr_ray.images.sources import open_source
 from snr_ray.metrics import psnr
-from snr_ray.noise.operator import noise_operator, noise_specs
+from snr_ray.noise.operator import NoiseSpec, noise_operator, noise_specs
 from snr_ray.scoring.scores import Row
 from snr_ray.stages.evaluate import evaluate
 
@@ -204,6 +204,36 @@ def test_grey_model_takes_each_channel_of_rgb(
     assert "takes each channel of RGB by itself" in (out / "metrics.md").read_text()
 
 
+def test_other_sizes_and_view_counts_are_scored_blind_told_and_found(
+    tiny: Config, model_folder: Path, tmp_path: Path
+) -> None:
+    out = evaluate(tiny, model=str(model_folder), images="photos", out=tmp_path / "o", limit=6,
+                   size=32, n_views=(20, 7), split="all",
+                   baselines=("tv", "lmmse")).out  # fmt: skip
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["images"], metrics["size"], metrics["n_views"]) == (6, 32, [20, 7])
+    methods = {"noisy", "tv", "swap", "swap_told", "swap_found"}
+    cells = {(r["method"], r["n_views"]): r for r in metrics["results"]}
+    assert set(cells) == {
+        (name + kind, views) for name in methods for kind in ("", "_grainy", "_stored")
+        for views in (20, 7)
+    }  # fmt: skip
+    source, config = open_source("photos"), configs.replace(tiny, {"images.size": 32})
+    clean = np.stack([source.load(row, config.images) for row in source.select("all", 6)])
+    for views in (20, 7):
+        noisy = noise_operator(NoiseSpec(views), 32, 32)(clean)
+        assert cells["noisy", views]["psnr"] == pytest.approx(psnr(noisy, clean).mean(), abs=1e-3)
+    assert cells["swap_found", 7]["found"] == 1
+    assert cells["swap_found", 7]["psnr"] == cells["swap_told", 7]["psnr"]
+    scores = pq.read_table(out / "scores.parquet").to_pylist()
+    assert {row["found"] for row in scores if row["method"] != "swap_found"} == {None}
+    page = (out / "metrics.md").read_text()
+    assert "6 images of the source, all of it" in page
+    assert "(100% found)" in page
+    with Image.open(out / "grid.png") as image:
+        assert image.height > 600
+
+
 def test_bad_requests_are_refused(
     tiny: Config, model_folder: Path, unet_folder: Path, tmp_path: Path
 ) -> None:
@@ -217,6 +247,10 @@ def test_bad_requests_are_refused(
         run(baselines=("bm3d",))
     with pytest.raises(InputError, match="--limit must be at least 1, but got 0"):
         run(limit=0)
+    with pytest.raises(InputError, match=r"--views must be at most 4 per pixel .* 128, but got 12"):
+        run(size=32, n_views=(129,))
+    with pytest.raises(InputError, match=r"images\.size must be from 8 to 4096 pixels, but got 4"):
+        run(size=4)
     with pytest.raises(InputError, match="holds a supervised U-Net, the baseline"):
         run(model=str(unet_folder))
     with pytest.raises(InputError, match="two are called 'unet'"):
