@@ -12,7 +12,7 @@ from typing import Any
 
 from snr_ray import __version__
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError, Lost, RunError
+from snr_ray.config import FILTERS, Config, InputError, Lost, RunError
 from snr_ray.folder import open_folder, without_secrets
 
 SRC_HELP = """SRC is one of
@@ -47,6 +47,11 @@ EXAMPLES = {
   snr evaluate --model run/model --beside unet/model --images glyphs --out report
   snr evaluate --model places64 --images slices/ --out report --size 128 --views 80,40,20 \\
       --split all --baselines tvrec --set images.window=[-1000,1000]""",
+    "reconstruct": """snr reconstruct --sinogram scan.h5 --center 295.5 --out slices
+  snr reconstruct --sinogram scan.h5 --center 295.5 --every 4 --bin 4 --out slices45
+  snr reconstruct --sinogram sinogram.npy --flats flats.npy --darks darks.npy --out slices
+  snr denoise --model places64 --images slices45/ --out cleaned --views 45 \\
+      --set images.white=0.03""",
     "bench": """snr bench radon
   snr bench train --out train.json
   snr bench simulate --set images.size=32 --set images.limit=1000000 --out simulate.json""",
@@ -65,6 +70,7 @@ PURPOSE = {
     "sweep": "search the noise/content split and the loss weights with Optuna",
     "denoise": "remove (or inject) noise in any number of images",
     "evaluate": "score a model on test images beside baselines: tables and pictures",
+    "reconstruct": "make images of a measured parallel-beam sinogram by filtered back projection",
     "bench": "measure the parts on this machine",
     "plan": "forecast hours, memory and bytes of a denoising job",
 }
@@ -212,6 +218,22 @@ def _run(args: argparse.Namespace, config: Config) -> int:
             **options,
         )
         what = f"{outcome.images:,} images in {outcome.out}; look at {outcome.out}/report.html"
+    elif args.stage == "reconstruct":
+        from snr_ray.stages.reconstruct import reconstruct
+
+        outcome = reconstruct(
+            sinogram=args.sinogram,
+            out=args.out,
+            flats=args.flats,
+            darks=args.darks,
+            center=args.center,
+            every=args.every,
+            together=args.bin,
+            size=args.size,
+            filter=args.filter,
+            **options,
+        )
+        what = f"{outcome.images:,} slices in {outcome.out}"
     elif args.stage == "evaluate":
         from snr_ray.scoring.methods import QUICK_BASELINES
         from snr_ray.stages.evaluate import evaluate
@@ -340,6 +362,21 @@ def _parser() -> argparse.ArgumentParser:
         help="json: one object a line on standard error, every 5 seconds")  # fmt: skip
     add("--stall", metavar="MINUTES", type=float, default=30.0,
         help="end a job that has not finished anything for so long (default 30)")  # fmt: skip
+    add = parsers["reconstruct"].add_argument
+    add("--sinogram", metavar="FILE[#NAME]", required=True,
+        help="HDF5 (exchange/data, or the data set NAME) or NPY: [views, bins] or [views, slices, "
+             "bins]; photon counts where there are flats, else line integrals")  # fmt: skip
+    add("--flats", metavar="FILE[#NAME]", default="",
+        help="fields without a sample; by default those in the HDF5 file")  # fmt: skip
+    add("--darks", metavar="FILE[#NAME]", default="", help="fields without a beam, the same")
+    add("--center", metavar="BIN", type=float,
+        help="bin of the axis of rotation, from 0; default the middle of the detector")  # fmt: skip
+    add("--every", metavar="K", type=int, default=1, help="take every K-th view only")
+    add("--bin", metavar="K", type=int, default=1,
+        help="make one bin of K neighbours, for smaller images")  # fmt: skip
+    add("--size", metavar="N", type=int,
+        help="height and width of the images in pixels; default the bins of a view")  # fmt: skip
+    add("--filter", choices=FILTERS, default="ramp", help="of the back projection")
     add = parsers["evaluate"].add_argument
     add("--baselines", metavar="tv,tvrec,...",
         help="out of tv, tvrec, sart and lmmse, comma-separated; '' for none; default all but "
@@ -411,7 +448,7 @@ def _gpus(text: str) -> int:
 
 def _stage(stages: Any, name: str) -> argparse.ArgumentParser:
     epilog = f"examples:\n  {EXAMPLES[name]}"
-    if name not in ("demo", "bench", "plan"):
+    if name not in ("demo", "bench", "plan", "reconstruct"):
         epilog += f"\n\n{SRC_HELP}"
     if name in ("denoise", "evaluate", "plan"):
         epilog += f"\n\nmodels for --model: a folder, or {', '.join(configs.shipped_models())}"

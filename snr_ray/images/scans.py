@@ -1,0 +1,149 @@
+"""Sinograms of a parallel-beam scan: HDF5 as synchrotrons write it, or NPY arrays.
+
+    HDF5 (Data Exchange)  exchange/data [views, slices, bins], data_white, data_dark, theta in
+                          degrees
+    NPY                   [views, bins] or [views, slices, bins]; flats and darks in other files
+
+`FILE#NAME` names another data set of an HDF5 file.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from snr_ray.config import InputError
+
+Array = npt.NDArray[np.float32]
+
+HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf", ".nxs")
+DATA, FLATS, DARKS, THETA = (f"exchange/{k}" for k in ("data", "data_white", "data_dark", "theta"))
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Where a scan lies; slices are read as they are asked for, also on other machines."""
+
+    data: str
+    """File, or FILE#NAME of a data set in it."""
+    flats: str = ""
+    darks: str = ""
+    """The same of fields without a sample and without a beam; nothing where there are none."""
+
+    def shape(self) -> tuple[int, int, int]:
+        """Views, slices and bins. Raises InputError if it cannot be read or is no sinogram."""
+        with _opened(self.data, DATA) as data:
+            shape = tuple(int(n) for n in data.shape)
+            kind = np.dtype(data.dtype)
+        if len(shape) == 2:
+            shape = (shape[0], 1, shape[1])
+        if len(shape) != 3 or min(shape) < 1 or kind.kind not in "fiu":
+            raise InputError(
+                f"A sinogram must hold numbers [views, bins] or [views, slices, bins], but "
+                f"{self.data} holds {kind} {list(shape)}."
+            )
+        return shape
+
+    def theta(self) -> npt.NDArray[np.float64] | None:
+        """Angles of the views in degrees, where the file tells them."""
+        path, _, _ = self.data.partition("#")
+        if not path.lower().endswith(HDF5_SUFFIXES):
+            return None
+        try:
+            with _opened(path, THETA) as theta:
+                return np.asarray(theta[...], np.float64)
+        except InputError:
+            return None
+
+    def fields(self, views: slice, row: int) -> tuple[Array, Array | None, Array | None]:
+        """Views [A, N] of a slice, and its flats [F, N] and darks [D, N].
+
+        Raises:
+            InputError: if they cannot be read, or hold NaN or infinity.
+        """
+        found: list[Array | None] = []
+        for name, own, rows in ((self.data, DATA, views), (self.flats, FLATS, slice(None)),
+                                (self.darks, DARKS, slice(None))):  # fmt: skip
+            if not name:
+                found.append(None)
+                continue
+            with _opened(name, own) as data:
+                part = data[rows] if data.ndim == 2 else data[rows, row]
+            field = np.asarray(part, np.float32)
+            if not np.isfinite(field).all():
+                raise InputError(f"A scan must be finite, but slice {row} of {name} is not.")
+            found.append(field)
+        data, flats, darks = found
+        assert data is not None
+        return data, flats, darks
+
+
+def open_scan(data: str, flats: str = "", darks: str = "") -> Scan:
+    """A scan; flats and darks of an HDF5 file are found by themselves where none are named."""
+    path, _, name = data.partition("#")
+    if path.lower().endswith(HDF5_SUFFIXES) and not name:
+        flats, darks = (given or _within(path, own)
+                        for given, own in ((flats, FLATS), (darks, DARKS)))  # fmt: skip
+    return Scan(data, flats, darks)
+
+
+def _within(path: str, name: str) -> str:
+    try:
+        with _opened(path, name):
+            return f"{path}#{name}"
+    except InputError:
+        return ""
+
+
+def _opened(text: str, own: str) -> AbstractContextManager[Any]:
+    """The array of a file; `own` is the data set of HDF5 where none is named."""
+    path, _, name = text.partition("#")
+    if not Path(path).is_file():
+        raise InputError(f"A sinogram must be a file .npy or .h5, but {path} is not there.")
+    if path.lower().endswith(".npy"):
+        try:
+            return nullcontext(np.load(path, mmap_mode="r", allow_pickle=False))
+        except (ValueError, OSError, EOFError) as error:
+            raise InputError(f"{path} is not a readable NPY file ({error}).") from None
+    if not path.lower().endswith(HDF5_SUFFIXES):
+        raise InputError(
+            f"A sinogram must be NPY or HDF5 ({' '.join(HDF5_SUFFIXES)}), but got {path}."
+        )
+    return _DataSet(path, name or own)
+
+
+class _DataSet:
+    """A data set of an HDF5 file, open while it is read."""
+
+    def __init__(self, path: str, name: str) -> None:
+        try:
+            import h5py  # an extra
+        except ImportError:
+            raise InputError(
+                "HDF5 files need h5py; install snr-ray[hdf5], or give the sinogram as NPY."
+            ) from None
+        try:
+            self.file = h5py.File(path)
+        except OSError as error:
+            raise InputError(f"{path} is not a readable HDF5 file ({error}).") from None
+        found = self.file.get(name)
+        if not isinstance(found, h5py.Dataset):
+            names: list[str] = []
+            self.file.visititems(
+                lambda key, item: names.append(key) if isinstance(item, h5py.Dataset) else None
+            )
+            self.file.close()
+            raise InputError(
+                f"{path} must hold the data set {name}, but holds {', '.join(names) or 'none'}; "
+                "name one as FILE#NAME."
+            )
+        self.data = found
+
+    def __enter__(self) -> Any:
+        return self.data
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()

@@ -1,0 +1,165 @@
+"""Images of a measured sinogram by filtered back projection: scan -> one float TIFF per slice.
+
+    OUT/NAME_0000.tif    slice 0: attenuation per pixel, float32, as wide as the detector has bins
+
+A slice is there whole or not at all; a killed job continues with those that are missing.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import tifffile
+
+from snr_ray.config import InputError, check
+from snr_ray.folder import Folder, open_folder
+from snr_ray.hashing import fingerprint
+from snr_ray.images.scans import Scan, open_scan
+from snr_ray.noise.fbp import back_project, binned, line_integrals
+from snr_ray.outputs import Progress, claim
+from snr_ray.stages.cluster import connected, shared
+from snr_ray.stages.simulate import Outcome
+
+FEWEST_BINS = 8
+
+
+def reconstruct(
+    *,
+    sinogram: str,
+    out: Path | str | Folder,
+    flats: str = "",
+    darks: str = "",
+    center: float | None = None,
+    every: int = 1,
+    together: int = 1,
+    size: int | None = None,
+    filter: str = "ramp",
+    overwrite: bool = False,
+) -> Outcome:
+    """Reconstruct every slice of a scan.
+
+    Args:
+        sinogram: HDF5 or NPY file, as `snr_ray.images.scans` says; counts, where there are flats,
+            else line integrals.
+        out: output folder.
+        flats: file of the fields without a sample; nothing: those in the HDF5 file, if any.
+        darks: of the fields without a beam, the same.
+        center: bin of the axis of rotation, from 0; None: the middle of the detector, N // 2.
+        every: take every so many views only; as many as make whole steps of the scan.
+        together: neighbouring bins whose mean is one, for smaller images.
+        size: height and width of the images, in pixels; None: the bins of a view.
+        filter: of the back projection.
+        overwrite: replace what this stage wrote there before.
+
+    Raises:
+        InputError: for a file or setting the user can put right.
+    """
+    check(every >= 1, f"--every must be at least 1, but got {every}.")
+    check(together >= 1, f"--bin must be at least 1, but got {together}.")
+    scan = open_scan(str(Path(sinogram).absolute()), *(_absolute(name) for name in (flats, darks)))
+    n_views, n_slices, n_bins = scan.shape()
+    check(
+        n_bins // together >= FEWEST_BINS,
+        f"A view must have at least {FEWEST_BINS} bins, but {sinogram} has {n_bins}"
+        + (f", in groups of {together}." if together > 1 else "."),
+    )
+    check(
+        n_views >= every, f"--every must be at most the {n_views} views there are, but got {every}."
+    )
+    theta = scan.theta()
+    if theta is None:
+        theta = np.arange(n_views) * 180.0 / n_views
+    check(
+        len(theta) == n_views,
+        f"Every view needs an angle, but {sinogram} has {len(theta)} angles of {n_views} views.",
+    )
+    views = slice(0, n_views // every * every, every)
+    if center is not None:  # of bins that are means of several
+        check(
+            0 <= center <= n_bins - 1,
+            f"--center must be a bin of the detector, 0 to {n_bins - 1}, but got {center:g}.",
+        )
+        center = (center - (together - 1) / 2) / together
+    check(
+        size is None or size >= FEWEST_BINS,
+        f"--size must be at least {FEWEST_BINS}, but got {size}.",
+    )
+    # Whatever else is wrong shows with the first slice, before the cluster works.
+    settings: dict[str, Any] = {"center": center, "size": size, "filter": filter}
+    first = _image(scan, 0, views, theta[views], together, settings)
+    _tell(
+        f"{len(theta[views])} views of {n_slices} slices, images of {first.shape[0]} pixels; "
+        f"values from {first.min():.4g} to {first.max():.4g} per pixel"
+    )
+    stem = Path(sinogram.partition("#")[0]).stem
+    names = [f"{stem}_{row:04d}.tif" for row in range(n_slices)]
+    out = open_folder(out)
+    claim(
+        out,
+        {
+            "stage": "reconstruct",
+            "sinogram": scan.data,
+            "flats": scan.flats,
+            "darks": scan.darks,
+            "shape": [n_views, n_slices, n_bins],
+            "theta": fingerprint(theta.tobytes()),
+            "every": every,
+            "bin": together,
+            **settings,
+        },
+        owned=names,
+        overwrite=overwrite,
+    )
+    todo = [row for row, name in enumerate(names) if not out.exists(name)]
+    if todo:
+        with connected():
+            task = functools.partial(
+                _write,
+                work=ray.put((scan, views, theta[views], together, settings, out.claimed(), names)),
+            )
+            rows = ray.data.from_numpy([np.array([row]) for row in todo])
+            progress, done = Progress("reconstruct", len(todo), "slices"), 0
+            written = rows.map_batches(task, batch_size=None, batch_format="numpy")
+            for batch in written.iter_batches(batch_size=None, batch_format="numpy"):
+                done += len(batch["data"])
+                progress.update(done)
+    return Outcome(out.named, n_slices, 0)
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).absolute()) if name else ""
+
+
+def _tell(what: str) -> None:
+    print(f"reconstruct: {what}.", flush=True)
+
+
+def _image(
+    scan: Scan,
+    row: int,
+    views: slice,
+    theta: np.ndarray,
+    together: int,
+    settings: dict[str, Any],
+) -> np.ndarray:
+    """One slice, [size, size] float32."""
+    data, *fields = scan.fields(views, row)
+    flats, darks = (field if field is None else binned(field, together) for field in fields)
+    views_of_row = binned(data, together)
+    if flats is not None:
+        views_of_row = line_integrals(views_of_row, flats, darks)
+    elif darks is not None:
+        raise InputError("--darks say nothing without --flats; give both, or neither.")
+    return back_project(views_of_row, theta, **settings)
+
+
+def _write(batch: dict[str, np.ndarray], *, work: "ray.ObjectRef") -> dict[str, np.ndarray]:
+    """Task: slices by number -> files."""
+    scan, views, theta, together, settings, out, names = shared(work)
+    for row in batch["data"].tolist():
+        image = _image(scan, row, views, theta, together, settings)
+        with out.writing(names[row]) as path:
+            tifffile.imwrite(path, image)
+    return batch
