@@ -12,8 +12,8 @@ from snr_ray.network.tiles import TILE
 NETWORK_BYTES = 40
 """Of the network for each value of an image and channel of the stem: 1,000 to 1,200 bytes were
 measured with 32 channels, on images of 512 and 1024 pixels."""
-OPERATOR_BYTES = 40
-"""Of a noise operator for each pixel and view."""
+LARGE = 2048
+"""Height and width of an image that says what the noise operator takes for each pixel."""
 SHARE = 0.5
 """Of the memory of a node, what one image may take."""
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -24,8 +24,11 @@ def bytes_per_value(config: Config, n_views: int | None) -> int:
     is cleaned in tiles, so that its size does not matter."""
     if config.model.decoder == "network":
         return 0
+    from snr_ray.noise.operator import working_bytes  # compiled; tasks that only read do without
+
     views = n_views or max(config.noise.n_views)
-    return NETWORK_BYTES * config.model.stem_channels + OPERATOR_BYTES * views
+    operator = working_bytes(LARGE, LARGE, views) // LARGE**2
+    return NETWORK_BYTES * config.model.stem_channels + operator
 
 
 def check_room(data: bytes, name: str, per_value: int) -> None:

@@ -131,6 +131,9 @@ def test_an_image_without_room_in_memory_fails_alone(
     with pytest.raises(InputError, match=r"half of a node's 8 GB .* huge.png holds 81 million"):
         room.check_room(data, "huge.png", 1000)
     room.check_room(data, "huge.png", 0)
+    # A photograph of 12 million pixels and three colours does not fit where two megapixels do.
+    per_value = room.bytes_per_value(Config(), None)
+    assert 36e6 * per_value > room.SHARE * room.node_memory() > 2e6 * per_value
     room.check_room((image_folder / "a" / "00.png").read_bytes(), "00.png", 10**9)
 
 
