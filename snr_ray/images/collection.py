@@ -210,6 +210,8 @@ class Source:
 
     def files(self) -> str:
         """What changes when any file or table of the collection does; a look at each of them."""
+        if self.stamps is None:
+            return ""
         return fingerprint(self.stamp(index) for index in range(len(self.ids)))
 
     @functools.cached_property
