@@ -72,6 +72,12 @@ running() {
 
 # The folder that only its owner enters; who could put a link or a folder there first, would.
 close_folder() {
+    # Ray adds up to 68 characters for its sockets, whose paths may have 107.
+    if ((${#dir} > 39)); then
+        say "SNR_RAY_DIR may have 39 characters, as paths of sockets must be short, but has" \
+            "${#dir}; set a shorter one."
+        return 1
+    fi
     mkdir -m 700 "$dir" 2>/dev/null || true
     if [[ -L $dir || ! -d $dir || ! -O $dir ]]; then
         say "$dir must be a folder of yours, but is a link or belongs to someone else; set" \

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,10 +28,11 @@ def _free_port(low: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def shell() -> Iterator[dict[str, str]]:
     """A running cluster that was started without ray on PATH and without a token: the environment
     of a shell after `eval "$(cluster/local.sh env)"`."""
-    folder = tmp_path_factory.mktemp("cluster") / "c"
+    above = Path(tempfile.mkdtemp(prefix="snr-", dir="/tmp"))  # short, for Ray's sockets
+    folder = above / "c"
     plain = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     plain |= {
         "PATH": "/usr/bin:/bin",
@@ -51,6 +53,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     assert "Stopped" in done.stdout
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     assert str(folder) not in left.stdout
+    shutil.rmtree(above)
 
 
 def _submit(shell: dict[str, str], command: str) -> subprocess.Popen[str]:
@@ -105,12 +108,18 @@ def test_another_user_of_the_machine_stays_out(shell: dict[str, str]) -> None:
         assert "uthentication" in refused.stderr
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="snr-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("bad", ["link", "another's"])
-def test_a_folder_that_is_not_ours_is_refused(bad: str, tmp_path: Path) -> None:
-    folder = tmp_path / "c"
+def test_a_folder_that_is_not_ours_is_refused(bad: str, short_path: Path) -> None:
+    folder = short_path / "c"
     if bad == "link":
-        (tmp_path / "theirs").mkdir(mode=0o755)
-        folder.symlink_to(tmp_path / "theirs")
+        (short_path / "theirs").mkdir(mode=0o755)
+        folder.symlink_to(short_path / "theirs")
     elif os.getuid() != 0:
         pytest.skip("only root can give a folder away")
     else:
@@ -124,12 +133,14 @@ def test_a_folder_that_is_not_ours_is_refused(bad: str, tmp_path: Path) -> None:
         assert folder.stat().st_mode & 0o777 == 0o755
 
 
-def test_no_ray_and_no_token_are_sentences(tmp_path: Path) -> None:
+def test_no_ray_and_no_token_are_sentences(short_path: Path) -> None:
     for verb in ("start", "env"):
-        run = _local(verb, SNR_RAY_DIR=tmp_path / "c", HOME=tmp_path)
+        run = _local(verb, SNR_RAY_DIR=short_path / "c", HOME=short_path)
         found = (REPOSITORY / ".venv" / "bin" / "ray").exists()
         assert found or "Ray is needed, but no ray program is found; make an" in run.stderr
-    run = _local("start", SNR_RAY_DIR=tmp_path / "c", RAY=sys.executable, RAY_AUTH_TOKEN_PATH="no")
+    run = _local(
+        "start", SNR_RAY_DIR=short_path / "c", RAY=sys.executable, RAY_AUTH_TOKEN_PATH="no"
+    )
     assert "RAY_AUTH_TOKEN_PATH must be a file with a token, but no is missing" in run.stderr
     assert run.returncode == 1
 
@@ -138,3 +149,11 @@ def _local(verb: str, **environment: object) -> subprocess.CompletedProcess[str]
     settings = {"PATH": "/usr/bin:/bin", "SNR_DASHBOARD": f"127.0.0.1:{_free_port(8600)}"}
     settings |= {key: str(value) for key, value in environment.items()}
     return subprocess.run([SCRIPT, verb], env=settings, capture_output=True, text=True, check=False)
+
+
+def test_a_folder_too_long_for_sockets_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 40)
+    run = _local("start", SNR_RAY_DIR=folder, RAY=sys.executable)
+    assert run.returncode == 1
+    assert f"but has {len(str(folder))}; set a shorter one" in run.stderr
+    assert not folder.exists()
