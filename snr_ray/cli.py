@@ -76,17 +76,21 @@ PURPOSE = {
 }
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as Slurm, Docker and Kubernetes send it: an interruption like Ctrl-C."""
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one stage. Returns 0 done, 2 wrong usage or input, 3 some images failed, 1 else; 143
     after SIGTERM."""
     args = _parser().parse_args(argv)
     prepare_environment()
     main_thread = threading.current_thread() is threading.main_thread()
-    stops = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
+    terminated = threading.Event()
+
+    def terminate(*_: object) -> None:
+        """SIGTERM, as Slurm, Docker and Kubernetes send it: an interruption like Ctrl-C."""
+        # An exception of another class would not do: Ray raises its own where it was waiting.
+        terminated.set()
+        raise KeyboardInterrupt
+
+    stops = signal.signal(signal.SIGTERM, terminate) if main_thread else None
     try:
         presets = ["demo", *args.config] if args.stage == "demo" else args.config
         config = configs.load(presets, args.set)
@@ -104,16 +108,12 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         print(f"snr {args.stage}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         print(f"\nsnr {args.stage}: interrupted; the same command continues.", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 1
+        return 143 if terminated.is_set() else 1
     finally:
         if main_thread:
             signal.signal(signal.SIGTERM, stops)
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
 
 
 def prepare_environment() -> None:

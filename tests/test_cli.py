@@ -1,8 +1,11 @@
 """The command line: names and flags of the contract, exit codes, sentences, and the job files."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +207,21 @@ def test_python_of_the_readme_runs() -> None:
     exec(code, names)
     for name in ("blind", "told"):
         assert names[name].shape == names["clean"].shape
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_a_stage_that_is_stopped_says_so_whatever_ray_makes_of_the_signal(
+    sent: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def wait(*_: object) -> int:
+        try:
+            os.kill(os.getpid(), sent)
+            time.sleep(5)
+        except KeyboardInterrupt:  # an exception of Ray's own takes its place
+            raise KeyboardInterrupt from None
+        return 0
+
+    monkeypatch.setattr(cli, "_run", wait)
+    assert main(["train", "--images", "glyphs", "--out", "o"]) == code
+    assert capsys.readouterr().err == "\nsnr train: interrupted; the same command continues.\n"
