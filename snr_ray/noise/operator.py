@@ -23,7 +23,16 @@ import numpy.typing as npt
 from snr_ray.config import FILTERS, VIEWS_PER_PIXEL, InputError, NoiseConfig, check
 from snr_ray.hashing import fingerprint
 from snr_ray.noise.filters import filtered
-from snr_ray.noise.rays import back_project, empty, fill, flat_sinogram, project, tiles
+from snr_ray.noise.rays import (
+    back_project,
+    back_project_transposed,
+    empty,
+    fill,
+    flat_sinogram,
+    project,
+    project_transposed,
+    tiles,
+)
 from snr_ray.noise.sums import FEW, LANES, MAX_BLOCK, Block, block_width, scratch
 
 Array = npt.NDArray[np.float32]
@@ -166,11 +175,11 @@ class RadonNoise:
             pixels = self._pixels(flat[rows], 0.0)
             sinogram = self._sinogram("sinogram", pixels.shape[1])
             sinogram[:] = 0
-            self._loop(back_project, sinogram, pixels, transposed=True)
+            self._loop(back_project_transposed, sinogram, pixels)
             filtered(sinogram, self.spec.filter, self._sinogram("filtered", pixels.shape[1]))
             pixels[:] = 0
             sinogram = self._sinogram("filtered", pixels.shape[1])
-            self._loop(project, pixels, sinogram, transposed=True)
+            self._loop(project_transposed, pixels, sinogram)
             empty(pixels, self._scale, self._tiles(pixels), out[rows])
         return out.reshape(images.shape)
 
@@ -248,19 +257,19 @@ class RadonNoise:
     def _sinogram(self, name: str, n_images: int) -> Block:
         return scratch(name, self.spec.n_views, self.n_bins, n_images)
 
-    def _loop(self, loop: Callable[..., None], a: Block, b: Block, *, transposed: bool) -> None:
+    def _loop(self, loop: Callable[..., None], a: Block, b: Block) -> None:
         """Run a loop between pixels [H*W, B] and sinograms [A, N, B], in the order it takes."""
         n_images, shape = a.shape[-1], (self.height, self.width)
         grid = tiles(*shape, n_images)
         a, b = a.reshape(-1, n_images), b.reshape(-1, n_images)
-        loop(a, grid, self.angles, shape, self.n_bins, b, transposed)
+        loop(a, grid, self.angles, shape, self.n_bins, b)
 
     def _project(self, flat: Array, offset: float) -> Block:
         """Sinograms [A, N, B] of images [n, H, W] less an offset."""
         pixels = self._pixels(flat, offset)
         sinogram = self._sinogram("sinogram", pixels.shape[1])
         sinogram[:] = 0
-        self._loop(project, pixels, sinogram, transposed=False)
+        self._loop(project, pixels, sinogram)
         return sinogram
 
     def _reconstruct(self, sinogram: Block, out: Array, offset: float = OFFSET) -> None:
@@ -271,7 +280,7 @@ class RadonNoise:
             clean += self.flat_filtered[..., None]
         pixels = scratch("pixels", self.height * self.width, n_images)
         pixels[:] = 0
-        self._loop(back_project, clean, pixels, transposed=False)
+        self._loop(back_project, clean, pixels)
         empty(pixels, self._scale, self._tiles(pixels), out)
 
     @property

@@ -152,84 +152,113 @@ def _weigh4(n, step_rows, step_columns, from_row, from_left, w0, w1, w2, w3):  #
 
 
 @compiled
-def project(pixels, tiles, angles, shape, n_bins, sinogram, transposed):  # type: ignore[no-untyped-def]
-    """Add the projections of a block of pixels [H*W, B] to its sinogram [A*N, B]; transposed, add
-    to the pixels what the sinogram puts on them. Angles [A] are radians, shape is (H, W).
-
-    A tile and a view at a time. Rays cross rows of pixels where they are steeper than 45 degrees,
-    else columns; what is called rows below may be columns.
-    """
-    (height, width), center = shape, n_bins // 2
+def _room(tiles):  # type: ignore[no-untyped-def]
+    """Arrays for the windows of all rays that cross a tile: place, distance from the row and from
+    the window's left, weights [4, n]; where those of each ray start and end; and 0, 1, 2 ..."""
     side = max(tiles[:, 1].max(), tiles[:, 3].max())
-    room = (side + 6) * (side + 6) + CHUNK
-    places, weights = np.empty(room, np.int32), np.empty((4, room), np.float32)
-    from_row, from_left = np.empty(room, np.float32), np.empty(room, np.float32)
+    n = (side + 6) * (side + 6) + CHUNK
+    return (
+        np.empty(n, np.int32), np.empty(n, np.float32), np.empty(n, np.float32),
+        np.empty((4, n), np.float32), np.empty(2 * side + 8, np.int64),
+        np.empty(2 * side + 8, np.int64), np.arange(side + CHUNK).astype(np.float64),
+    )  # fmt: skip
+
+
+@compiled
+def _cross(tile, angle, shape, n_bins, room):  # type: ignore[no-untyped-def]
+    """Windows of all rays of a view that cross a tile: their size, the stride between their
+    pixels, the first of these rays and the number of them.
+
+    Rays cross rows of pixels where they are steeper than 45 degrees, else columns; what is called
+    rows below may be columns.
+    """
+    places, from_row, from_left, weights, starts, ends, counts = room
     w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
-    counts = np.arange(side + CHUNK).astype(np.float64)
-    starts, ends = np.empty(2 * side + 8, np.int64), np.empty(2 * side + 8, np.int64)
+    (height, width), center = shape, n_bins // 2
+    top, high, left, wide = tile[0], tile[1], tile[2], tile[3]
+    cos, sin = np.cos(angle), np.sin(angle)
+    least, most = -float(center), float(n_bins - 1 - center)
+    if abs(cos) >= abs(sin):
+        row_0, n_rows, row_stride = top - height // 2, high, wide
+        column_0, n_columns, stride = left - width // 2, wide, 1
+        rows_of_ray, rows_of_step, columns_of_ray, columns_of_step = -sin, cos, cos, sin
+    else:
+        row_0, n_rows, row_stride = left - width // 2, wide, 1
+        column_0, n_columns, stride = top - height // 2, high, wide
+        rows_of_ray, rows_of_step, columns_of_ray, columns_of_step = cos, sin, -sin, cos
+    if rows_of_step < 0:  # walk the ray the other way
+        rows_of_step, columns_of_step = -rows_of_step, -columns_of_step
+        least, most = -most, -least
+    row_1, column_1 = row_0 + n_rows - 1, column_0 + n_columns - 1
+    # ray = rows_of_ray row + columns_of_ray column; a pixel is reached from less than:
+    reach = abs(cos) + abs(sin)
+    low = min(columns_of_ray * column_0, columns_of_ray * column_1) - reach
+    high_ = max(columns_of_ray * column_0, columns_of_ray * column_1) + reach
+    ray_0 = low + min(rows_of_ray * row_0, rows_of_ray * row_1)
+    ray_1 = high_ + max(rows_of_ray * row_0, rows_of_ray * row_1)
+    bin_0 = max(0, int(np.ceil(ray_0)) + center)
+    bin_1 = min(n_bins - 1, int(np.floor(ray_1)) + center)
+    # SAMPLES steps move by at most one column, or else by at most two.
+    size, n = 3 if abs(columns_of_step) <= 0.5 else 4, 0
+    for bin_ in range(bin_0, bin_1 + 1):
+        ray = float(bin_ - center)
+        first, last = row_0, row_1
+        if abs(rows_of_ray) > 1e-6:
+            a, b = (ray - high_) / rows_of_ray, (ray - low) / rows_of_ray
+            first = max(first, int(np.ceil(min(a, b, row_1 + 1.0))))
+            last = min(last, int(np.floor(max(a, b))))
+        crossed = max(0, last - first + 1)
+        starts[bin_ - bin_0], ends[bin_ - bin_0] = n, n + crossed
+        _along_ray(
+            n, -(-crossed // CHUNK) * CHUNK, counts, first,
+            (first - 1 - rows_of_ray * ray) / rows_of_step + 1, rows_of_step,
+            rows_of_ray * ray - first, columns_of_ray * ray,
+            min(0.0, (SAMPLES - 1) * columns_of_step), columns_of_step,
+            least, most - (SAMPLES - 1), float((first - row_0) * row_stride),
+            float(row_stride), float(column_0), float(column_1 + 1 - size), float(stride),
+            places, from_row, from_left,
+        )  # fmt: skip
+        n += crossed
+    n = -(-n // CHUNK) * CHUNK
+    steps = f32(rows_of_step), f32(columns_of_step)
+    if size == 3:
+        _weigh3(n, *steps, from_row, from_left, w0, w1, w2)
+    else:
+        _weigh4(n, *steps, from_row, from_left, w0, w1, w2, w3)
+    return size, stride, bin_0, bin_1 - bin_0 + 1
+
+
+@compiled
+def project(pixels, tiles, angles, shape, n_bins, sinogram):  # type: ignore[no-untyped-def]
+    """Add the projections of a block of pixels [H*W, B] to its sinogram [A*N, B]. Angles [A] are
+    radians, shape is (H, W). A tile and a view at a time."""
+    room = _room(tiles)
+    places, weights, starts, ends = room[0], room[3], room[4], room[5]
     for t in range(len(tiles)):
-        top, high, left, wide, base = tiles[t]
+        base = tiles[t, 4]
         for view in range(len(angles)):
-            cos, sin = np.cos(angles[view]), np.sin(angles[view])
-            least, most = -float(center), float(n_bins - 1 - center)
-            if abs(cos) >= abs(sin):
-                row_0, n_rows, row_stride = top - height // 2, high, wide
-                column_0, n_columns, stride = left - width // 2, wide, 1
-                rows_of_ray, rows_of_step, columns_of_ray, columns_of_step = -sin, cos, cos, sin
-            else:
-                row_0, n_rows, row_stride = left - width // 2, wide, 1
-                column_0, n_columns, stride = top - height // 2, high, wide
-                rows_of_ray, rows_of_step, columns_of_ray, columns_of_step = cos, sin, -sin, cos
-            if rows_of_step < 0:  # walk the ray the other way
-                rows_of_step, columns_of_step = -rows_of_step, -columns_of_step
-                least, most = -most, -least
-            row_1, column_1 = row_0 + n_rows - 1, column_0 + n_columns - 1
-            # ray = rows_of_ray row + columns_of_ray column; a pixel is reached from less than:
-            reach = abs(cos) + abs(sin)
-            low = min(columns_of_ray * column_0, columns_of_ray * column_1) - reach
-            high_ = max(columns_of_ray * column_0, columns_of_ray * column_1) + reach
-            ray_0 = low + min(rows_of_ray * row_0, rows_of_ray * row_1)
-            ray_1 = high_ + max(rows_of_ray * row_0, rows_of_ray * row_1)
-            bin_0 = max(0, int(np.ceil(ray_0)) + center)
-            bin_1 = min(n_bins - 1, int(np.floor(ray_1)) + center)
-            # SAMPLES steps move by at most one column, or else by at most two.
-            size, n = 3 if abs(columns_of_step) <= 0.5 else 4, 0
-            for bin_ in range(bin_0, bin_1 + 1):
-                ray = float(bin_ - center)
-                first, last = row_0, row_1
-                if abs(rows_of_ray) > 1e-6:
-                    a, b = (ray - high_) / rows_of_ray, (ray - low) / rows_of_ray
-                    first = max(first, int(np.ceil(min(a, b, row_1 + 1.0))))
-                    last = min(last, int(np.floor(max(a, b))))
-                crossed = max(0, last - first + 1)
-                starts[bin_ - bin_0], ends[bin_ - bin_0] = n, n + crossed
-                _along_ray(
-                    n, -(-crossed // CHUNK) * CHUNK, counts, first,
-                    (first - 1 - rows_of_ray * ray) / rows_of_step + 1, rows_of_step,
-                    rows_of_ray * ray - first, columns_of_ray * ray,
-                    min(0.0, (SAMPLES - 1) * columns_of_step), columns_of_step,
-                    least, most - (SAMPLES - 1), float((first - row_0) * row_stride),
-                    float(row_stride), float(column_0), float(column_1 + 1 - size), float(stride),
-                    places, from_row, from_left,
-                )  # fmt: skip
-                n += crossed
-            n = -(-n // CHUNK) * CHUNK
-            steps = f32(rows_of_step), f32(columns_of_step)
-            row, n_rays = view * n_bins + bin_0, bin_1 - bin_0 + 1
+            size, stride, ray, n = _cross(tiles[t], angles[view], shape, n_bins, room)
+            row = view * n_bins + ray
             if size == 3:
-                _weigh3(n, *steps, from_row, from_left, w0, w1, w2)
-                add = (pixels, base, stride, places, weights, starts, ends, sinogram, row, n_rays)
-                if transposed:
-                    spread3(*add)
-                else:
-                    gather3(*add)
+                gather3(pixels, base, stride, places, weights, starts, ends, sinogram, row, n)
             else:
-                _weigh4(n, *steps, from_row, from_left, w0, w1, w2, w3)
-                add = (pixels, base, stride, places, weights, starts, ends, sinogram, row, n_rays)
-                if transposed:
-                    spread4(*add)
-                else:
-                    gather4(*add)
+                gather4(pixels, base, stride, places, weights, starts, ends, sinogram, row, n)
+
+
+@compiled
+def project_transposed(pixels, tiles, angles, shape, n_bins, sinogram):  # type: ignore[no-untyped-def]
+    """Add to the pixels of a block what its sinogram puts on them: the transpose of `project`."""
+    room = _room(tiles)
+    places, weights, starts, ends = room[0], room[3], room[4], room[5]
+    for t in range(len(tiles)):
+        base = tiles[t, 4]
+        for view in range(len(angles)):
+            size, stride, ray, n = _cross(tiles[t], angles[view], shape, n_bins, room)
+            row = view * n_bins + ray
+            if size == 3:
+                spread3(pixels, base, stride, places, weights, starts, ends, sinogram, row, n)
+            else:
+                spread4(pixels, base, stride, places, weights, starts, ends, sinogram, row, n)
 
 
 @compiled
@@ -244,10 +273,19 @@ def _between_bins(n, x, y, counts, cos, sin, bins, center, last, places, w0, w1)
         w0[k], w1[k] = inside - upper, upper
 
 
+def back_project(sinogram, tiles, angles, shape, n_bins, pixels):  # type: ignore[no-untyped-def]
+    """Add the back projections of a block of sinograms [A*N, B] to its pixels [H*W, B]. Bins
+    outside count 0."""
+    _back_project(sinogram, tiles, angles, shape, n_bins, pixels, False)
+
+
+def back_project_transposed(sinogram, tiles, angles, shape, n_bins, pixels):  # type: ignore[no-untyped-def]
+    """Add to the sinograms of a block what its pixels put on them: the transpose of the same."""
+    _back_project(sinogram, tiles, angles, shape, n_bins, pixels, True)
+
+
 @compiled
-def back_project(sinogram, tiles, angles, shape, n_bins, pixels, transposed):  # type: ignore[no-untyped-def]
-    """Add the back projections of a block of sinograms [A*N, B] to its pixels [H*W, B]; transposed,
-    add to the sinogram what the pixels put on it. Bins outside count 0."""
+def _back_project(sinogram, tiles, angles, shape, n_bins, pixels, transposed):  # type: ignore[no-untyped-def]
     (height, width), n_views = shape, len(angles)
     center, last = float(n_bins // 2), float(n_bins - 1)
     together = min(n_views, max(PIXELS, VIEWS // pixels.shape[1]))
