@@ -33,7 +33,7 @@ export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$token
 export RAY_grpc_client_keepalive_time_ms=15000 RAY_grpc_client_keepalive_timeout_ms=10000
 
 nodes=$SLURM_JOB_NUM_NODES
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # which reads on, so that none writes to a closed pipe
 # By number, as names of nodes may lead to the loopback of the node itself.
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname -I | cut -d ' ' -f 1)
 # Jobs that share a node differ in their port, below those that Ray gives to workers.
