@@ -90,7 +90,8 @@ def test_training_learns_letters(tiny: Config, pairs: Pairs) -> None:
     assert set(after) == {"swap_psnr", "swap_psnr_12", "swap_psnr_6", "recon_clean_psnr",
                           "recon_noisy_psnr", "inject_psnr"}  # fmt: skip
     assert {"kl_content_0", "kl_noise_1", "distance_same_id", "grad_norm"} <= set(logged[-1])
-    assert logged[-1]["distance_same_id"] < logged[-1]["distance_clean_noisy"]
+    assert logged[-1]["triplet"] < logged[0]["triplet"] - 0.1
+    assert logged[-1]["distance_clean_noisy"] > logged[0]["distance_clean_noisy"] + 0.1
 
 
 @pytest.mark.parametrize(
