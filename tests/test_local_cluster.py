@@ -59,7 +59,7 @@ def shell() -> Iterator[dict[str, str]]:
 def _submit(shell: dict[str, str], command: str) -> subprocess.Popen[str]:
     words = ["ray", "job", "submit", "--runtime-env", "cluster/runtime_env.yaml"]
     return subprocess.Popen(
-        [*words, "--working-dir", ".", "--", "bash", "-c", f"'{command}'"],
+        [*words, "--working-dir", ".", "--", "bash", "-c", command],
         env=shell, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ def test_jobs_find_shipped_models_and_keep_their_results(
     assert f"24 images in {out}" in done[0]
     assert len(list(out.rglob("*.png"))) == 24
     assert "train.start needs a model of the same images.channels, but cifar10-rgb has 3" in done[1]
-    assert "cifar10 was trained on other images" in done[1]
+    assert "Models of one table need the same images and noise, but cifar10 has" in done[1]
     assert f"such as {Path('/mnt/share/cleaned')}" in done[1]
 
 
