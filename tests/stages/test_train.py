@@ -27,7 +27,7 @@ from snr_ray.stages.dataset import Origin
 from snr_ray.stages.runlog import read_metrics
 from snr_ray.stages.simulate import simulate
 from snr_ray.stages.train import train
-from snr_ray.stages.trainsetup import wait_for_room
+from snr_ray.stages.trainsetup import check_images, wait_for_room
 from snr_ray.stages.trainworker import interface_of
 
 pytestmark = pytest.mark.ray
@@ -222,25 +222,31 @@ def test_start_from_another_kind_is_refused(
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
-@pytest.mark.parametrize(
-    ("readable", "match"),
-    [(0, r"images\.white"), (4, r"of the \d+ images in the train split .* because: .*images\.white"
-                                r".*failures\.parquet")],
-)  # fmt: skip
 def test_images_that_cannot_be_read_end_the_run_before_it_starts(
-    tiny: Config, tmp_path: Path, readable: int, match: str
+    tiny: Config, tmp_path: Path
 ) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for k in range(40):
-        shallow = k < readable
-        pixels = np.full((20, 20), 5 * k, np.uint8 if shallow else np.uint16)
-        Image.fromarray(pixels).save(images / f"{k:02d}.{'png' if shallow else 'tif'}")
-    with pytest.raises(InputError, match=match):
+        Image.fromarray(np.full((20, 20), 5 * k, np.uint16)).save(images / f"{k:02d}.tif")
+    with pytest.raises(InputError, match=r"images\.white"):
         train(tiny, origin=Origin(images=str(images)), out=tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints*"))  # no worker was started
-    if readable:
-        assert pq.read_table(tmp_path / "run" / "failures.parquet").num_rows > 20
+
+
+def test_too_few_images_that_can_be_read_are_a_sentence(tiny: Config, tmp_path: Path) -> None:
+    bad = [{"id": f"{k}.tif", "stage": "read", "reason": "It is no image."} for k in range(30)]
+    counts, origin = {"train": 30 + tiny.train.batch_size - 1, "val": 4}, Origin(images="scans")
+    few = r"one batch of images .* in the train .*30 cannot .*\(0\.tif\) because: It"
+    with pytest.raises(InputError, match=few):
+        check_images(tmp_path, tiny, origin, counts, {"train": bad, "val": []})
+    assert pq.read_table(tmp_path / "failures.parquet").num_rows == 30
+    with pytest.raises(
+        InputError, match="one image to validate on, but of the 4 images in the val"
+    ):
+        check_images(tmp_path, tiny, origin, counts, {"train": [], "val": bad[:4]})
+    counts["train"] += 1
+    check_images(tmp_path, tiny, origin, counts, {"train": bad, "val": bad[:3]})
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
