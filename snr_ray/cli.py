@@ -36,7 +36,9 @@ EXAMPLES = {
   snr train --config notmnist --config seed --data data --out run-seed --set train.num_workers=2""",
     "sweep": """snr sweep --images glyphs --out sweep --trials 20
   snr train --config sweep/best.yaml --images glyphs --out run""",
-    "denoise": """snr denoise --model places64 --images scans/ --out cleaned
+    "denoise": """snr denoise --images scans/ --out cleaned --views 60
+  snr denoise --model ct --images series/ --out cleaned --views detect
+  snr denoise --model places64 --images scans/ --out cleaned
   snr denoise --model run/model --images scans/ --out cleaned --views 30
   snr denoise --model run/model --images scans/ --out cleaned --views detect
   snr denoise --model run/model --images 'data/test#noisy_20' --out cleaned
@@ -57,9 +59,13 @@ EXAMPLES = {
   snr bench simulate --set images.size=32 --set images.limit=1000000 --out simulate.json""",
 }
 
+
 EXAMPLES["plan"] = """snr plan --images 1e6 --size 128 --views 30 --model places64
   snr plan --images 1e8 --size 512 --views 90 --nodes 20 --cores 32 --price 1.1
   snr plan --images 1e8 --size 128 --views 30 --rates there.json --gpus 8 --nodes 4"""
+
+DEFAULT_MODEL = "any"
+"""Serves images of any size and view count, and so is what `snr denoise` takes by itself."""
 
 MEASUREMENTS = ("radon", "simulate", "data", "train", "denoise", "sweep")
 
@@ -306,8 +312,10 @@ def _parser() -> argparse.ArgumentParser:
         parsers[name].add_argument(
             "--model",
             metavar="M",
-            required=True,
-            help="model folder (RUN/model), or the name of a model that comes with snr_ray",
+            required=name == "evaluate",
+            default=DEFAULT_MODEL if name == "denoise" else None,
+            help="model folder (RUN/model), or the name of a model that comes with snr_ray"
+            + (f"; default {DEFAULT_MODEL}" if name == "denoise" else ""),
         )
     for name, parser_ in parsers.items():
         if name == "bench":

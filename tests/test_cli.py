@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from snr_ray import cli
+from snr_ray import configfile as configs
 from snr_ray.cli import main
+from snr_ray.learning.checkpoint import load_model
 
 REPOSITORY = Path(__file__).parent.parent
 STAGES = ("demo", "simulate", "train", "sweep", "denoise", "evaluate", "bench", "plan")
@@ -165,6 +167,15 @@ def test_help_comes_without_loading_ray_or_torch() -> None:
             "except SystemExit: pass\nprint({'ray', 'torch'} & set(sys.modules))")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
+
+
+def test_denoise_takes_the_model_for_any_image_by_itself() -> None:
+    args = cli._parser().parse_args(["denoise", "--images", "i", "--out", "o"])
+    assert args.model in configs.shipped_models()
+    trained = load_model(args.model)
+    assert trained.views is not None
+    assert trained.knows(20, 64, 64)
+    assert trained.knows(100, 300, 512)
 
 
 def test_readme_names_what_exists() -> None:
