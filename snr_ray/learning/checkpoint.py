@@ -51,8 +51,8 @@ class TrainedModel:
     model: HVAE
     codes: NoiseCodes
     least_explained: dict[float, float] = field(default_factory=dict)
-    """What good answers explain at the least, dB, by views per pixel, infinite for clean images;
-    empty where it was not measured. See `snr_ray.network.trust`."""
+    """What good answers explain at the least, dB, by views per pixel; empty where it was not
+    measured. See `snr_ray.network.trust`."""
 
     def noise_id(self, n_views: int) -> int:
         """Noise id of a view count. Raises InputError if the model was not trained on it."""

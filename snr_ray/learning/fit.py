@@ -248,7 +248,7 @@ class Learner:
         rows = np.arange(len(val))
         parts = [rows[k : k + SCORE_BATCH] for k in range(0, len(rows), SCORE_BATCH)]
         side = self.config.images.size
-        counts = enumerate((math.inf, *self.config.noise.n_views))
+        counts = enumerate(self.config.noise.n_views, start=1)
         sets = (
             (n_views / side, val.take(part, noise_id), val.take(part, 0))
             for noise_id, n_views in counts

@@ -6,7 +6,6 @@ good answers came to. What falls behind that is doubtful: another view count tha
 thinks, other noise, or a size at which its steps lead nowhere.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -41,10 +40,11 @@ def doubtful(
         explained: PSNR in dB of the noise made anew against the input, [B]; NaN is doubtful.
         n_views: view counts that the images are thought to have, [B]; 0 is clean.
         side: height or width of the images, whichever is larger.
-        least: views per pixel (infinite for clean images) -> the least that good answers to
-            validation images explain, in dB; may be empty.
+        least: views per pixel -> the least that good answers to validation images explain, in dB;
+            may be empty. An image taken for clean is explained by an answer that is like it, and
+            that does no harm: LEAST is asked of it alone.
     """
-    bounds = np.array([_bound(int(n) / side if n else math.inf, least) for n in n_views])
+    bounds = np.array([_bound(int(n) / side, least) if n else LEAST for n in n_views])
     return ~(np.asarray(explained, np.float64) >= bounds)
 
 
@@ -59,8 +59,8 @@ def least_explained(
     Args:
         model: one that `unrolls`, in eval mode.
         code: mean clean noise code per level, as `snr_ray.network.swap.swap` takes it.
-        sets: views per pixel (infinite for clean ones) with validation images that have them and
-            their clean images, each [B, C, H, W].
+        sets: views per pixel with validation images that have them and their clean images, each
+            [B, C, H, W].
 
     Returns:
         views per pixel -> dB; without those that have no good answer.
@@ -70,14 +70,12 @@ def least_explained(
         stored = np.round(noisy.clip(0, 1) * 255).astype(np.float32) / np.float32(255)
         told = None
         if isinstance(model.noise_maker, ViewCountMaker):  # whose counts are found, not read
-            n_views = 0 if math.isinf(views_per_pixel) else views_per_pixel * max(noisy.shape[2:])
-            told = np.full(len(noisy), round(n_views))
+            told = np.full(len(noisy), round(views_per_pixel * max(noisy.shape[2:])))
         for seen in (noisy, stored):
             made = exchange(model, seen, code, told=told, explain=True)
             assert made.explained is not None
             better = psnr(made.images, clean) > psnr(seen, clean)
-            good = made.explained[better | math.isinf(views_per_pixel)]
-            explained.setdefault(views_per_pixel, []).append(good)
+            explained.setdefault(views_per_pixel, []).append(made.explained[better])
     every = {known: np.concatenate(parts) for known, parts in explained.items()}
     return {
         known: float(np.quantile(good, RARE, method="lower"))
