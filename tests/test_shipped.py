@@ -26,6 +26,7 @@ FLOORS = {
 """Images to try a model on that it was not trained on, and PSNR in dB at 40, 20 and 10 views."""
 RANGES = {
     "any": {(28, 17): 34.0, (64, 40): 39.0, (64, 13): 29.0, (96, 35): 37.0},
+    "ct": {(28, 17): 34.0, (64, 40): 39.0, (64, 13): 29.0, (96, 35): 37.0},
 }
 """Models of a range, by size and view count: PSNR in dB of photographs, told the view count."""
 
@@ -64,7 +65,7 @@ def test_shipped_model_of_a_range_serves_sizes_and_view_counts(name: str) -> Non
         told = np.full(len(noisy), n_views)
         assert not doubtful(made.explained, told, size, trained.least_explained).any()
         guesses = trained.guess_views(noisy)
-        assert np.median(np.abs(np.log(guesses / n_views))) < 0.2
+        assert np.median(np.abs(np.log(guesses / n_views))) < 0.3
         donors = [level.mean(0, keepdim=True) for level in trained.donors(n_views, size, size)]
         assert psnr(swap(trained.model, clean, donors), noisy, clip=False).mean() > 42
 
