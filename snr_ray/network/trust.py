@@ -23,6 +23,9 @@ RARE = 0.001
 """Share of good answers to validation images that may explain less than what is kept."""
 MARGIN = 3.0
 """dB that an answer may explain less than that."""
+ENOUGH = 30.0
+"""dB that are always enough: what is left then, 3 % of the range, is other noise, such as any
+scanner has, and not a wrong answer."""
 LEAST = 15.0
 """dB that any answer must explain, where nothing was measured: noise anew that is off by a sixth of
 the range is no explanation."""
@@ -89,4 +92,5 @@ def _bound(views_per_pixel: float, least: Mapping[float, float]) -> float:
     if not least:
         return LEAST
     lower = [known for known in least if known <= views_per_pixel * (1 + 1e-6)]
-    return max(LEAST, least[max(lower) if lower else min(least)] - MARGIN)
+    measured = least[max(lower) if lower else min(least)] - MARGIN
+    return min(ENOUGH, max(LEAST, measured))
