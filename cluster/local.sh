@@ -104,6 +104,9 @@ begin() {
     local ray=$1
     shift
     # --block keeps one process above all others of this cluster: `stop` needs no other number.
+    # Jobs inherit the PATH of the head, and say `python`: it is to be the one beside this ray.
+    PATH=$(cd "$(dirname "$ray")" && pwd):$PATH
+    export PATH
     # On its end Ray waits 30 s for work to move to other nodes, and there are none.
     export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
     # The ports lie below 10002-19999, which Ray gives to its workers, and differ from the
