@@ -25,6 +25,9 @@ SMALLEST_SIDE = 8
 """Height and width that images need at least."""
 SURE = 60.0
 """Log-likelihood ahead of all other counts that needs no second opinion."""
+FEW = 0.1
+"""Views per pixel below which no spectrum is sure: the edges of a smooth image are few spokes, too,
+and are looked past for candidates."""
 CANDIDATES = 4
 """Counts of each kind of spectrum that the solver is asked about, and their halves and doubles."""
 
@@ -49,9 +52,12 @@ def likely(images: Sequence[Array]) -> Likely:
         lead = lead - np.take_along_axis(found, order[:, -2:-1], 1)[:, 0]
     firsts, clearest = counts[order[:, -1]], int(lead.argmax())
     certain = {int(k) for k, ahead in zip(firsts, lead, strict=True) if ahead > SURE}
-    others = {int(k) for k in counts[order[:, -CANDIDATES:]].ravel()}
+    many = counts >= FEW * max(images[0].shape[1:])
+    past = np.argsort(np.where(many, found, -np.inf), axis=1)
+    others = {int(k) for places in (order, past) for k in counts[places[:, -CANDIDATES:]].ravel()}
     others |= {half for k in firsts for half in (int(k) // 2, 2 * int(k))} & set(counts.tolist())
-    return Likely(int(firsts[clearest]), len(certain) == 1, sorted(others))
+    sure = len(certain) == 1 and bool(many[order[clearest, -1]])
+    return Likely(int(firsts[clearest]), sure, sorted(others))
 
 
 def find_views(

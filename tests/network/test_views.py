@@ -36,6 +36,17 @@ def test_small_letters_are_settled_by_what_explains_them() -> None:
         assert explains(19) > max(explains(18), explains(20)) + 1
 
 
+@pytest.mark.parametrize("n_views", [20, 40])
+def test_edges_of_a_smooth_image_are_not_taken_for_a_few_views(n_views: int) -> None:
+    steps = np.random.default_rng(0).standard_normal((64, 64))
+    surface = steps.cumsum(0).cumsum(1)
+    surface = ((surface - surface.min()) / np.ptp(surface)).astype(np.float32)[None]
+    seen = likely([noise_operator(NoiseSpec(n_views), 64, 64)(surface)])
+    assert seen.best == 4
+    assert not seen.sure
+    assert n_views in seen.others
+
+
 def test_a_guess_is_asked_about_and_wins_where_it_explains_best() -> None:
     image = np.random.default_rng(0).random((1, 28, 28), dtype=np.float32)
     seen = likely([image])
