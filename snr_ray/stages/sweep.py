@@ -107,11 +107,10 @@ def _train_trial(config: Config, origin: Origin, folder: str) -> None:
 
 
 def _resources(config: Config, memory: int) -> dict[str, Any]:
-    """What Ray is to find for the task of a trial."""
-    if config.train.num_workers > 1:
-        return {"num_cpus": 0, "memory": memory}
-    gpus = 1 if config.train.use_gpu else 0
-    return {"num_cpus": config.train.cpus_per_worker, "num_gpus": gpus, "memory": memory}
+    """What Ray is to find for the task of a trial. Cores are counted by `_slots`: a trial that held
+    its own would wait for ever where the tasks that read its images found none."""
+    alone = config.train.num_workers == 1
+    return {"num_cpus": 0, "num_gpus": int(alone and config.train.use_gpu), "memory": memory}
 
 
 @dataclasses.dataclass
