@@ -45,6 +45,7 @@ def test_ray_that_does_not_start(
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)  # a machine too busy for it cannot be had in a test
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # not of the Ray that other tests share
     with pytest.raises(raised, match=said), connected():
         pytest.fail("there is no cluster")
     assert len(tries) == (2 if said == "too busy" else 1)
