@@ -50,6 +50,10 @@ class ImagesConfig:
     the whole image was made: streaks come from all of it."""
     limit: int | None = None
     """Use at most this many images, chosen by the hash of their ids; none means all."""
+    group: str | None = None
+    """What keeps images together in one split: `PatientID` of DICOM files, `folder` that an image
+    lies in (`folder:2`: its first two folders), a column of Parquet tables, or `none`. Left out, it
+    is PatientID where there are DICOM files, else a column `patient`, else `none`."""
 
     def __post_init__(self) -> None:
         check(

@@ -17,6 +17,7 @@ import yaml
 from snr_ray.config import Config, InputError, check
 
 BEFORE_THE_KEY: dict[str, dict[str, Any]] = {
+    "images": {"group": "none"},
     "model": {"upsampling": "nearest", "decoder": "network", "unrolled": 0},
     "loss": {"grain": 0.0, "stored": 0.0},
 }

@@ -93,6 +93,10 @@ class Source:
     from share it, and with it and its id an image is known; by default the identity."""
     stamps: Callable[[int], str] | None = None
     """Size and time of what `fetch` reads; none where images cannot change."""
+    columns: Sequence[str] = ()
+    """Columns of the tables that images are rows of; none where they are files."""
+    column: Callable[[str], pa.StringArray] | None = None
+    """Values of one of `columns` as text, [n]; null where a row or its table has none."""
     left_out: LeftOut = field(default_factory=LeftOut)
     """What lies beside the images and is not read, counted by reason."""
 

@@ -102,7 +102,9 @@ class DataFolder:
 
     def settle(self, config: Config) -> Config:
         """The config with the folder's images and noise sections."""
-        return configs.from_dict(configs.to_dict(config) | self.manifest["config"])
+        stored = self.manifest["config"]
+        images = {"group": "none"} | stored["images"]  # as before there were groups
+        return configs.from_dict(configs.to_dict(config) | stored | {"images": images})
 
     def shards(self, split: str) -> list[str]:
         """Names of the files of a split in the folder, in order."""

@@ -12,6 +12,7 @@ import functools
 import io
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,45 @@ def read(data: bytes, name: str) -> Contents:
     ]
 
     return Contents(units, functools.partial(_write, file, frames, scales))
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a file says of whose it is and of its grid; "" of what it does not say."""
+
+    patient: str
+    study: str
+    series: str
+    grid: str
+    """Pixels and spacing, for people to read."""
+
+
+def read_slice(data: bytes) -> Slice | None:
+    """What the header of a file says; None where it has none that can be read.
+
+    Raises:
+        InputError: if pydicom is not there.
+    """
+    try:
+        import pydicom
+    except ImportError:
+        raise InputError("Reading DICOM needs pydicom; pip install 'snr-ray[dicom]'.") from None
+    tags = ["PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "Columns", "PixelSpacing"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            file = pydicom.dcmread(
+                io.BytesIO(data), stop_before_pixels=True, force=True, specific_tags=tags
+            )
+            patient, study, series = (str(file.get(tag) or "").strip() for tag in tags[:3])
+            rows, columns = (int(file.get(tag) or 0) for tag in tags[3:5])
+            spacing = [f"{float(mm):.4g}" for mm in file.get("PixelSpacing") or ()]
+        except Exception:  # damaged headers raise anything; reading the image says what it is
+            return None
+    if not (patient or study or series or rows):
+        return None
+    grid = f"{rows}x{columns}" + (f" at {'x'.join(spacing)} mm" if spacing else "")
+    return Slice(patient, study, series, grid)
 
 
 def _check_kind(file: Any, name: str) -> None:

@@ -39,6 +39,8 @@ class _Rows:
     the last entry says why."""
     ids: list[pa.Array] = field(default_factory=lambda: [pa.array([], pa.string())])
     classes: list[pa.Array] = field(default_factory=lambda: [pa.array([], pa.string())])
+    columns: dict[str, None] = field(default_factory=dict)
+    """Of all tables."""
     starts: list[int] = field(default_factory=lambda: [0])
     """Index of the first row of each group, and the number of rows."""
 
@@ -83,6 +85,7 @@ def table_source(
             refused = refused or InputError(reason)
         else:
             tensors = columns.tensors
+            rows.columns |= dict.fromkeys(file.schema_arrow.names)
             for ids, classes, group in mine:
                 rows.add(ids, group)
                 rows.classes.append(classes)
@@ -96,6 +99,8 @@ def table_source(
         tensors=bool(tensors),
         labels=Texts(pa.concat_arrays(rows.classes)) if every else (),
         chunks=starts,
+        columns=tuple(rows.columns),
+        column=functools.partial(_read_column, place.fs, rows.groups, np.diff(rows.starts)),
         stamps=functools.partial(_stamp, place.fs, rows.groups, starts),
     )
 
@@ -201,6 +206,30 @@ def _read_row(
         return np.moveaxis(tensor, 0, 2) if tensor.ndim == 3 else tensor
     data = value.as_py()
     return data["bytes"] if isinstance(data, dict) else data
+
+
+def _read_column(
+    fs: pafs.FileSystem,
+    groups: list[tuple[str, int, str]],
+    lengths: npt.NDArray[np.int64],
+    name: str,
+) -> pa.StringArray:
+    """A column of all tables as text; null in those that lack it or cannot be read."""
+    found = []
+    for (path, group, _), length in zip(groups, lengths, strict=True):
+        file = None if group < 0 else pq.ParquetFile(path, filesystem=fs)
+        if file is None or name not in file.schema_arrow.names:
+            found.append(pa.nulls(length, pa.string()))
+            continue
+        values = file.read_row_group(group, [name]).column(0)
+        try:
+            found.append(values.cast(pa.string()).combine_chunks())
+        except pa.ArrowException:
+            raise InputError(
+                f"A column that groups images must hold text or numbers, but {name} of {path} "
+                f"holds {values.type}; name another with images.group."
+            ) from None
+    return pa.concat_arrays(found)
 
 
 def _stamp(

@@ -27,9 +27,10 @@ from snr_ray.images.datafolder import (
     row_bytes,
     tensors,
 )
+from snr_ray.images.groups import NONE, Grouped
 from snr_ray.images.places import shown
 from snr_ray.learning.batches import Pairs
-from snr_ray.stages.inputs import open_images
+from snr_ray.stages.inputs import open_images, split_images
 from snr_ray.stages.simulate import stream
 
 MEMORY_SHARE = 0.5
@@ -52,6 +53,17 @@ class Origin:
         """The source, listed once."""
         return open_images(str(self.images))
 
+    def grouped(self, group: str | None) -> Grouped:
+        """The source with its splits as images.group says; found, and told, once."""
+        if group not in self._grouped:
+            found = split_images(self.source, group)
+            self._grouped[group] = self._grouped[found.group] = found
+        return self._grouped[group]
+
+    @functools.cached_property
+    def _grouped(self) -> dict[str | None, Grouped]:
+        return {}
+
     @functools.cached_property
     def folder(self) -> DataFolder:
         """The data folder, checked once; workers on any node open it."""
@@ -65,13 +77,20 @@ class Origin:
 
 
 def settle(config: Config, origin: Origin) -> Config:
-    """The config that fits the origin: a data folder decides its images and noise sections.
+    """The config that fits the origin: a data folder decides its images and noise sections, images
+    what keeps them together in one split.
 
     Raises:
-        InputError: if the data folder is none, damaged, or of another version, or if a decoder that
-            makes noise of whole images is to be trained on crops.
+        InputError: if the data folder is none, damaged, or of another version, if a decoder that
+            makes noise of whole images is to be trained on crops, or if images cannot be grouped as
+            images.group says.
     """
-    settled = config if origin.data is None else origin.folder.settle(config)
+    if origin.data is None:
+        config = settled = configs.replace(
+            config, {"images.group": origin.grouped(config.images.group).group}
+        )
+    else:
+        settled = origin.folder.settle(config)
     check_decoder(settled)
     mine, stored = configs.to_dict(config), configs.to_dict(settled)
     for section in ("images", "noise"):
@@ -103,9 +122,10 @@ def count_rows(config: Config, origin: Origin, split: str) -> int:
         InputError: if the split is empty, or none of its images can be used.
     """
     if origin.images is not None:
-        rows = origin.source.select(split, config.images.limit)
+        source = origin.grouped(config.images.group).source
+        rows = source.select(split, config.images.limit)
         count = len(rows)
-        origin.source.check(rows, config.images)
+        source.check(rows, config.images)
     else:
         count = origin.folder.count_rows(split)
     if not count:
@@ -115,10 +135,19 @@ def count_rows(config: Config, origin: Origin, split: str) -> int:
             + (
                 f"{len(failed)} images of it could not be used, such as: {failed[0]['reason']}"
                 if failed
-                else "splits are 80 / 10 / 10 % by hash of the image id, so give more images."
+                else f"splits are 80 / 10 / 10 % by hash of {_whose(config)}."
             )
         )
     return count
+
+
+def _whose(config: Config) -> str:
+    if config.images.group in (None, NONE):
+        return "the image id, so give more images"
+    return (
+        f"its group (images.group={config.images.group}), so give images of more groups, or split "
+        f"image by image with images.group={NONE}"
+    )
 
 
 def open_rows(
@@ -126,8 +155,9 @@ def open_rows(
 ) -> "ray.data.Dataset":
     """Rows of a split, in the order of id hashes or of the shards; at most `limit`. Lazy."""
     if origin.images is not None:
-        rows = origin.source.select(split, config.images.limit)[:limit]
-        return stream(origin.source, origin.source.gathered(rows), config)
+        source = origin.grouped(config.images.group).source
+        rows = source.select(split, config.images.limit)[:limit]
+        return stream(source, source.gathered(rows), config)
     # One shard per task: the reader of Ray would pack small shards into a single one.
     names = [{"name": name} for name in origin.folder.shards(split)]
     items = ray.data.from_items(names, override_num_blocks=len(names))

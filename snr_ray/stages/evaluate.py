@@ -30,6 +30,7 @@ from snr_ray.folder import Folder, open_folder, without_secrets
 from snr_ray.hashing import fingerprint
 from snr_ray.images.collection import ALL, SPLITS
 from snr_ray.images.datafolder import failures_bytes, parquet_bytes
+from snr_ray.images.groups import NONE
 from snr_ray.learning.batches import Pairs
 from snr_ray.learning.checkpoint import (
     TrainedModel,
@@ -82,8 +83,9 @@ def evaluate(
     """Score a model on the test images of a source.
 
     Args:
-        config: only how images are read (images.fit, images.white, images.limit) is used; size,
-            channels and noise are the model's where not said otherwise. With images.channels=3 a
+        config: only how images are read (images.fit, images.white, images.limit) and split
+            (images.group) is used; size, channels and noise, and what keeps images in one split,
+            are the model's where not said otherwise. With images.channels=3 a
             grey model is applied to each channel of RGB images, else they are made grey for it.
         model: model folder, or the name of a shipped model.
         images: SRC of clean images; train and val splits serve the baselines and probes.
@@ -113,6 +115,7 @@ def evaluate(
     if per_channel:
         _tell("the images are RGB and the model is grey: it takes each channel by itself")
         keep["images.channels"] = 3
+    asked_group = config.images.group
     config = configs.replace(trained.config, keep)
     if config.images.crop:
         _tell(
@@ -125,6 +128,8 @@ def evaluate(
         config = _elsewhere(config, size, n_views)
         baselines = _possible(config, baselines, split)
     origin = Origin(images=images)
+    group = settle_group(origin, asked_group, trained.config, model, split)
+    config = configs.replace(config, {"images.group": group})
     needed = reversed(SPLITS) if not elsewhere else ((split, "val") if baselines else (split,))
     counts = {name: count_rows(config, origin, name) for name in needed}
     n_test = min(counts[split], limit or counts[split])
@@ -141,6 +146,7 @@ def evaluate(
             "limit": limit,
             **({"size": size, "n_views": list(n_views), "split": split} if elsewhere else {}),
             **keep,
+            **({} if group in (None, NONE) else {"images.group": group}),
         },
         owned=("metrics.json", "metrics.md", "scores.parquet", "grid.png", "calibration.png",
                "failures.parquet"),
@@ -240,6 +246,31 @@ def _probed(
         "injected_or_true": injected_or_true,
         "uncertainty": probes.uncertainty(trained, val, test),
     }
+
+
+def settle_group(
+    origin: Origin, asked: str | None, trained: Config, model: str, split: str
+) -> str | None:
+    """What keeps images in one split: as asked, else as when the model was trained.
+
+    Raises:
+        InputError: if the images cannot be grouped as asked, or all are of one group.
+    """
+    if asked is not None:
+        return origin.grouped(asked).group
+    if split == ALL:
+        return NONE
+    remembered = None if model in configs.shipped_models() else trained.images.group
+    try:
+        return origin.grouped(remembered).group
+    except InputError:
+        if remembered is None:
+            raise
+    _tell(
+        f"the model was trained on images split by {remembered}, which these have not: they are "
+        "others, and split as they say themselves"
+    )
+    return origin.grouped(None).group
 
 
 def _elsewhere(config: Config, size: int | None, n_views: tuple[int, ...]) -> Config:

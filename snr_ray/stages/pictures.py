@@ -33,7 +33,7 @@ def open_pictures(config: Config, origin: Origin, split: str) -> "ray.data.Datas
         return open_rows(config, origin, split).map_batches(
             _of_folder, batch_size=READ_ROWS, batch_format="pyarrow"
         )
-    source = origin.source
+    source = origin.grouped(config.images.group).source
     rows = source.gathered(source.select(split, config.images.limit))
     blocks = [rows[i : i + READ_ROWS] for i in range(0, len(rows), READ_ROWS)]
     task = functools.partial(_read, source=ray.put(source), config=config)

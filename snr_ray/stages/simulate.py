@@ -42,7 +42,7 @@ from snr_ray.noise.operator import noise_operator, noise_specs, spec_hash
 from snr_ray.outputs import FILES, Progress, claim
 from snr_ray.stages.cluster import connected, cpus, shared
 from snr_ray.stages.counters import count_bytes, count_images
-from snr_ray.stages.inputs import open_images
+from snr_ray.stages.inputs import open_images, split_images
 from snr_ray.stages.waiting import patience
 
 SHARD_BYTES = 128 * 2**20
@@ -74,7 +74,9 @@ def simulate(
     Raises:
         InputError: for a source, folder or setting the user can put right.
     """
-    source = open_images(images)
+    grouped = split_images(open_images(images), config.images.group)
+    source = grouped.source
+    config = configs.replace(config, {"images.group": grouped.group})
     source.check(source.select("train", config.images.limit), config.images)
     noise = noise_specs(config.noise)
     out = open_folder(out)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +19,8 @@ from snr_ray.images.sources import open_source
 from snr_ray.metrics import psnr
 from snr_ray.noise.operator import NoiseSpec, noise_operator, noise_specs
 from snr_ray.scoring.scores import Row
-from snr_ray.stages.evaluate import evaluate
+from snr_ray.stages.dataset import Origin
+from snr_ray.stages.evaluate import evaluate, settle_group
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 
@@ -283,3 +285,39 @@ def test_model_and_report_may_be_in_a_bucket(
     assert b"test:test" not in b"".join(map(written.read, written.list()))
     with pytest.raises(InputError, match=r"holds model.safetensors, but s3://bucket/none\?"):
         evaluate(tiny, model=place.format("none"), images="glyphs", out=out)
+
+
+def test_images_are_split_as_when_the_model_was_trained(
+    tiny: Config, model_folder: Path, image_folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data = [(image_folder / "a" / "00.png").read_bytes()] * 60
+    columns = {
+        "patient": [f"p{k % 30}" for k in range(60)],
+        "ward": [f"w{k % 20}" for k in range(60)],
+    }
+    pq.write_table(pa.table({"image": data, **columns}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"image": data}), tmp_path / "plain.parquet")
+
+    def settled(file: str, asked: str | None, remembers: str | None, **how: str) -> str | None:
+        trained = configs.replace(tiny, {"images.group": remembers})
+        origin = Origin(images=str(tmp_path / file))
+        how = {"model": "run", "split": "test"} | how
+        return settle_group(origin, asked, trained, **how)
+
+    assert settled("t.parquet", None, "ward") == "ward"
+    assert settled("t.parquet", None, "none") == "none"  # of before there were groups
+    assert settled("t.parquet", None, None) == "patient"  # trained on images without patients
+    assert settled("t.parquet", "patient", "ward") == "patient"
+    assert settled("t.parquet", None, "ward", split="all") == "none"
+    assert settled("t.parquet", None, "none", model="notmnist") == "patient"
+    capsys.readouterr()
+    assert settled("plain.parquet", None, "ward") is None
+    assert "images split by ward, which these have not" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"images\.group must be"):
+        settled("plain.parquet", "ward", None)
+    text = (model_folder / "config.yaml").read_text()
+    assert "  group: null\n" in text
+    old = shutil.copytree(model_folder, tmp_path / "old") / "config.yaml"
+    old.write_text(text.replace("  group: null\n", ""))
+    assert configs.load_saved(old).images.group == "none"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ from snr_ray.images.sources import open_source
 from snr_ray.learning.batches import Share
 from snr_ray.learning.shardfeed import ShardFeed
 from snr_ray.noise.operator import NoiseSpec, noise_operator
-from snr_ray.stages.dataset import Origin, collect_pairs, open_rows
+from snr_ray.stages.dataset import Origin, collect_pairs, count_rows, open_rows, settle
 from snr_ray.stages.simulate import simulate
 from snr_ray.stages.sweep import sweep
 from snr_ray.stages.train import train
@@ -55,6 +56,47 @@ def test_rows_are_the_images_and_their_noise(tiny: Config, tmp_path: Path) -> No
         {"n_views": 6, "filter": "ramp", "angle_range": 180.0, "photons": 0},
     ]
     assert sum(manifest["splits"].values()) == manifest["images"] == 200
+
+
+@pytest.fixture
+def patients(image_folder: Path, tmp_path: Path) -> Path:
+    """A table of 60 images of 30 patients."""
+    data = [(image_folder / "a" / "00.png").read_bytes()] * 60
+    table = pa.table({"image": data, "patient": [f"p{k % 30}" for k in range(60)]})
+    pq.write_table(table, tmp_path / "patients.parquet")
+    return tmp_path / "patients.parquet"
+
+
+def test_patients_stay_in_one_split_from_the_images_to_the_data_folder(
+    tiny: Config, patients: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = simulate(tiny, images=str(patients), out=tmp_path / "data")
+    assert "split by the column patient: 30 groups" in capsys.readouterr().err
+    found = [{int(name[-6:]) % 30 for name in read(outcome.out, split)} for split in SPLITS]
+    assert sum(map(len, found)) == len(set().union(*found)) == 30
+    # What is trained from the folder, or from the table itself, remembers it, and says it once.
+    config = settle(tiny, Origin(data=outcome.out))
+    assert config.images.group == "patient"
+    origin = Origin(images=str(patients))
+    config = settle(tiny, origin)
+    assert config.images.group == "patient"
+    n_rows = [count_rows(config, origin, split) for split in SPLITS]
+    assert n_rows == [2 * len(split) for split in found]
+    assert capsys.readouterr().err.count("split by the column patient") == 1
+    # A folder of before there were groups was split image by image.
+    manifest = json.loads((outcome.out / "manifest.json").read_text())
+    del manifest["config"]["images"]["group"]
+    (outcome.out / "manifest.json").write_text(json.dumps(manifest))
+    assert settle(tiny, Origin(data=outcome.out)).images.group == "none"
+
+
+def test_a_split_without_patients_is_refused(tiny: Config, image_folder: Path) -> None:
+    origin = Origin(images=str(image_folder))  # two folders cannot fill three splits
+    config = settle(configs.replace(tiny, {"images.group": "folder"}), origin)
+    source = origin.grouped("folder").source
+    empty = next(split for split in SPLITS if not len(source.select(split)))
+    with pytest.raises(InputError, match=r"its group \(images.group=folder\), so give images of"):
+        count_rows(config, origin, empty)
 
 
 def test_noise_of_a_crop_is_that_of_the_whole_image(tiny: Config, tmp_path: Path) -> None:
