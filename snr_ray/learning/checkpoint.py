@@ -27,7 +27,7 @@ from snr_ray import __version__
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
 from snr_ray.folder import open_folder, without_secrets
-from snr_ray.learning.fit import LEAST_EXPLAINED, Metrics, build_model
+from snr_ray.learning.fit import BF16_COSTS, LEAST_EXPLAINED, Metrics, build_model
 from snr_ray.metrics import as_json
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.swap import NoiseCodes, detect, read_views
@@ -41,6 +41,7 @@ Array = npt.NDArray[np.float32]
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS = "model."
 DONORS = "donors."
+BF16_DB = 0.02
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class TrainedModel:
     least_explained: dict[float, float] = field(default_factory=dict)
     """What good answers explain at the least, dB, by views per pixel; empty where it was not
     measured. See `snr_ray.network.trust`."""
+    bf16: bool = False
+    """Whether bfloat16 costs less than BF16_DB of what the model cleans, as was measured on
+    validation images when it was trained."""
 
     def noise_id(self, n_views: int) -> int:
         """Noise id of a view count. Raises InputError if the model was not trained on it."""
@@ -197,7 +201,8 @@ def ship(folder: Path, report: Path, target: Path) -> None:
     shutil.copy(folder / "config.yaml", target)
     scored = json.loads((report / "metrics.json").read_text())
     least = {f"{LEAST_EXPLAINED}{known:.4g}": v for known, v in trained.least_explained.items()}
-    (target / "metrics.json").write_text(as_json(scored | least, indent=2) + "\n")
+    costs = {name: v for name, v in _metrics(folder).items() if name == BF16_COSTS}
+    (target / "metrics.json").write_text(as_json(scored | least | costs, indent=2) + "\n")
     scores = (report / "metrics.md").read_text().replace("# ", "## ")
     (target / "README.md").write_text((folder / "README.md").read_text() + "\n" + scores)
 
@@ -243,12 +248,13 @@ def load_any(folder: str | Path, device: torch.device | None = None) -> TrainedM
     place = device or torch.device("cpu")
     model = model.to(place).to(memory_format=torch.channels_last)
     codes = NoiseCodes([level.to(place) for level in kept])
+    measured = _metrics(path)
     least = {
         float(name.removeprefix(LEAST_EXPLAINED)): value
-        for name, value in _metrics(path).items()
+        for name, value in measured.items()
         if name.startswith(LEAST_EXPLAINED)
     }
-    return TrainedModel(config, model, codes, least)
+    return TrainedModel(config, model, codes, least, measured.get(BF16_COSTS, BF16_DB) < BF16_DB)
 
 
 def model_path(folder: str | Path) -> Path:

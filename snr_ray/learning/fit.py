@@ -44,6 +44,7 @@ steps half of it cleaned 0.3 dB better. A U-Net keeps it: at 14000 steps a quart
 dB on notMNIST (shipped/choices.md)."""
 
 LEAST_EXPLAINED = "least_explained_"
+BF16_COSTS = "bf16_costs_psnr"
 """Metrics of this name and a number of views per pixel bound what `denoise` trusts."""
 
 Metrics = dict[str, float]
@@ -256,6 +257,13 @@ class Learner:
         )
         least = least_explained(model, codes.mean(0), sets)
         return {f"{LEAST_EXPLAINED}{known:.4g}": value for known, value in least.items()}
+
+    def bf16_costs(self, donors: Pairs, val: Pairs, whole: Metrics) -> Metrics:
+        """PSNR in dB of cleaned images that bfloat16 takes from the metrics of `validate`."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            _, half = self.validate(donors, val)
+        name = "unet_psnr" if "unet_psnr" in whole else "swap_psnr"
+        return {BF16_COSTS: whole[name] - half[name]}
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain values."""

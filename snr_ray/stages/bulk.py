@@ -7,6 +7,7 @@ grow with the collection. A block that ends in an error, or whose worker is kill
 the image that does it is alone; that fails, of a kill when a process of its own is killed, too.
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -25,6 +26,8 @@ KILLS = 2
 """How often the process of a lone image may be killed before it is given up."""
 STALL_MINUTES = 30.0
 """A job in which nothing was finished for so long is ended."""
+FIRST = 16
+"""So many blocks at the beginning are an eighth as large: what they say is there soon."""
 LOOK_S = 1.0
 """Seconds between looks at the cluster while nothing is finished."""
 _LOST = (
@@ -65,8 +68,10 @@ class Work:
 
 def plan(n_images: int, done: npt.NDArray[np.bool_], per_block: int) -> Iterator[Block]:
     """Blocks of neighbours that are not done; the borders are the same whatever is done."""
-    for start in range(0, n_images, per_block):
-        stop = min(start + per_block, n_images)
+    small = max(1, per_block // 8)
+    ramp = min(FIRST * small, n_images)
+    starts = itertools.chain(range(0, ramp, small), range(ramp, n_images, per_block))
+    for start, stop in itertools.pairwise(itertools.chain(starts, [n_images])):
         left = start + np.flatnonzero(~done[start:stop])
         if len(left):
             yield Block(left)

@@ -119,6 +119,7 @@ def train_at(place: Place, job: dict[str, Any]) -> None:
             save_checkpoint(out / CHECKPOINTS, learner)
             if last or stop:
                 metrics |= learner.least_explained(codes, val)
+                metrics |= learner.bf16_costs(donors, val, metrics)
                 origin = job["origin"]
                 save_model(out / "model", config, learner.average, codes, metrics, origin)
         # All wait here until the state is on disk: none is a step ahead when a worker dies.

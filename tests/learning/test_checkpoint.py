@@ -1,5 +1,7 @@
 """What a trained model says of itself: view counts it knows, guesses and injects."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,8 @@ import torch
 from random_models import images
 
 from snr_ray.config import InputError
-from snr_ray.learning.checkpoint import TrainedModel, load_model
+from snr_ray.learning.checkpoint import BF16_DB, TrainedModel, load_model
+from snr_ray.learning.fit import BF16_COSTS
 from snr_ray.network.swap import swap
 from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import NoiseSpec
@@ -96,3 +99,14 @@ def test_the_card_of_a_range_says_what_it_knows(range_folder: Path) -> None:
     assert "views per pixel of the longer side: 0.2 to 0.9" in card
     assert "grey images of 16 pixels" in card
     assert "Limits" in card
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"), [({}, False), ({BF16_COSTS: 0.0}, True), ({BF16_COSTS: BF16_DB}, False)]
+)
+def test_bfloat16_is_for_models_that_were_measured_in_it(
+    model_folder: Path, measured: dict[str, float], said: bool, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "metrics.json").write_text(json.dumps(measured))
+    assert load_model(folder).bf16 == said

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from snr_ray.config import InputError
-from snr_ray.stages.bulk import Block, Work, plan, tables
+from snr_ray.stages.bulk import FIRST, Block, Work, plan, tables
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 
@@ -42,12 +42,13 @@ def work(
 
 
 def test_blocks_have_the_same_borders_whatever_is_done() -> None:
-    done = np.zeros(23, bool)
-    whole = [block.indices.tolist() for block in plan(23, done, 5)]
-    assert list(itertools.chain(*whole)) == list(range(23))
-    done[[0, 1, 2, 3, 4, 7, 22]] = True
-    left = [block.indices.tolist() for block in plan(23, done, 5)]
-    assert left == [[5, 6, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18, 19], [20, 21]]
+    done = np.zeros(61, bool)
+    whole = [block.indices.tolist() for block in plan(61, done, 16)]
+    assert list(itertools.chain(*whole)) == list(range(61))
+    assert [len(block) for block in whole] == [2] * FIRST + [16, 13]
+    done[[0, 1, 3, *range(5, 30), 40, *range(48, 61)]] = True
+    left = [block.indices.tolist() for block in plan(61, done, 16)]
+    assert left == [[2], [4], [30, 31], [*range(32, 40), *range(41, 48)]]
 
 
 def test_an_image_that_kills_its_process_takes_no_other_with_it() -> None:

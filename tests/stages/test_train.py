@@ -1,5 +1,6 @@
 """The train stage on Ray: one and two workers agree, a killed run continues to the same weights."""
 
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
 from snr_ray.learning.checkpoint import load_model
-from snr_ray.learning.fit import Learner
+from snr_ray.learning.fit import BF16_COSTS, Learner
 from snr_ray.learning.restart import newest_checkpoint, save_checkpoint
 from snr_ray.lock import locked
 from snr_ray.stages import dataset, trainsetup
@@ -55,6 +56,8 @@ def test_run_folder_holds_what_was_promised(tiny: Config, unbroken: Path) -> Non
     assert pq.read_table(unbroken / "failures.parquet").num_rows == 0
     assert {path.name for path in (unbroken / "model").iterdir()} == {
         "model.safetensors", "config.yaml", "metrics.json", "README.md"}  # fmt: skip
+    metrics = json.loads((unbroken / "model" / "metrics.json").read_text())
+    assert -1 < metrics[BF16_COSTS] < 1
 
 
 @pytest.mark.slow
