@@ -35,7 +35,12 @@ EXAMPLES = {
   snr train --config notmnist --images scans/ --out tuned --set train.start=notmnist
   snr train --config notmnist --config seed --data data --out run-seed --set train.num_workers=2""",
     "sweep": """snr sweep --images glyphs --out sweep --trials 20
-  snr train --config sweep/best.yaml --images glyphs --out run""",
+  snr train --config sweep/best.yaml --images glyphs --out run
+  snr sweep --images glyphs --out front --trials 40 --objective swap --objective inject
+  snr sweep --images glyphs --out quick --trials 40 --at-most seconds=0.01
+  snr sweep --images glyphs --out sweep-a --trials 90 --storage postgresql://user@host/optuna
+  optuna-dashboard sweep/study.journal
+  optuna-dashboard postgresql+psycopg://user@host/optuna""",
     "denoise": """snr denoise --images scans/ --out cleaned --views 60
   snr denoise --model ct --images series/ --out cleaned --views detect
   snr denoise --model places64 --images scans/ --out cleaned
@@ -271,9 +276,19 @@ def _run(args: argparse.Namespace, config: Config) -> int:
             outcome = train(config, origin=origin, out=args.out, wait=args.wait, **options)
             what = f"{outcome.images:,} steps; the model is {outcome.out}/model"
         else:
+            from snr_ray.stages.objectives import read_goals
             from snr_ray.stages.sweep import sweep
 
-            outcome = sweep(config, origin=origin, out=args.out, trials=args.trials, **options)
+            outcome = sweep(
+                config,
+                origin=origin,
+                out=args.out,
+                trials=args.trials,
+                goals=read_goals(args.objective, args.at_most, args.at_least),
+                storage=args.storage,
+                name=args.study,
+                **options,
+            )
             what = f"{outcome.images:,} trials; the best config is {outcome.out}/best.yaml"
     print(f"{args.stage}: {what}")
     if outcome.failed:
@@ -338,7 +353,24 @@ def _parser() -> argparse.ArgumentParser:
         parser_.add_argument(
             "--overwrite", action="store_true", help="replace what this stage wrote there before"
         )
-    parsers["sweep"].add_argument("--trials", metavar="N", type=int, required=True, help="trials")
+    add = parsers["sweep"].add_argument
+    add("--trials", metavar="N", type=int, required=True,
+        help="trials that are to finish, over all drivers of the study")  # fmt: skip
+    add("--objective", metavar="swap|inject|seconds", action="append", default=[],
+        help="what is looked for on validation images: swap PSNR (default), injection PSNR, or "
+             "seconds to clean an image, which a trial measures while others may run beside it; "
+             "may be given several times, for a Pareto front: best.yaml is the best by the first, "
+             "and no trial is ended early")  # fmt: skip
+    add("--at-most", metavar="NAME=NUMBER", action="append", default=[],
+        help="bound on what objectives name, such as seconds=0.01: trials beyond it are never the "
+             "best")  # fmt: skip
+    add("--at-least", metavar="NAME=NUMBER", action="append", default=[],
+        help="the same from below, such as inject=30")  # fmt: skip
+    add("--storage", metavar="URL",
+        help="keep the study in this PostgreSQL instead of the journal in --out, so that several "
+             "drivers, each with its own --out, share it; a password is best in PGPASSWORD or "
+             "~/.pgpass; --overwrite leaves the study as it is")  # fmt: skip
+    add("--study", metavar="NAME", default="sweep", help="name of the study in --storage")
     parsers["train"].add_argument(
         "--wait", metavar="MINUTES", type=float,
         help="wait at most so long for the processors it needs, also for machines to join; by "

@@ -117,7 +117,7 @@ def test_optuna_is_known_to_the_sweep_alone() -> None:
         for path in _modules(PACKAGE)
         if any(name.split(".")[0] == "optuna" for name in _imports(path))
     }
-    assert users == {"study", "sweep", "sweeppage"}
+    assert users == {"storage", "study", "sweep", "sweeppage"}
 
 
 def test_modules_import_each_other_without_cycles() -> None:

@@ -1,16 +1,16 @@
 """The Optuna study of a sweep: what is searched, how it is drawn, and who goes on."""
 
 import warnings
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.storages import BaseStorage
+from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, TrialState
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config
+from snr_ray.config import Config, check
+from snr_ray.stages.objectives import SWAP, Goals
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 NINTHS = 9
@@ -21,9 +21,15 @@ GIVEN = "0000"
 """Folder of the trial of the config as given, whatever number a resumed study gives it."""
 FIRST_RUNG = 1
 """Number of the checkpoint that every trial comes to."""
+IDENTITY = "identity"
+"""Attribute of a study: what all its trials have in common."""
+DRIVER = "driver"
+"""Attribute of a trial: the folder that runs it, of several drivers of one study."""
+MEASURED = "measured"
+"""Attribute of a trial: what its model came to, by the names of metrics.jsonl."""
 
 
-def suggest(trial: Trial, config: Config) -> Config:
+def suggest(trial: BaseTrial, config: Config) -> Config:
     """The config of a trial: the base with its split and loss weights replaced."""
     ranges = config.sweep
     changes: dict[str, Any] = {}
@@ -39,6 +45,11 @@ def suggest(trial: Trial, config: Config) -> Config:
     return configs.replace(config, changes)
 
 
+def config_of(trial: FrozenTrial, config: Config) -> Config:
+    """The config that a trial of this base had."""
+    return suggest(FixedTrial(trial.params), config)
+
+
 def by_rungs(config: Config) -> Config:
     """The config of all trials: so many steps, with a checkpoint at every ninth of them."""
     steps = config.sweep.steps
@@ -46,32 +57,64 @@ def by_rungs(config: Config) -> Config:
     return configs.replace(config, {"train.steps": steps, "train.checkpoint_every_steps": every})
 
 
-def open_study(out: Path, config: Config) -> optuna.Study:
-    """The study of a folder, new or continued.
+def open_study(
+    storage: BaseStorage,
+    config: Config,
+    goals: Goals,
+    *,
+    name: str = "sweep",
+    identity: Mapping[str, Any] | None = None,
+) -> optuna.Study:
+    """The study of a name, new or continued.
 
-    A trial goes on from a rung (1/9, 1/3 of its steps) where it is among the best third of those
-    that came there. Source: Li et al., A system for massively parallel hyperparameter tuning, 2020.
+    With one objective a trial goes on from a rung (1/9, 1/3 of its steps) where it is among the
+    best third of those that came there; with several all run to their end, since Optuna cannot say
+    then which is hopeless. Source: Li et al., A system for massively parallel hyperparameter
+    tuning, 2020.
+
+    Args:
+        storage: where the study is kept.
+        config: the config as given, which is the first trial.
+        goals: what is looked for.
+        name: of the study among others in the storage.
+        identity: what all drivers of the study have in common, for `check_same`.
     """
-    known = (out / "study.journal").is_file()
     study = optuna.create_study(
-        study_name="sweep",
-        storage=JournalStorage(JournalFileBackend(str(out / "study.journal"))),
-        direction="maximize",
+        study_name=name,
+        storage=storage,
+        directions=goals.directions,
         load_if_exists=True,
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+        if goals.prunes
+        else optuna.pruners.NopPruner(),
     )
+    if identity is not None and IDENTITY not in study.user_attrs:
+        study.set_user_attr(IDENTITY, dict(identity))
     # A resumed study must not draw the numbers of its first part again.
     seed = config.seed + len(study.get_trials(deepcopy=False))
     # Sizes of levels are worth something together; trials that still run count as poor, so that
     # those beside them look elsewhere. Said in full, since defaults differ between versions.
-    with warnings.catch_warnings():  # two of these were experimental before Optuna 5
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.sampler = optuna.samplers.TPESampler(
             seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=10
         )
-    if not known:
+    if all(t.user_attrs.get("folder") != GIVEN for t in study.get_trials(deepcopy=False)):
         study.enqueue_trial(given(config), user_attrs={"folder": GIVEN})
     return study
+
+
+def check_same(storage: BaseStorage, name: str, identity: Mapping[str, Any]) -> None:
+    """Raise InputError if a storage has a study of this name that is another one."""
+    if name not in optuna.get_all_study_names(storage):
+        return
+    known = optuna.load_study(study_name=name, storage=storage).user_attrs.get(IDENTITY, {})
+    for key, value in identity.items():
+        check(
+            known.get(key) == value,
+            f"Study {name!r} of that storage is of another sweep ({key}: {known.get(key)!r} there, "
+            f"{value!r} now); give another --study.",
+        )
 
 
 def given(config: Config) -> dict[str, Any]:
@@ -88,34 +131,65 @@ def given(config: Config) -> dict[str, Any]:
     return values
 
 
-def requeue(study: optuna.Study) -> None:
-    """Trials that a killed driver left running: asked again with their folder, so they resume."""
+def requeue(study: optuna.Study, driver: str | None) -> None:
+    """Trials that a killed driver left running: asked again with their folder, so they resume.
+
+    `driver`: which of several drivers; None of a study that has one.
+    """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        study.enqueue_trial(trial.params, user_attrs=dict(trial.user_attrs))
+        if trial.user_attrs.get(DRIVER) == driver:
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            study.enqueue_trial(trial.params, user_attrs=dict(trial.user_attrs))
 
 
-def first_rung(trial: FrozenTrial) -> float | None:
-    """Swap PSNR in dB at the rung that all trials came to; None of one that broke before."""
-    return trial.intermediate_values.get(FIRST_RUNG)
+def last(trial: FrozenTrial, metric: str) -> float | None:
+    """A number of a trial where it ended; None of one that it never came to."""
+    measured = trial.user_attrs.get(MEASURED)
+    if measured is None and metric == SWAP:  # of a study of an earlier version
+        ended = trial.state == TrialState.COMPLETE
+        steps = trial.intermediate_values
+        return trial.values[0] if ended else steps[max(steps)] if steps else None
+    return (measured or {}).get(metric)
 
 
-def importances(trials: list[FrozenTrial]) -> dict[str, float]:
-    """Share of each parameter in what sets the best quarter of the trials apart at the first rung.
+def compared(trial: FrozenTrial, goals: Goals, metric: str) -> float | None:
+    """A number that all trials can be compared by: at the first rung, which pruned ones came to as
+    well, or where all run to their end, there. None of one that broke before."""
+    if goals.prunes:
+        return trial.intermediate_values.get(FIRST_RUNG)
+    return last(trial, metric)
 
-    All trials count there, pruned ones too. Empty below 10 trials, of which nothing can be said.
+
+def keeps(trial: FrozenTrial) -> bool:
+    """Whether a trial keeps to the bounds."""
+    return all(excess <= 0 for excess in trial.constraints.values())
+
+
+def best_of(trials: list[FrozenTrial], goals: Goals) -> FrozenTrial | None:
+    """The trial that is best by the first objective, of those that ended and keep to the bounds."""
+    sign = 1 if goals.first.larger else -1
+    able = [t for t in trials if t.state == TrialState.COMPLETE and keeps(t)]
+    return max(able, key=lambda trial: sign * trial.values[0], default=None)
+
+
+def importances(trials: list[FrozenTrial], goals: Goals, metric: str) -> dict[str, float]:
+    """Share of each parameter in what sets the best quarter of the trials apart, as `compared`.
+
+    Empty below 10 trials, of which nothing can be said, and where all are the same.
     Source: Watanabe, Bansal and Hutter, PED-ANOVA (2023).
     """
-    reached = [trial for trial in trials if first_rung(trial) is not None]
-    if len(reached) < FEWEST_TRIALS:
+    values = {trial.number: compared(trial, goals, metric) for trial in trials}
+    reached = [trial for trial in trials if values[trial.number] is not None]
+    if len(reached) < FEWEST_TRIALS or len({values[t.number] for t in reached}) == 1:
         return {}
-    rung = optuna.create_study(direction="maximize")
+    larger = next((one.larger for one in goals.objectives if one.metric == metric), True)
+    rung = optuna.create_study(direction="maximize" if larger else "minimize")
     for trial in reached:
         rung.add_trial(
             optuna.create_trial(
                 params=trial.params,
                 distributions=trial.distributions,
-                value=first_rung(trial),
+                value=values[trial.number],
             )
         )
     with warnings.catch_warnings():

@@ -4,14 +4,21 @@
 
     OUT/data/            the data folder, where the origin is a source
     OUT/study.journal    the study; survives a kill and opens in optuna-dashboard
+    OUT/driver           in its place, where the study is in PostgreSQL: who this driver is there
     OUT/trials/NNNN/     ordinary run folders
     OUT/best.yaml        config of the best trial: `snr train --config OUT/best.yaml`
-    OUT/report.html      what matters, best trial, all trials; trials.csv, history.png, split.png
+    OUT/report.html      what matters, best trial, all trials; trials.csv, history.png, split.png,
+                         of several objectives front.png
 
-A trial's value is the swap PSNR on validation images, mean over view counts. The driver alone
-writes the study; it reads how trials fare from their metrics.jsonl and ends a hopeless one through
-RUN/stop. The same command again continues: finished trials count, running ones resume from their
-checkpoints. Trial 0 is the config as given, and always runs to its end.
+A trial's value is the swap PSNR on validation images, mean over view counts, or what --objective
+names in its place. The driver alone writes the study; it reads how trials fare from their
+metrics.jsonl and ends a hopeless one through RUN/stop. The same command again continues: finished
+trials count, running ones resume from their checkpoints. Trial 0 is the config as given, and always
+runs to its end.
+
+With several objectives every trial runs to its end, and the trials that no other beats in all of
+them at once are the Pareto front; best.yaml is the best by the first objective alone. Of trials
+beyond a bound (--at-most, --at-least) none is the best, nor on the front.
 """
 
 import dataclasses
@@ -24,24 +31,49 @@ from typing import Any
 import optuna
 import ray
 from optuna.trial import Trial, TrialState
+from sqlalchemy.exc import OperationalError
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config, InputError, Lost
 from snr_ray.folder import open_local
+from snr_ray.learning.fit import Metrics
 from snr_ray.lock import check_free, locked
-from snr_ray.outputs import claim
+from snr_ray.outputs import FILES, claim
 from snr_ray.stages.cluster import connected, cpus, gpus
 from snr_ray.stages.counters import show_trials
 from snr_ray.stages.dataset import Origin, count_rows, settle
+from snr_ray.stages.objectives import SWAP, Goals
 from snr_ray.stages.runlog import read_metrics
 from snr_ray.stages.simulate import Outcome, simulate
-from snr_ray.stages.study import FINISHED, GIVEN, NINTHS, by_rungs, open_study, requeue, suggest
+from snr_ray.stages.storage import (
+    DRIVER_FILE,
+    Heart,
+    dashboard,
+    driver_of,
+    open_storage,
+    read_url,
+    shown,
+)
+from snr_ray.stages.study import (
+    DRIVER,
+    FINISHED,
+    GIVEN,
+    MEASURED,
+    NINTHS,
+    best_of,
+    by_rungs,
+    check_same,
+    config_of,
+    open_study,
+    requeue,
+    suggest,
+)
 from snr_ray.stages.sweeppage import share_run, write_page
 from snr_ray.stages.train import train
 from snr_ray.stages.trainsetup import identity
 
-OWNED = ("data", "study.journal", "study.journal.lock", "trials", "best.yaml", "trials.csv",
-         "history.png", "split.png", "report.html")  # fmt: skip
+OWNED = ("data", "study.journal", "study.journal.lock", DRIVER_FILE, "trials", "best.yaml",
+         "trials.csv", "history.png", "split.png", "front.png", "report.html")  # fmt: skip
 POLL_S = 1.0
 TRIAL_BYTES = 700 * 2**20
 """Memory of a trial that runs in its task."""
@@ -50,13 +82,34 @@ TRIAL_ON_TRAIN_BYTES = 1_300 * 2**20
 
 
 def sweep(
-    config: Config, *, origin: Origin, out: Path | str, trials: int, overwrite: bool = False
+    config: Config,
+    *,
+    origin: Origin,
+    out: Path | str,
+    trials: int,
+    goals: Goals | None = None,
+    storage: str | None = None,
+    name: str = "sweep",
+    overwrite: bool = False,
 ) -> Outcome:
     """Run trials until `trials` of them have finished or were pruned.
 
+    Args:
+        config: the config as given.
+        origin: the images.
+        out: the folder of the sweep; that of this driver, where several share a study.
+        trials: how many, over all drivers of the study.
+        goals: what is looked for; by default the swap PSNR.
+        storage: URL of a PostgreSQL that keeps the study, for several drivers; None: the journal in
+            `out`.
+        name: of the study in that PostgreSQL.
+        overwrite: start afresh whatever an earlier sweep left in `out`.
+
     Raises:
         InputError: for a source, folder or setting the user can put right.
+        Lost: if the storage went away.
     """
+    goals = goals or Goals()
     if trials < 1:
         raise InputError(f"--trials must be at least 1, but got {trials}.")
     if config.model.kind != "hvae":
@@ -69,29 +122,46 @@ def sweep(
             f"A sweep searches the sizes of the network, but train.start={config.train.start} "
             "fixes them; leave it out."
         )
+    url = read_url(storage) if storage else None
+    if url is None and name != "sweep":
+        raise InputError(
+            f"--study names a study among others in --storage, but got --study {name} without it; "
+            "leave it out."
+        )
     config = settle(config, origin)
     config = by_rungs(config)
     out = open_local(out, "trials append to their files while they train")
     for split in ("train", "val"):
         count_rows(config, origin, split)
     space = {f"sweep.{k}": v for k, v in configs.to_dict(config)["sweep"].items()}
-    check_free(out)
-    claim(
-        out,
-        identity(config, origin) | {"stage": "sweep"} | space,
-        owned=OWNED,
-        overwrite=overwrite,
-    )
+    known = identity(config, origin) | {"stage": "sweep"} | space | goals.identity()
+    shared = {key: value for key, value in known.items() if key != FILES}  # drivers may have copies
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if url is not None:
+        check_same(open_storage(out, url), name, shared)
+    check_free(out)
+    claim(out, known | {"study": name if url else None}, owned=OWNED, overwrite=overwrite)
     with locked(out, "sweep"):
-        study = open_study(out, config)
-        requeue(study)
-        with connected():
-            if origin.images:  # simulated once, for all trials
-                simulate(config, images=origin.images, out=out / "data")
-                origin = Origin(data=out / "data")
-            failed = _run(study, config, origin, out, trials)
-        _finish(study, config, out)
+        driver = driver_of(out) if url else None
+        try:
+            kept = open_storage(out, url)
+            study = open_study(kept, config, goals, name=name, identity=shared)
+            requeue(study, driver)
+            print(f"sweep: {dashboard(out, url)} shows the study.", flush=True)
+            if len(goals.objectives) > 1:
+                print("sweep: every trial runs to its end: of several objectives none can be told "
+                      "to be hopeless before.", flush=True)  # fmt: skip
+            with connected():
+                if origin.images:  # simulated once, for all trials
+                    simulate(config, images=origin.images, out=out / "data")
+                    origin = Origin(data=out / "data")
+                heart = Heart(kept, study)
+                failed = _Sweep(study, heart, config, goals, origin, out, driver).run(trials)
+            _finish(study, config, goals, out, dashboard(out, url))
+        except (OperationalError, optuna.exceptions.StorageInternalError) as error:
+            if url is None:
+                raise
+            raise Lost(f"{shown(url)} went away ({type(error).__name__})") from None
     return Outcome(out, len(study.get_trials(states=FINISHED)), failed)
 
 
@@ -122,54 +192,116 @@ class _Live:
     reported: int = 0
 
 
-def _run(study: optuna.Study, config: Config, origin: Origin, out: Path, trials: int) -> int:
-    slots, memory = _slots(config)
-    live: dict[Any, _Live] = {}
-    failed, since = 0, time.monotonic()
-    started = len(study.get_trials(deepcopy=False, states=FINISHED))
-    while True:
-        done = len(study.get_trials(deepcopy=False, states=FINISHED))
-        while len(live) < slots and done + len(live) < trials:
-            trial = study.ask()
-            folder = trial.user_attrs.get("folder", f"{trial.number:04d}")
-            trial.set_user_attr("folder", folder)
-            run = out / "trials" / folder
-            chosen = suggest(trial, config)
-            ref = _train_trial.options(**_resources(chosen, memory)).remote(
-                chosen, origin, str(run)
-            )
-            live[ref] = _Live(trial, run)
-            print(f"sweep: trial {trial.number} starts: {_short(trial.params)}", flush=True)
-        if not live:
-            return failed
-        show_trials(running=len(live), finished=done, failed=failed)
-        ready, _ = ray.wait(list(live), num_returns=1, timeout=POLL_S)
-        for running in live.values():
-            _report(running)
-        for ref in ready:
-            ended = live.pop(ref)
-            try:
-                ray.get(ref)
-            except ray.exceptions.RayError as error:
-                study.tell(ended.trial, state=TrialState.FAIL)
-                failed += 1
-                reason = str(error).strip().splitlines()[-1]
-                print(f"sweep: trial {ended.trial.number} failed: {reason}", flush=True)
-                if failed >= 3 and not study.get_trials(deepcopy=False, states=FINISHED):
-                    raise InputError(f"The first three trials failed: {reason}") from None
+class _Sweep:
+    """A driver at work: the trials that it runs, on a study that others may run trials of, too."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        heart: Heart,
+        config: Config,
+        goals: Goals,
+        origin: Origin,
+        out: Path,
+        driver: str | None,
+    ) -> None:
+        self.study, self.heart, self.config, self.goals = study, heart, config, goals
+        self.origin, self.out, self.driver = origin, out, driver
+        self.live: dict[Any, _Live] = {}
+        self.failed = 0
+
+    def run(self, trials: int) -> int:
+        """Run trials until so many of the study have finished; returns how many failed."""
+        slots, memory = _slots(self.config)
+        since, started, waiting = time.monotonic(), self._count(*FINISHED), False
+        while (done := self._count(*FINISHED)) < trials or self.live:
+            self.heart.beat([running.trial._trial_id for running in self.live.values()])
+            while len(self.live) < slots and done + self._count(TrialState.RUNNING) < trials:
+                self._start(memory)
+            show_trials(running=len(self.live), finished=done, failed=self.failed)
+            if not self.live:
+                if not waiting:
+                    print("sweep: waiting for trials of other drivers.", flush=True)
+                waiting = True
+                time.sleep(POLL_S)
                 continue
-            values = _values(ended.folder)
-            pruned = (ended.folder / "stop").exists() and values[-1][0] < NINTHS
-            state = TrialState.PRUNED if pruned else TrialState.COMPLETE
-            study.tell(ended.trial, None if pruned else values[-1][1], state=state)
-            done = len(study.get_trials(deepcopy=False, states=FINISHED))
-            left = (time.monotonic() - since) / max(1, done - started) * (trials - done)
-            print(
-                f"sweep: {done}/{trials} trials, {math.ceil(left / 60)} min left; trial "
-                f"{ended.trial.number} {'pruned at' if pruned else 'ended with'} swap "
-                f"{values[-1][1]:.2f} dB; best {_best(study)}",
-                flush=True,
-            )
+            ready, _ = ray.wait(list(self.live), num_returns=1, timeout=POLL_S)
+            for ref, running in list(self.live.items()):
+                try:
+                    if self.goals.prunes:
+                        _report(running, self.goals)
+                    if ref in ready and (how := self._end(ref, running)):
+                        done = self._count(*FINISHED)
+                        left = (time.monotonic() - since) / max(1, done - started) * (trials - done)
+                        print(
+                            f"sweep: {done}/{trials} trials, {math.ceil(left / 60)} min left; "
+                            f"trial {running.trial.number} {how}; best {self._best()}",
+                            flush=True,
+                        )
+                except optuna.exceptions.UpdateFinishedTrialError:
+                    # This driver had shown no sign of life for minutes.
+                    print(f"sweep: trial {running.trial.number} was taken over by another driver",
+                          flush=True)  # fmt: skip
+                    ray.cancel(ref, force=True)
+                    self.live.pop(ref, None)
+        return self.failed
+
+    def _count(self, *states: TrialState) -> int:
+        return len(self.study.get_trials(deepcopy=False, states=states))
+
+    def _start(self, memory: int) -> None:
+        trial = self.study.ask()
+        self.heart.first(trial._trial_id)
+        folder = trial.user_attrs.get("folder", f"{trial.number:04d}")
+        trial.set_user_attr("folder", folder)
+        if self.driver:
+            trial.set_user_attr(DRIVER, self.driver)
+        run = self.out / "trials" / folder
+        chosen = suggest(trial, self.config)
+        ref = _train_trial.options(**_resources(chosen, memory)).remote(
+            chosen, self.origin, str(run)
+        )
+        self.live[ref] = _Live(trial, run)
+        print(f"sweep: trial {trial.number} starts: {_short(trial.params)}", flush=True)
+
+    def _end(self, ref: Any, ended: _Live) -> str:
+        """Tell the study what became of a trial; returns that in words, none of one that failed."""
+        del self.live[ref]
+        trial = ended.trial
+        try:
+            ray.get(ref)
+            rows = _checkpoints(ended.folder)
+            measured = self.goals.measured(rows[-1])
+        except (ray.exceptions.RayError, InputError) as error:
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            self.failed += 1
+            reason = str(error).strip().splitlines()[-1]
+            print(f"sweep: trial {trial.number} failed: {reason}", flush=True)
+            if self.failed >= 3 and not self._count(*FINISHED):
+                raise InputError(f"The first three trials failed: {reason}") from None
+            return ""
+        trial.set_user_attr(MEASURED, measured)
+        for bound in self.goals.bounds:
+            trial.set_constraint(bound.text, bound.excess(measured))
+        pruned = (ended.folder / "stop").exists() and len(rows) < NINTHS
+        if pruned:
+            self.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self.study.tell(trial, [measured[one.metric] for one in self.goals.objectives])
+        what = ", ".join(
+            f"{one.title} {one.show(measured[one.metric])} {one.unit}"
+            for one in self.goals.objectives
+        )
+        beyond = [b.text for b in self.goals.bounds if b.excess(measured) > 0]
+        words = f"pruned at {what}" if pruned else f"ended with {what}"
+        return f"{words}, beyond {' '.join(beyond)}" if beyond else words
+
+    def _best(self) -> str:
+        trials = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        best, first = best_of(trials, self.goals), self.goals.first
+        if best is None:
+            return "none"
+        return f"{first.show(best.values[0])} {first.unit} (trial {best.number})"
 
 
 def _slots(config: Config) -> tuple[int, int]:
@@ -186,41 +318,51 @@ def _slots(config: Config) -> tuple[int, int]:
     return max(1, min(bounds)), memory
 
 
-def _report(running: _Live) -> None:
+def _report(running: _Live, goals: Goals) -> None:
     """Tell the pruner what is new; end the trial if it is hopeless."""
-    values = _values(running.folder)
-    for step, value in values[running.reported :]:
+    rows = _checkpoints(running.folder)
+    for step, row in list(enumerate(rows, start=1))[running.reported :]:
+        if (value := row.get(goals.first.metric)) is None:
+            continue
         running.trial.report(value, step)
         # All are compared with the config as given; after the last checkpoint nothing is saved.
         mortal = running.folder.name != GIVEN and step < NINTHS
         if mortal and running.trial.should_prune():
             (running.folder / "stop").touch()
-    running.reported = len(values)
+    running.reported = len(rows)
 
 
-def _values(folder: Path) -> list[tuple[int, float]]:
-    """(checkpoint number, swap PSNR) of a run so far."""
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "swap_psnr" in row]
-    return [(k, row["swap_psnr"]) for k, row in enumerate(rows, start=1)]
-
-
-def _best(study: optuna.Study) -> str:
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return f"{study.best_value:.2f} dB (trial {study.best_trial.number})" if complete else "none"
+def _checkpoints(folder: Path) -> list[Metrics]:
+    """What a run came to at each of its checkpoints so far."""
+    return [row for row in read_metrics(folder / "metrics.jsonl") if SWAP in row]
 
 
 def _short(params: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:.3g}" for k, v in params.items())
 
 
-def _finish(study: optuna.Study, config: Config, out: Path) -> None:
+def _finish(study: optuna.Study, config: Config, goals: Goals, out: Path, command: str) -> None:
     """best.yaml, the table, the plots and the page of a study."""
-    complete = study.get_trials(states=(TrialState.COMPLETE,))
-    if not complete:
-        raise InputError("No trial was completed, so there is no best config; run more --trials.")
-    best = configs.load([out / "trials" / study.best_trial.user_attrs["folder"] / "config.yaml"])
-    configs.save(best, out / "best.yaml")
     trials = study.get_trials(states=FINISHED)
-    write_page(out, trials, config.sweep)
+    if all(trial.state != TrialState.COMPLETE for trial in trials):
+        raise InputError("No trial was completed, so there is no best config; run more --trials.")
+    front = [trial.number for trial in study.best_trials] if len(goals.objectives) > 1 else []
+    write_page(out, trials, goals, front, config.sweep, command)
     saved = 1 - share_run(trials)
-    print(f"sweep: {saved:.0%} of the steps were saved by ending trials early.", flush=True)
+    if goals.prunes:
+        print(f"sweep: {saved:.0%} of the steps were saved by ending trials early.", flush=True)
+    best = best_of(trials, goals)
+    if best is None:
+        (out / "best.yaml").unlink(missing_ok=True)
+        raise InputError(
+            f"No trial keeps to {' '.join(bound.text for bound in goals.bounds)}, so there is no "
+            f"best config; {out}/report.html shows how far they are: run more --trials, or give "
+            "another --out with a wider bound."
+        )
+    configs.save(config_of(best, config), out / "best.yaml")
+    if front:
+        print(
+            f"sweep: {len(front)} of {len(trials)} trials are on the Pareto front; the best by the "
+            f"first objective, {goals.first.title}, is trial {best.number}.",
+            flush=True,
+        )

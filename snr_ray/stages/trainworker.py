@@ -20,6 +20,7 @@ from snr_ray.learning.fit import Learner, Metrics, fit
 from snr_ray.learning.mixed import MixedFeed
 from snr_ray.learning.restart import load_checkpoint, newest_checkpoint, save_checkpoint
 from snr_ray.learning.shardfeed import ShardFeed
+from snr_ray.learning.speed import seconds_per_image
 from snr_ray.scoring.runpage import tiles
 from snr_ray.stages.dataset import gather
 from snr_ray.stages.pictures import gather_pictures
@@ -114,7 +115,10 @@ def train_at(place: Place, job: dict[str, Any]) -> None:
         stop = _from_rank_zero(share, (out / "stop").exists())
         if run_log:
             codes, metrics = learner.validate(donors, val)
-            run_log.write({"step": learner.step, **metrics})
+            row = {"step": learner.step, **metrics}
+            if last or stop:
+                row["seconds_per_image"] = seconds_per_image(learner.average, codes, val)
+            run_log.write(row)
             run_log.picture(*tiles(learner.average, codes, val, config.noise.n_views), learner.step)
             save_checkpoint(out / CHECKPOINTS, learner)
             if last or stop:

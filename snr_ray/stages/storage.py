@@ -1,0 +1,160 @@
+"""Where the study of a sweep is kept: a journal in its folder, or a PostgreSQL for several drivers.
+
+    driver A, its cluster, its OUT --\\
+    driver B, its cluster, its OUT ----> one study in PostgreSQL
+
+Each driver has an output folder of its own, and runs trials of the study that no other one runs.
+"""
+
+import importlib.util
+import time
+import uuid
+import warnings
+from pathlib import Path
+
+import optuna
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from snr_ray.config import InputError, check
+from snr_ray.folder import within
+from snr_ray.outputs import write_atomic
+
+JOURNAL = "study.journal"
+DRIVER_FILE = "driver"
+CONNECT_S = 8.0
+"""A database that has not answered for so long counts as not to be reached."""
+BEAT_S = 30
+"""Seconds between two signs of life of a trial."""
+STALE_S = 300
+"""A trial without one for so many seconds has lost its driver; another takes it over."""
+SECRETS = ("password", "sslpassword")
+"""Keys of a PostgreSQL URL that hold one."""
+
+
+def read_url(text: str) -> URL:
+    """The URL of a PostgreSQL as SQLAlchemy has it.
+
+    Raises:
+        InputError: for another database, or without the package that speaks to it.
+    """
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        url = None
+    kind = url.get_backend_name() if url else ""
+    check(
+        kind != "sqlite",
+        "--storage takes a PostgreSQL, not SQLite, whose locks do not hold on file systems that "
+        "nodes share, so that trials get lost; leave --storage out: the journal in --out is safe "
+        "there.",
+    )
+    if url is None or kind not in ("postgresql", "postgres") or not url.database:
+        raise InputError(
+            "--storage takes the URL of a PostgreSQL database, such as "
+            f"postgresql://user@host/optuna, but got {shown(url) if url else 'something else'}."
+        )
+    check(
+        importlib.util.find_spec("psycopg") is not None,
+        "--storage needs the package psycopg, which is not installed: pip install "
+        "'snr-ray[postgres]'.",
+    )
+    return url.set(drivername="postgresql+psycopg")
+
+
+def shown(url: URL) -> str:
+    """A URL as it may be shown and written: without its password."""
+    url = URL.create(
+        url.drivername, url.username, None, url.host, url.port, url.database, url.query
+    )
+    return url.difference_update_query(SECRETS).render_as_string()
+
+
+def open_storage(out: Path, url: URL | None) -> BaseStorage:
+    """The storage of a study: the journal in a folder, or the database at a URL.
+
+    Raises:
+        InputError: for a database that cannot be reached, within 10 seconds.
+    """
+    if url is None:
+        return JournalStorage(JournalFileBackend(str(out / JOURNAL)))
+    try:
+        return within(CONNECT_S + 1, lambda: _connect(url))
+    except TimeoutError as error:
+        reason = str(error)
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())
+    for secret in (url.password, *(url.query.get(key) for key in SECRETS)):
+        reason = reason.replace(str(secret), "***") if secret else reason
+    raise InputError(
+        f"--storage {shown(url)} cannot be reached ({reason}); look at host, port and database; a "
+        "password may be given in PGPASSWORD or ~/.pgpass."
+    ) from None
+
+
+def _connect(url: URL) -> RDBStorage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return RDBStorage(
+            url.render_as_string(hide_password=False),
+            engine_kwargs={
+                "pool_pre_ping": True,  # a database that was started anew meanwhile is asked again
+                "connect_args": {
+                    "connect_timeout": int(CONNECT_S),
+                    "application_name": "snr sweep",
+                    "tcp_user_timeout": 60_000,
+                },
+            },
+            heartbeat_interval=BEAT_S,
+            grace_period=STALE_S,
+            heartbeat_stale_trial_callback=_take_over,
+        )
+
+
+def _take_over(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Ask for the trial of a driver that died again; whoever gets it begins it anew."""
+    study.enqueue_trial(trial.params, user_attrs=dict(trial.user_attrs))
+
+
+def driver_of(out: Path) -> str:
+    """What the driver of an output folder is known by in a study of several."""
+    path = out / DRIVER_FILE
+    if not path.is_file():
+        write_atomic(path, f"{uuid.uuid4().hex}\n")
+    return path.read_text().strip()
+
+
+class Heart:
+    """Signs of life of the trials of this driver, and what becomes of those without one."""
+
+    def __init__(self, storage: BaseStorage, study: optuna.Study) -> None:
+        self.storage = storage if isinstance(storage, RDBStorage) else None
+        """None of a journal, which has one driver."""
+        self.study, self.last = study, 0.0
+
+    def beat(self, trial_ids: list[int]) -> None:
+        """Tell that these trials run, as often as it takes."""
+        if self.storage is None or time.monotonic() - self.last < BEAT_S:
+            return
+        self.last = time.monotonic()
+        for trial_id in trial_ids:
+            self.storage.record_heartbeat(trial_id)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self.study)
+
+    def first(self, trial_id: int) -> None:
+        """The first sign of a trial that starts."""
+        if self.storage is not None:
+            self.storage.record_heartbeat(trial_id)
+
+
+def dashboard(out: Path, url: URL | None) -> str:
+    """The command that opens a study in optuna-dashboard."""
+    return f"optuna-dashboard {shown(url) if url else out / JOURNAL}"
