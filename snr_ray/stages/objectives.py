@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from snr_ray.config import InputError, check
-from snr_ray.learning.fit import Metrics
 
 SWAP = "swap_psnr"
 
@@ -91,7 +90,7 @@ class Goals:
             "bounds": sorted(bound.text for bound in self.bounds) or None,
         }
 
-    def measured(self, row: Metrics) -> dict[str, float]:
+    def measured(self, row: Mapping[str, float]) -> dict[str, float]:
         """The numbers among a line of metrics.jsonl that a sweep knows.
 
         Raises:

@@ -15,7 +15,7 @@ from pathlib import Path
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, Trial
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -122,6 +122,13 @@ def _take_over(study: optuna.Study, trial: FrozenTrial) -> None:
     study.enqueue_trial(trial.params, user_attrs=dict(trial.user_attrs))
 
 
+def close(storage: BaseStorage) -> None:
+    """End the connections of a storage."""
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
 def driver_of(out: Path) -> str:
     """What the driver of an output folder is known by in a study of several."""
     path = out / DRIVER_FILE
@@ -138,21 +145,25 @@ class Heart:
         """None of a journal, which has one driver."""
         self.study, self.last = study, 0.0
 
-    def beat(self, trial_ids: list[int]) -> None:
+    def ask(self) -> Trial:
+        """A new trial of the study, with its first sign of life."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with")
+            trial = self.study.ask()
+        if self.storage is not None:
+            self.storage.record_heartbeat(trial._trial_id)
+        return trial
+
+    def beat(self, trials: list[Trial]) -> None:
         """Tell that these trials run, as often as it takes."""
         if self.storage is None or time.monotonic() - self.last < BEAT_S:
             return
         self.last = time.monotonic()
-        for trial_id in trial_ids:
-            self.storage.record_heartbeat(trial_id)
+        for trial in trials:
+            self.storage.record_heartbeat(trial._trial_id)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.storages.fail_stale_trials(self.study)
-
-    def first(self, trial_id: int) -> None:
-        """The first sign of a trial that starts."""
-        if self.storage is not None:
-            self.storage.record_heartbeat(trial_id)
 
 
 def dashboard(out: Path, url: URL | None) -> str:

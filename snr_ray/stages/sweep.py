@@ -48,6 +48,7 @@ from snr_ray.stages.simulate import Outcome, simulate
 from snr_ray.stages.storage import (
     DRIVER_FILE,
     Heart,
+    close,
     dashboard,
     driver_of,
     open_storage,
@@ -138,7 +139,9 @@ def sweep(
     shared = {key: value for key, value in known.items() if key != FILES}  # drivers may have copies
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if url is not None:
-        check_same(open_storage(out, url), name, shared)
+        asked = open_storage(out, url)
+        check_same(asked, name, shared)
+        close(asked)
     check_free(out)
     claim(out, known | {"study": name if url else None}, owned=OWNED, overwrite=overwrite)
     with locked(out, "sweep"):
@@ -162,7 +165,9 @@ def sweep(
             if url is None:
                 raise
             raise Lost(f"{shown(url)} went away ({type(error).__name__})") from None
-    return Outcome(out, len(study.get_trials(states=FINISHED)), failed)
+        done = len(study.get_trials(deepcopy=False, states=FINISHED))
+        close(kept)
+    return Outcome(out, done, failed)
 
 
 # On any node, not all on the one that this process is on. A trial whose node is lost is tried again
@@ -215,7 +220,7 @@ class _Sweep:
         slots, memory = _slots(self.config)
         since, started, waiting = time.monotonic(), self._count(*FINISHED), False
         while (done := self._count(*FINISHED)) < trials or self.live:
-            self.heart.beat([running.trial._trial_id for running in self.live.values()])
+            self.heart.beat([running.trial for running in self.live.values()])
             while len(self.live) < slots and done + self._count(TrialState.RUNNING) < trials:
                 self._start(memory)
             show_trials(running=len(self.live), finished=done, failed=self.failed)
@@ -250,8 +255,7 @@ class _Sweep:
         return len(self.study.get_trials(deepcopy=False, states=states))
 
     def _start(self, memory: int) -> None:
-        trial = self.study.ask()
-        self.heart.first(trial._trial_id)
+        trial = self.heart.ask()
         folder = trial.user_attrs.get("folder", f"{trial.number:04d}")
         trial.set_user_attr("folder", folder)
         if self.driver:
