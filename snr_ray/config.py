@@ -131,8 +131,10 @@ class NoiseConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    kind: Literal["hvae", "unet"] = "hvae"
-    """`hvae`: the model of this project. `unet`: the supervised baseline it is compared with."""
+    kind: Literal["hvae", "unet", "itnet"] = "hvae"
+    """`hvae`: the model of this project. Supervised baselines that it is compared with: `unet`, and
+    `itnet`, a U-Net in each of model.unrolled steps with an exact step behind it, told the view
+    count."""
     decoder: Literal["operator", "network"] = "operator"
     """`operator`: the decoder makes noise by the noise operator, of the clean image that the
     content code holds. `network`: it learns to, from noise codes merged at every level; for crops,
@@ -190,6 +192,11 @@ class ModelConfig:
                 getattr(self, name) >= 0,
                 f"model.{name} must not be negative, but got {getattr(self, name)}.",
             )
+        check(
+            self.kind != "itnet" or (self.unrolled >= 1 and not self.physics),
+            f"model.kind=itnet needs model.unrolled of at least 1 and no model.physics, but got "
+            f"{self.unrolled} and {str(self.physics).lower()}.",
+        )
         for name in ("stem_channels", "stem_kernel", "blocks"):
             check(
                 getattr(self, name) >= 1,

@@ -30,6 +30,7 @@ from snr_ray.folder import open_folder, without_secrets
 from snr_ray.learning.fit import BF16_COSTS, LEAST_EXPLAINED, Metrics, build_model
 from snr_ray.metrics import as_json
 from snr_ray.network.hvae import HVAE
+from snr_ray.network.itnet import ItNet
 from snr_ray.network.swap import NoiseCodes, detect, read_views
 from snr_ray.network.unet import UNet
 from snr_ray.network.viewcount import ViewCountMaker
@@ -218,8 +219,9 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Traine
     if isinstance(trained, TrainedUNet):
         raise InputError(
             f"A model with noise and content codes (model.kind=hvae) is needed, but "
-            f"{model_path(folder)} holds a supervised U-Net, the baseline; `snr evaluate --beside` "
-            "scores it."
+            f"{model_path(folder)} holds a supervised "
+            f"{'ItNet, a' if isinstance(trained.model, ItNet) else 'U-Net, the'} baseline; `snr "
+            "evaluate --beside` scores it."
         )
     return trained
 
@@ -353,7 +355,11 @@ def _card(config: Config, model: HVAE | UNet, metrics: Metrics, origin: str) -> 
     size, colour = config.images.size, "grey" if config.images.channels == 1 else "RGB"
     rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in metrics.items())
     what = (
-        "A supervised residual U-Net from noisy images to clean ones: the baseline, without codes."
+        "A supervised U-Net with an exact step behind it, some times over, from noisy images and\n"
+        "their view count to clean ones: a baseline, without codes."
+        if isinstance(model, ItNet)
+        else "A supervised residual U-Net from noisy images to clean ones: the baseline, without "
+        "codes."
         if isinstance(model, UNet)
         else "A hierarchical VAE whose latent splits in a content code and a noise code. The\n"
         "code of a clean image removes the streaks of a sparse-view reconstruction, that of a\n"

@@ -26,6 +26,7 @@ from snr_ray.learning.muon import Muon
 from snr_ray.metrics import psnr
 from snr_ray.network.blocks import PixelLevel
 from snr_ray.network.hvae import HVAE
+from snr_ray.network.itnet import ItNet
 from snr_ray.network.noisemaker import NoiseMaker, noise_of
 from snr_ray.network.physics import LinearInverse
 from snr_ray.network.swap import N_DONORS, NoiseCodes, collect, swap
@@ -60,6 +61,8 @@ def build_model(config: Config) -> HVAE | UNet:
         torch.manual_seed(config.seed)
         if config.model.kind == "unet":
             return UNet(config.model, channels, inverse)
+        if config.model.kind == "itnet":
+            return ItNet(config.model, channels, noise_specs(config.noise))
         noise = ViewRange.of(config.noise) or noise_specs(config.noise)
         return HVAE(config.model, channels, noise, inverse, one_pass=one_pass)
 
@@ -109,7 +112,7 @@ class Learner:
         self.objective = build_objective(config).to(self.device)
         self.objective.to(memory_format=torch.channels_last)
         for module in self.objective.modules():
-            if isinstance(module, NoiseMaker):
+            if isinstance(module, NoiseMaker | ItNet):
                 module.same_shape = self.device.type == "cuda"
         self.average = copy.deepcopy(self.objective.model).eval().requires_grad_(False)
         self.parallel = wrap(self.objective)

@@ -55,17 +55,26 @@ class NoiseMaker(nn.Module):
 
     def forward(self, clean: Tensor, shares: Tensor) -> Tensor:
         """Images [B, C, H, W] float32 of clean ones and the shares [B, ids] of their noise."""
-        image = clean * shares[:, :1, None, None]
-        for noise_id, spec in enumerate(self.noise, start=1):
-            share = shares[:, noise_id]
-            if self.training and self.same_shape:
-                image = image + share[:, None, None, None] * noise_of(spec, clean)
-                continue
-            rows = share.nonzero().squeeze(1)
-            if len(rows):
-                noisy = share[rows, None, None, None] * noise_of(spec, clean[rows])
-                image = image.index_add(0, rows, noisy)
-        return image
+        same_shape = self.training and self.same_shape
+        return with_noise(self.noise, clean, shares, same_shape=same_shape)
+
+
+def with_noise(
+    noise: list[NoiseSpec], clean: Tensor, shares: Tensor, *, same_shape: bool
+) -> Tensor:
+    """Images [B, C, H, W] float32 of clean ones and the shares [B, 1 + len(noise)] of their noise,
+    that of none first. `same_shape`: also where a share is zero."""
+    image = clean * shares[:, :1, None, None]
+    for noise_id, spec in enumerate(noise, start=1):
+        share = shares[:, noise_id]
+        if same_shape:
+            image = image + share[:, None, None, None] * noise_of(spec, clean)
+            continue
+        rows = share.nonzero().squeeze(1)
+        if len(rows):
+            noisy = share[rows, None, None, None] * noise_of(spec, clean[rows])
+            image = image.index_add(0, rows, noisy)
+    return image
 
 
 def noise_of(spec: NoiseSpec, clean: Tensor) -> Tensor:

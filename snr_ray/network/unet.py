@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from snr_ray.config import ModelConfig
 from snr_ray.network.blocks import Stem, Up, residual_blocks
 from snr_ray.network.physics import LinearInverse
+from snr_ray.noise.operator import NoiseSpec
 
 Array = npt.NDArray[np.float32]
 
@@ -79,14 +80,15 @@ class UNet(nn.Module):
 
 
 @torch.inference_mode()
-def regress(model: UNet, noisy: Array, noise_ids: npt.NDArray[np.int64]) -> Array:
-    """Cleaned images of noisy ones, both [B, C, H, W] float32; noise_ids [B] for model.physics.
-
-    A grey network takes RGB channel by channel.
+def regress(
+    model: UNet, noisy: Array, noise_ids: npt.NDArray[np.int64], **told: NoiseSpec | None
+) -> Array:
+    """Cleaned images of noisy ones, both [B, C, H, W] float32; noise_ids [B] for those that are
+    told them. A grey network takes RGB channel by channel; `told` goes to the model.
     """
     device = next(model.parameters()).device
     apart = noisy.shape[1] // model.channels
     rows = noisy.reshape(-1, model.channels, *noisy.shape[2:])
     x = torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(device)
-    image = model(x, torch.from_numpy(noise_ids.repeat(apart)).to(device))
+    image = model(x, torch.from_numpy(noise_ids.repeat(apart)).to(device), **told)
     return image.cpu().numpy().reshape(noisy.shape)

@@ -16,6 +16,7 @@ from snr_ray.hashing import hash64
 from snr_ray.images.pixels import with_channels
 from snr_ray.learning.checkpoint import TrainedModel, TrainedUNet
 from snr_ray.network.hvae import HVAE
+from snr_ray.network.itnet import ItNet
 from snr_ray.network.swap import detect, swap
 from snr_ray.network.unet import regress
 from snr_ray.scoring.baselines import Fitting, fit_lmmse, fit_sart, fit_tv, fit_tvrec
@@ -185,6 +186,16 @@ _ORDERED = (
         lambda case, model: regress(model.model, case.noisy, case.noise_ids),
         model=TrainedUNet,
         beside=True,
+        when=lambda case, model: case.spec is not None and not isinstance(model.model, ItNet),
+    ),
+    Method(
+        "itnet",
+        "U-Net and exact step, four times (ItNet), knows the operator and its view count",
+        REMOVE,
+        lambda case, model: regress(model.model, case.noisy, case.noise_ids, geometry=case.spec),
+        model=TrainedUNet,
+        beside=True,
+        when=lambda case, model: case.spec is not None and isinstance(model.model, ItNet),
     ),
     Method("swap", "**noise removed**, mean clean noise code", REMOVE, _swap, beside=True),
     Method(

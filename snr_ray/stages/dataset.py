@@ -107,11 +107,12 @@ def settle(config: Config, origin: Origin) -> Config:
 def check_decoder(config: Config) -> None:
     """Raise InputError where a decoder that makes noise of whole images is to learn from crops."""
     model, crop = config.model, config.images.crop
+    needs = "kind=itnet" if model.kind == "itnet" else "decoder=operator"
     check(
-        crop is None or model.kind == "unet" or model.decoder == "network",
-        f"model.decoder=operator needs whole images, but these are crops of {crop} pixels, whose "
-        "noise comes from the rest of the image too; let it be learned: --config network, without "
-        "a train.start whose decoder is another.",
+        crop is None or model.kind == "unet" or (model.kind, model.decoder) == ("hvae", "network"),
+        f"model.{needs} needs whole images, but these are crops of {crop} pixels, whose noise "
+        "comes from the rest of the image too; let it be learned: --config "
+        "network, without a train.start whose decoder is another.",
     )
 
 

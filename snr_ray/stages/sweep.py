@@ -115,8 +115,8 @@ def sweep(
         raise InputError(f"--trials must be at least 1, but got {trials}.")
     if config.model.kind != "hvae":
         raise InputError(
-            "A sweep searches the split of the codes, but model.kind=unet has no codes; "
-            "leave the preset unet out."
+            f"A sweep searches the split of the codes, but model.kind={config.model.kind} has no "
+            f"codes; leave the preset {config.model.kind} out."
         )
     if config.train.start:
         raise InputError(

@@ -48,7 +48,7 @@ def _step(config: Config, pairs: Pairs, share: Share) -> list[torch.Tensor]:
     return _gradients(learner)
 
 
-@pytest.mark.parametrize("preset", ["paired", "seed", "unet"])
+@pytest.mark.parametrize("preset", ["paired", "seed", "unet", "itnet"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_gradients_of_workers_average_to_those_of_one(
     pairs: Pairs, preset: str, world_size: int
@@ -61,7 +61,7 @@ def test_gradients_of_workers_average_to_those_of_one(
         torch.testing.assert_close(mean, gradient, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("preset", ["paired", "unet"])
+@pytest.mark.parametrize("preset", ["paired", "unet", "itnet"])
 def test_parts_of_a_batch_give_the_gradient_of_as_many_workers_to_the_last_bit(
     pairs: Pairs, preset: str
 ) -> None:

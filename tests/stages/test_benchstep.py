@@ -11,6 +11,7 @@ from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.learning.batches import PairFeed, Pairs, Share
 from snr_ray.learning.fit import Learner
+from snr_ray.network.itnet import ItNet
 from snr_ray.network.noisemaker import NoiseMaker
 from snr_ray.stages.benchstep import PARTS, Launches, _measure
 
@@ -57,7 +58,7 @@ def test_the_parts_of_a_step_add_up(tiny: Config, pairs: Pairs) -> None:
     assert 0 < row["matrix_rate_share"] < 1
 
 
-@pytest.mark.parametrize(("preset", "most"), [("paired", 145), ("unet", 145)])
+@pytest.mark.parametrize(("preset", "most"), [("paired", 145), ("unet", 145), ("itnet", 145)])
 def test_moving_the_weights_waits_for_nothing_and_is_few_operations(
     tiny: Config, pairs: Pairs, preset: str, most: int
 ) -> None:
@@ -71,13 +72,15 @@ def test_moving_the_weights_waits_for_nothing_and_is_few_operations(
     assert launches.total <= most
 
 
-@pytest.mark.parametrize(("preset", "most"), [("paired", 1200), ("network", 800), ("unet", 400)])
+@pytest.mark.parametrize(
+    ("preset", "most"), [("paired", 1200), ("network", 800), ("unet", 400), ("itnet", 900)]
+)
 def test_a_step_on_a_gpu_does_the_same_whatever_the_numbers(
     pairs: Pairs, preset: str, most: int
 ) -> None:
     learner, like_cpu = (Learner(configs.load(["smoke", preset])) for _ in range(2))
     for module in learner.objective.modules():
-        if isinstance(module, NoiseMaker):
+        if isinstance(module, NoiseMaker | ItNet):
             module.same_shape = True
     feed = PairFeed(pairs, 8, seed=0, share=Share())
     for step in range(3):
