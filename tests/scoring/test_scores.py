@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from snr_ray import configfile as configs
 from snr_ray.config import Config, ImagesConfig, NoiseConfig
 from snr_ray.images.sources import open_source
 from snr_ray.learning.batches import Pairs
-from snr_ray.learning.checkpoint import TrainedModel, load_model
+from snr_ray.learning.checkpoint import TrainedModel, TrainedUNet, load_model
+from snr_ray.learning.fit import build_model
 from snr_ray.metrics import psnr
+from snr_ray.network.itnet import ItNet
 from snr_ray.noise.operator import noise_operator, noise_specs
 from snr_ray.scoring.methods import BASELINES, METHODS, QUICK_BASELINES
 from snr_ray.scoring.scores import Row, Scorer
@@ -60,6 +63,25 @@ def test_at_home_nothing_is_found_or_told_but_of_unseen_view_counts(
     assert not any(METHODS[row.method].finds for row in scores)
     own = {key for key, method in METHODS.items() if method.own and key != "swap_detected"}
     assert own <= {row.method for row in scores}
+
+
+def test_a_baseline_with_the_operator_is_told_every_view_count(
+    trained: TrainedModel, tiny: Config
+) -> None:
+    config = configs.replace(tiny, {"model.kind": "itnet"})
+    model = build_model(config).eval().requires_grad_(False)
+    assert isinstance(model, ItNet)
+    model.head.weight.zero_()  # what is left are the exact steps
+    model.head.bias.zero_()  # type: ignore[union-attr]
+    pairs = _pairs("glyphs", 16, tiny.noise, 4)
+    scores = Scorer(trained, {}, {"it": TrainedUNet(config, model)}, pairs).run()
+    rows = {row for row in scores if row.model == "it"}
+    assert {row.method for row in rows} == {"itnet"}
+    assert {row.n_views for row in rows if row.task == "remove_unseen"} == {30, 15}
+    for row in rows:
+        if row.task in ("remove", "remove_unseen"):
+            noisy = scores[Row(row.task, "noisy", row.n_views)]
+            assert scores[row].psnr.mean() > noisy.psnr.mean() + 1, row
 
 
 def test_methods_name_themselves_and_costly_ones_are_asked_for() -> None:
