@@ -244,5 +244,9 @@ def test_a_stage_that_is_stopped_says_so_whatever_ray_makes_of_the_signal(
         return 0
 
     monkeypatch.setattr(cli, "_run", wait)
-    assert main(["train", "--images", "glyphs", "--out", "o"]) == code
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under nohup
+    try:
+        assert main(["train", "--images", "glyphs", "--out", "o"]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "\nsnr train: interrupted; the same command continues.\n"
