@@ -5,9 +5,10 @@ slows both; ratios carry over to other machines, absolute rates do not.
 """
 
 import itertools
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ GPU_BATCH = 512
 
 def bench(config: Config, name: str, *, out: Path | None) -> int:
     """Run one measurement, print its table and write its JSON. Returns the exit code."""
-    measures: dict[str, Callable[[Config], Rows]] = {
+    measures: dict[str, Callable[[Config], Iterable[dict[str, Any]]]] = {
         "radon": _radon,
         "simulate": measure_job,
         "data": _data,
@@ -52,7 +53,12 @@ def bench(config: Config, name: str, *, out: Path | None) -> int:
         "denoise": measure_denoise,
         "sweep": _sweep,
     }
-    rows = measures[name](config)
+    rows: Rows = []
+    since = time.monotonic()
+    for row in measures[name](config):
+        rows.append(row)
+        seconds = time.monotonic() - since
+        print(f"bench {name}: row {len(rows)} after {seconds:,.0f} s", file=sys.stderr, flush=True)
     named = (column for row in rows for column in row if column != CURVE)
     columns = list(dict.fromkeys(named))
     cells = [columns] + [[_cell(row.get(column, "")) for column in columns] for row in rows]

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from snr_ray.folder import LocalFolder
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.sources import open_source
 from snr_ray.noise.operator import NoiseSpec, noise_operator
-from snr_ray.stages.benchjob import BARE_TIMEOUT_S, Rows
+from snr_ray.stages.benchjob import BARE_TIMEOUT_S
 from snr_ray.stages.bulk import Block, Indices, Work
 from snr_ray.stages.cleaning import STAND_IN, Cleaning
 from snr_ray.stages.cluster import connected, cpus
@@ -85,19 +85,17 @@ LINKS = 30_000
 """Names that one file may have; file systems have a bound."""
 
 
-def measure_denoise(config: Config) -> Rows:
-    """All rows; with images.limit, of at most so many images each."""
+def measure_denoise(config: Config) -> Iterator[dict[str, Any]]:
+    """All rows, as they are measured; with images.limit, of at most so many images each."""
     most = config.images.limit or max(DRIVEN)
-    rows: Rows = []
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         for k, collection in enumerate(COLLECTIONS):
             images = folder / f"images{k}"
             _make(collection, images, min(collection.count, most))
-            rows.append(_job(collection, images, folder / f"out{k}"))
-        rows += _drivers(folder, most)
-        rows.append(_played(folder, folder / "images0", min(PLAYED_IMAGES, most)))
-    return rows
+            yield _job(collection, images, folder / f"out{k}")
+        yield from _drivers(folder, most)
+        yield _played(folder, folder / "images0", min(PLAYED_IMAGES, most))
 
 
 def _make(collection: Collection, folder: Path, count: int) -> None:
@@ -236,26 +234,24 @@ def _answer(run: Callable[..., Any], arguments: tuple[Any, ...], start: Any, ans
     answers.put(run(*arguments, start))
 
 
-def _drivers(folder: Path, most: int) -> Rows:
+def _drivers(folder: Path, most: int) -> Iterator[dict[str, Any]]:
     """Idle jobs over few and many images: what each image costs the driver."""
-    rows: Rows = []
+    least = 0.0
     for n_images in sorted({min(n, most) for n in DRIVEN}):
         images = folder / f"driven{n_images}"
         _link(folder / "images0", images, n_images)
         (found,) = _in_processes(_idle_driver, (images, folder / f"idle{n_images}"))
         options = ["--model", COLLECTIONS[0].model, "--images", str(images)]
         first = _watch(options, folder / f"first{n_images}", to_the_end=False)
-        rows.append(
-            {
-                "what": "driver, tasks that do nothing",
-                "images": n_images,
-                "start_s": first.first_s,
-                "start_cpu_s": first.first_cpu_s,
-                **found,
-                "memory_ratio": found["driver_mb"] / (rows or [found])[0]["driver_mb"],
-            }
-        )
-    return rows
+        least = least or found["driver_mb"]
+        yield {
+            "what": "driver, tasks that do nothing",
+            "images": n_images,
+            "start_s": first.first_s,
+            "start_cpu_s": first.first_cpu_s,
+            **found,
+            "memory_ratio": found["driver_mb"] / least,
+        }
 
 
 def _link(originals: Path, folder: Path, count: int) -> None:
