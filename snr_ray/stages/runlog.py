@@ -1,4 +1,4 @@
-"""The curves of a run: metrics.jsonl, TensorBoard, and the progress line of the driver.
+"""The curves of a run: metrics.jsonl, TensorBoard, MLflow, and the progress line of the driver.
 
 A worker writes and the driver reads, through the run folder: each may be killed, and the other sees
 what there is.
@@ -17,15 +17,16 @@ from snr_ray.metrics import as_json
 from snr_ray.outputs import Progress, write_atomic
 from snr_ray.scoring.runpage import Array, png, run_page
 from snr_ray.stages.counters import show_training
+from snr_ray.stages.tracker import Tracker
 
 WAITING_S = 30.0
 """A run that waits for processors says so every so many seconds."""
 
 
 class RunLog:
-    """metrics.jsonl and TensorBoard events of a run; continued without repeating a step."""
+    """metrics.jsonl, TensorBoard events and MLflow of a run; continued without repeating a step."""
 
-    def __init__(self, out: Path, step: int) -> None:
+    def __init__(self, out: Path, step: int, tracker: Tracker) -> None:
         """`step`: the step the run continues from; later lines of a killed run are dropped."""
         from torch.utils.tensorboard import SummaryWriter  # only rank 0 needs it
 
@@ -33,6 +34,15 @@ class RunLog:
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
         self.path.write_text("".join(as_json(row) + "\n" for row in kept))
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self.tracker = tracker
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        stopped = kind is not None and not issubclass(kind, Exception)
+        self.tracker.end("KILLED" if stopped else "FAILED" if kind else "FINISHED")
+        self.writer.close()
 
     def write(self, metrics: Metrics) -> None:
         """Add one line; `step` says where on the curves it belongs."""
@@ -42,6 +52,7 @@ class RunLog:
             if name != "step":
                 self.writer.add_scalar(name, value, metrics["step"])
         self.writer.flush()
+        self.tracker.write(metrics)
 
     def picture(self, sheet: Array, columns: list[str], step: int) -> None:
         """Show an image [H, W, 3] in [0, 1] of named columns; the newest is a file, too."""

@@ -24,6 +24,7 @@ beyond a bound (--at-most, --at-least) none is the best, nor on the front.
 import dataclasses
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ from snr_ray.stages.study import (
     suggest,
 )
 from snr_ray.stages.sweeppage import share_run, write_page
+from snr_ray.stages.tracker import Settings, check_tracker, settings
 from snr_ray.stages.train import train
 from snr_ray.stages.trainsetup import identity
 
@@ -138,6 +140,7 @@ def sweep(
     known = identity(config, origin) | {"stage": "sweep"} | space | goals.identity()
     shared = {key: value for key, value in known.items() if key != FILES}  # drivers may have copies
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    check_tracker(settings())
     if url is not None:
         asked = open_storage(out, url)
         check_same(asked, name, shared)
@@ -173,9 +176,10 @@ def sweep(
 # On any node, not all on the one that this process is on. A trial whose node is lost is tried again
 # and continues from its checkpoint; what fails of itself is not.
 @ray.remote(max_retries=3, scheduling_strategy="SPREAD")
-def _train_trial(config: Config, origin: Origin, folder: str) -> None:
+def _train_trial(config: Config, origin: Origin, folder: str, tracker: Settings) -> None:
     """One trial, in a task of its own: that of a single worker runs in it, those of several hold
-    the resources of a larger one."""
+    the resources of a larger one. `tracker`: the driver's settings of MLflow."""
+    os.environ.update(tracker.variables)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     here = config.train.num_workers == 1
     train(config, origin=origin, out=Path(folder), progress=False, alone=False, here=here)
@@ -263,7 +267,7 @@ class _Sweep:
         run = self.out / "trials" / folder
         chosen = suggest(trial, self.config)
         ref = _train_trial.options(**_resources(chosen, memory)).remote(
-            chosen, self.origin, str(run)
+            chosen, self.origin, str(run), settings()
         )
         self.live[ref] = _Live(trial, run)
         print(f"sweep: trial {trial.number} starts: {_short(trial.params)}", flush=True)

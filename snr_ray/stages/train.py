@@ -10,6 +10,7 @@
     RUN/errors.txt              what Ray said of workers that failed for good
     RUN/model/                  the result, written once, at the end
     RUN/data/                   a data folder, of images that do not fit in memory
+    RUN/mlflow_run              the id of the run in MLflow, where MLFLOW_TRACKING_URI names one
 
 The same command again continues from the newest checkpoint that is intact, on any number of
 workers. One driver at a time has the folder. A file RUN/stop ends training at the next checkpoint
@@ -50,6 +51,7 @@ from snr_ray.stages.dataset import (
 from snr_ray.stages.pictures import check_memory, open_pictures
 from snr_ray.stages.runlog import Watch, read_metrics, write_page
 from snr_ray.stages.simulate import Outcome, simulate
+from snr_ray.stages.tracker import RUN_FILE, check_tracker, settings
 from snr_ray.stages.trainsetup import (
     check_images,
     identity,
@@ -60,7 +62,8 @@ from snr_ray.stages.trainsetup import (
 from snr_ray.stages.trainworker import CHECKPOINTS, NodeTorch, work, work_alone
 
 OWNED = ("config.yaml", "metrics.jsonl", "tensorboard", CHECKPOINTS, "failures.parquet",
-         "errors.txt", "report.html", "pictures.png", "model", "stop", "data")  # fmt: skip
+         "errors.txt", "report.html", "pictures.png", "model", "stop", "data",
+         RUN_FILE)  # fmt: skip
 RETRIES = 3
 """How often workers that died, with their node or for memory, are started again."""
 
@@ -104,6 +107,7 @@ def train(
             f"{counts['train']}; add images or lower train.batch_size."
         )
     if alone:
+        check_tracker(settings())
         check_free(out)
     claim(out, identity(config, origin), owned=OWNED, overwrite=overwrite)
     if (out / "model").is_dir():
@@ -160,6 +164,7 @@ def _train(
         "origin": name,
         "start": config.train.start and model_place(config.train.start),
         "data": None if in_memory else origin.folder,
+        "tracker": settings(),
     }
     watch = Watch(out, config, functools.partial(waiting_for, config)) if progress else None
     ending = f"Interrupted; the same command continues: {name}"

@@ -1,5 +1,6 @@
 """What every training worker runs, between the driver and the learner."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from snr_ray.scoring.runpage import tiles
 from snr_ray.stages.dataset import gather
 from snr_ray.stages.pictures import gather_pictures
 from snr_ray.stages.runlog import RunLog
+from snr_ray.stages.tracker import Tracker
 
 CHECKPOINTS = "checkpoints"
 
@@ -80,7 +82,7 @@ def train_at(place: Place, job: dict[str, Any]) -> None:
         place: where.
         job: `config`; `out`, the run folder; `origin`, the command for the model card; `start`, the
             model folder to begin from, or None; `data`, the data folder, or None where the images
-            are in memory.
+            are in memory; `tracker`, the settings of MLflow.
     """
     config, out, share = job["config"], job["out"], place.share
     torch.set_num_threads(config.train.cpus_per_worker)
@@ -105,7 +107,9 @@ def train_at(place: Place, job: dict[str, Any]) -> None:
         load_checkpoint(newest, learner)
     elif job["start"]:
         learner.start_from(load_any(job["start"], learner.device).model)
-    run_log = RunLog(out, learner.step) if share.rank == 0 else None
+    run_log = None
+    if share.rank == 0:
+        run_log = RunLog(out, learner.step, Tracker(out, config, job["tracker"]))
 
     def log(metrics: Metrics) -> None:
         if run_log:
@@ -130,7 +134,8 @@ def train_at(place: Place, job: dict[str, Any]) -> None:
         place.meet(learner.step)
         return stop
 
-    fit(learner, feed.batches(learner.step), log=log, checkpoint=save)
+    with run_log or contextlib.nullcontext():
+        fit(learner, feed.batches(learner.step), log=log, checkpoint=save)
 
 
 def _from_rank_zero(share: Share, value: T) -> T:
