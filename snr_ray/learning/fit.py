@@ -32,6 +32,7 @@ from snr_ray.network.physics import LinearInverse
 from snr_ray.network.swap import N_DONORS, NoiseCodes, collect, swap
 from snr_ray.network.trust import least_explained
 from snr_ray.network.unet import UNet, regress
+from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import noise_operator, noise_specs
 from snr_ray.noise.viewrange import ViewRange
 
@@ -112,7 +113,7 @@ class Learner:
         self.objective = build_objective(config).to(self.device)
         self.objective.to(memory_format=torch.channels_last)
         for module in self.objective.modules():
-            if isinstance(module, NoiseMaker | ItNet):
+            if isinstance(module, NoiseMaker | ViewCountMaker | ItNet):
                 module.same_shape = self.device.type == "cuda"
         self.average = copy.deepcopy(self.objective.model).eval().requires_grad_(False)
         self.parallel = wrap(self.objective)

@@ -223,6 +223,7 @@ class Objective(nn.Module):
             noise_ids=known,
             told=told,
             wanted=None if counts is None else counts[wanted],
+            among=batch.n_views,
         )
 
         weight = torch.where((ids == 0) & (wanted > 0), config.injection, 1.0)

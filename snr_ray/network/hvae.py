@@ -18,6 +18,7 @@ against its own noise codes, and they are exchanged afterwards.
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -149,6 +150,7 @@ class HVAE(nn.Module):
         prior_levels: int = 0,
         told: Tensor | None = None,
         wanted: Tensor | None = None,
+        among: tuple[int, ...] = (),
     ) -> Inference:
         """Encode images and decode them again, with their own noise codes or others.
 
@@ -167,6 +169,7 @@ class HVAE(nn.Module):
                 0 of clean ones, below 0 where it is for their noise codes to say.
             wanted: [B] the same of the noise that is made of the content, in place of what the
                 noise codes in use say: whole counts have no gradient to learn from.
+            among: all view counts of a training batch of such a model.
         """
         seen = self.bottom_up(x, noise_ids)
         posteriors = self.noise_posteriors(seen)
@@ -175,7 +178,7 @@ class HVAE(nn.Module):
         elif self.noise_maker is not None:
             own = self.noise_maker.shares([q.mu for q in posteriors])
             own = self._known(own, told, x)
-            seen.noisy = functools.partial(self.noise_maker, shares=own)
+            seen.noisy = self._making(own, among)
         if noise is None:
             noise = [q.sample(normal) for q in posteriors]
         if donors is not None:
@@ -193,7 +196,8 @@ class HVAE(nn.Module):
             finer = seen.levels[level - 1].shape if level else x.shape
             state = self._up(level, state, finer[-2:])
         codes = Codes(z, noise, (x.shape[-2], x.shape[-1]))
-        return Inference(self._image(state, codes, wanted), codes, content, posteriors)
+        image = self._image(state, codes, wanted, among)
+        return Inference(image, codes, content, posteriors)
 
     def encode(self, x: Tensor, noise: list[Tensor] | None = None) -> Codes:
         """Posterior-mean codes of images [B, C, H, W]; with `noise`, the codes of the swap."""
@@ -228,7 +232,20 @@ class HVAE(nn.Module):
         assert isinstance(self.noise_maker, ViewCountMaker)
         return self.noise_maker.told(shares, n_views, max(images.shape[-2:]))
 
-    def _image(self, state: Tensor, codes: Codes, n_views: Tensor | None = None) -> Tensor:
+    def _making(self, shares: Tensor, among: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+        """What makes noise of clean images by what was read or told of each."""
+        if isinstance(self.noise_maker, ViewCountMaker):
+            return functools.partial(self.noise_maker, shares=shares, among=among)
+        assert self.noise_maker is not None
+        return functools.partial(self.noise_maker, shares=shares)
+
+    def _image(
+        self,
+        state: Tensor,
+        codes: Codes,
+        n_views: Tensor | None = None,
+        among: tuple[int, ...] = (),
+    ) -> Tensor:
         image = self.head(F.silu(state)).float() + PIXEL_OFFSET
         if self.noise_maker is None:
             return image
@@ -236,4 +253,4 @@ class HVAE(nn.Module):
         assert isinstance(finest, PixelLevel)
         clean = image + finest.pixels(codes.content[0], codes.size)
         shares = self._known(self.noise_maker.shares(codes.noise), n_views, clean)
-        return self.noise_maker(clean, shares)
+        return self._making(shares, among)(clean)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snr_ray.network.noisemaker import noise_of
+from snr_ray.network.noisemaker import noise_of, with_noise
 from snr_ray.noise.viewrange import ViewRange
 
 CERTAIN = 0.02
@@ -25,6 +25,10 @@ class ViewCountMaker(nn.Module):
     What was read from codes, or told, is a tensor [B, 2]: the share of noise, and the logarithm of
     views per pixel of the longer side.
     """
+
+    same_shape: bool = False
+    """As of `NoiseMaker`. Training then makes the noise of each of the batch's view counts of every
+    image, and an image whose count is read from its own code takes the nearest of these."""
 
     def __init__(self, views: ViewRange, noise_channels: int) -> None:
         """`noise_channels` is the sum over levels."""
@@ -71,11 +75,19 @@ class ViewCountMaker(nn.Module):
         parts = steps.split([code.shape[1] for code in codes], dim=1)
         return [code + part[..., None, None] for code, part in zip(codes, parts, strict=True)]
 
-    def forward(self, clean: Tensor, shares: Tensor) -> Tensor:
-        """Images [B, C, H, W] float32 of clean ones and what was read or told: [B, 2]."""
+    def forward(self, clean: Tensor, shares: Tensor, among: tuple[int, ...] = ()) -> Tensor:
+        """Images [B, C, H, W] float32 of clean ones and what was read or told: [B, 2]. `among`:
+        the view counts of a batch that trains."""
         share = shares[:, 0]
-        image = clean * (1 - share)[:, None, None, None]
         side = max(clean.shape[-2:])
+        if among and self.training and self.same_shape:
+            octaves = torch.tensor(among, device=clean.device).log() - math.log(side)
+            nearest = (shares[:, 1:].detach() - octaves).abs().argmin(1)
+            mine = nearest[:, None] == torch.arange(len(among), device=clean.device)
+            parts = torch.cat([1 - share[:, None], share[:, None] * mine], dim=1)
+            noise = [self.views.spec(n_views) for n_views in among]
+            return with_noise(noise, clean, parts, same_shape=True)
+        image = clean * (1 - share)[:, None, None, None]
         counts = (shares[:, 1].detach().exp() * side).round().clamp(min=1) * (share > 0)
         for n_views in sorted({int(n) for n in counts.tolist()} - {0}):
             rows = (counts == n_views).nonzero().squeeze(1)

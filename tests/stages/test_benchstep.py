@@ -11,8 +11,10 @@ from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.learning.batches import PairFeed, Pairs, Share
 from snr_ray.learning.fit import Learner
+from snr_ray.learning.mixed import MixedFeed, Pictures
 from snr_ray.network.itnet import ItNet
 from snr_ray.network.noisemaker import NoiseMaker
+from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.stages.benchstep import PARTS, Launches, _measure
 
 WAITS = {"nonzero", "_local_scalar_dense", "masked_select", "item"}
@@ -91,6 +93,28 @@ def test_a_step_on_a_gpu_does_the_same_whatever_the_numbers(
     weights = zip(learner.objective.parameters(), like_cpu.objective.parameters(), strict=True)
     for a, b in weights:
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("told", [1.0, 0.5])
+def test_a_step_of_a_range_does_so_too(told: float) -> None:
+    changes = ["noise.views_per_pixel=[0.2,0.9]", "train.sizes=[8,16]", f"train.told={told}"]
+    config = configs.load(["smoke"], [*changes, "train.batch_size=8"])
+    images = torch.rand((40, 1, 16, 16), generator=torch.Generator().manual_seed(0)).numpy()
+    pictures = Pictures({16: ([f"{k:02d}" for k in range(40)], list(images))})
+    feed = MixedFeed(pictures, config, Share())
+    learner, like_cpu = (Learner(config) for _ in range(2))
+    for module in learner.objective.modules():
+        if isinstance(module, ViewCountMaker):
+            module.same_shape = True
+    for step in range(3):
+        like_cpu.train_step(feed.batch(step))
+        with SameShape() if step else contextlib.nullcontext():
+            learner.train_step(feed.batch(step))
+    weights = zip(learner.objective.parameters(), like_cpu.objective.parameters(), strict=True)
+    for a, b in weights:
+        assert a.isfinite().all()
+        if told == 1:  # others take the nearest count of the batch
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 def test_masks_and_looks_are_found() -> None:
