@@ -72,6 +72,28 @@ def test_parts_of_a_batch_give_the_gradient_of_as_many_workers_to_the_last_bit(
         assert torch.equal(two[0][k] / 2 + two[1][k] / 2, gradient)
 
 
+def test_two_workers_have_the_weights_of_one_after_forty_steps(pairs: Pairs) -> None:
+    config = configs.load(["smoke"], ["train.steps=40", "train.parts=2"])
+    one, two = Learner(config), [Learner(config, share=Share(rank, 2)) for rank in range(2)]
+    size = config.train.batch_size
+    feeds = [PairFeed(pairs, size, seed=0, share=learner.share) for learner in (one, *two)]
+    for step in range(config.train.steps):
+        one.train_step(feeds[0].batch(step))
+        for learner, feed in zip(two, feeds[1:], strict=True):
+            learner.gradients(feed.batch(step))
+        both = zip(*(learner.objective.parameters() for learner in two), strict=True)
+        for a, b in both:  # as data-parallel workers share them
+            if a.grad is not None and b.grad is not None:
+                a.grad = a.grad / 2 + b.grad / 2
+                b.grad = a.grad.clone()
+        for learner in two:
+            learner.update()
+            learner.step += 1
+    for learner in two:
+        weights = zip(learner.average.parameters(), one.average.parameters(), strict=True)
+        assert max(float((a - b).abs().max()) for a, b in weights) < 1e-5
+
+
 def _run(config: Config, pairs: Pairs, learner: Learner) -> list[Metrics]:
     feed = PairFeed(pairs, config.train.batch_size, seed=config.seed, share=Share())
     logged: list[Metrics] = []
