@@ -182,8 +182,12 @@ class Progress:
             self.stream.write(json.dumps(told) + "\n")
             self.stream.flush()
             return
+        images = rate * per_unit
+        pace = (
+            f"{images:,.0f} images/s" if images >= 1 or not images else f"{1 / images:.1f} s/image"
+        )
         line = (
-            f"{self.stage}: {done:,}/{self.total:,} {self.unit}, {rate * per_unit:,.0f} images/s, "
+            f"{self.stage}: {done:,}/{self.total:,} {self.unit}, {pace}, "
             f"{left // 60}:{left % 60:02d} left{', ' + note if note else ''}"
         )
         end = "\r" if self.stream.isatty() and done < self.total else "\n"

@@ -1,6 +1,8 @@
-"""Claiming an output folder: whose it is, what is replaced, and a stop at any point of it."""
+"""Claiming an output folder: whose it is, what is replaced, a stop at any point of it; progress."""
 
+import io
 import json
+import time
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -8,7 +10,7 @@ import pytest
 
 from snr_ray.config import InputError
 from snr_ray.folder import JOB, Folder, LocalFolder, open_folder
-from snr_ray.outputs import FILES, claim
+from snr_ray.outputs import FILES, Progress, claim
 
 MINE = {"stage": "denoise", "source": "scans"}
 OTHER = {"stage": "denoise", "source": "photos"}
@@ -160,3 +162,22 @@ def test_another_driver_is_a_moment_faster(rival: dict[str, str], tmp_path: Path
         take(open_folder(tmp_path / "out"), MINE)
     rival |= MINE
     assert take(open_folder(tmp_path / "out2"), MINE) is True
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "said"),
+    [
+        (800, 8, "denoise: 800/1,000 images, 100 images/s, 0:02 left, 3 failed\n"),
+        (10, 40, "denoise: 10/1,000 images, 4.0 s/image, 66:00 left, 3 failed\n"),
+    ],
+)
+def test_progress_is_in_units_that_say_something(
+    done: int, seconds: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    line = io.StringIO()
+    progress = Progress("denoise", 1000, stream=line)
+    now += seconds
+    progress.update(done, "3 failed")
+    assert line.getvalue() == said
