@@ -37,6 +37,7 @@ EXAMPLES = {
     "sweep": """snr sweep --images glyphs --out sweep --trials 20
   snr train --config sweep/best.yaml --images glyphs --out run
   snr sweep --images glyphs --out front --trials 40 --objective swap --objective inject
+  snr sweep --images glyphs --out sweep --trials 20 --confirm 3
   snr sweep --images glyphs --out quick --trials 40 --at-most seconds=0.01
   snr sweep --images glyphs --out sweep-a --trials 90 --storage postgresql://user@host/optuna
   optuna-dashboard sweep/study.journal
@@ -287,6 +288,7 @@ def _run(args: argparse.Namespace, config: Config) -> int:
                 goals=read_goals(args.objective, args.at_most, args.at_least),
                 storage=args.storage,
                 name=args.study,
+                seeds=args.confirm,
                 **options,
             )
             what = f"{outcome.images:,} trials; the best config is {outcome.out}/best.yaml"
@@ -366,6 +368,9 @@ def _parser() -> argparse.ArgumentParser:
              "best")  # fmt: skip
     add("--at-least", metavar="NAME=NUMBER", action="append", default=[],
         help="the same from below, such as inject=30")  # fmt: skip
+    add("--confirm", metavar="SEEDS", type=int, default=0,
+        help="when the trials have finished, train the best config and that as given with so many "
+             "other seeds each, and say by how much it is better and how sure that is")  # fmt: skip
     add("--storage", metavar="URL",
         help="keep the study in this PostgreSQL instead of the journal in --out, so that several "
              "drivers, each with its own --out, share it; a password is best in PGPASSWORD or "

@@ -34,6 +34,7 @@ FLAGS = {
         "--at-least",
         "--storage",
         "--study",
+        "--confirm",
     ],
     "denoise": ["--model", "--images", "--out", "--donor", "--samples", "--inject", "--views"],
     "evaluate": ["--model", "--images", "--out", "--baselines", "--limit"],

@@ -45,9 +45,9 @@ def suggest(trial: BaseTrial, config: Config) -> Config:
     return configs.replace(config, changes)
 
 
-def config_of(trial: FrozenTrial, config: Config) -> Config:
-    """The config that a trial of this base had."""
-    return suggest(FixedTrial(trial.params), config)
+def config_of(params: Mapping[str, Any], config: Config) -> Config:
+    """The config that a trial of this base and these parameters has."""
+    return suggest(FixedTrial(dict(params)), config)
 
 
 def by_rungs(config: Config) -> Config:

@@ -7,6 +7,7 @@
     OUT/driver           in its place, where the study is in PostgreSQL: who this driver is there
     OUT/trials/NNNN/     ordinary run folders
     OUT/best.yaml        config of the best trial: `snr train --config OUT/best.yaml`
+    OUT/confirm/         run folders of best and given config with other seeds; confirm.json
     OUT/report.html      what matters, best trial, all trials; trials.csv, history.png, split.png,
                          of several objectives front.png
 
@@ -22,9 +23,7 @@ beyond a bound (--at-most, --at-least) none is the best, nor on the front.
 """
 
 import dataclasses
-import logging
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,8 @@ from snr_ray.folder import open_local
 from snr_ray.learning.fit import Metrics
 from snr_ray.lock import check_free, locked
 from snr_ray.outputs import FILES, claim
-from snr_ray.stages.cluster import connected, cpus, gpus
+from snr_ray.stages.cluster import connected
+from snr_ray.stages.confirm import CONFIRMED, RUNS, confirm
 from snr_ray.stages.counters import show_trials
 from snr_ray.stages.dataset import Origin, count_rows, settle
 from snr_ray.stages.objectives import SWAP, Goals
@@ -66,22 +66,20 @@ from snr_ray.stages.study import (
     by_rungs,
     check_same,
     config_of,
+    given,
     open_study,
     requeue,
     suggest,
 )
 from snr_ray.stages.sweeppage import share_run, write_page
-from snr_ray.stages.tracker import Settings, check_tracker, settings
-from snr_ray.stages.train import train
+from snr_ray.stages.tracker import check_tracker, settings
 from snr_ray.stages.trainsetup import identity
+from snr_ray.stages.trial import slots_of, start_run
 
 OWNED = ("data", "study.journal", "study.journal.lock", DRIVER_FILE, "trials", "best.yaml",
-         "trials.csv", "history.png", "split.png", "front.png", "report.html")  # fmt: skip
+         "trials.csv", "history.png", "split.png", "front.png", "report.html", RUNS,
+         CONFIRMED)  # fmt: skip
 POLL_S = 1.0
-TRIAL_BYTES = 700 * 2**20
-"""Memory of a trial that runs in its task."""
-TRIAL_ON_TRAIN_BYTES = 1_300 * 2**20
-"""Memory of one of several workers beside these: its driver, and five processes of Ray Train."""
 
 
 def sweep(
@@ -93,6 +91,7 @@ def sweep(
     goals: Goals | None = None,
     storage: str | None = None,
     name: str = "sweep",
+    seeds: int = 0,
     overwrite: bool = False,
 ) -> Outcome:
     """Run trials until `trials` of them have finished or were pruned.
@@ -106,6 +105,8 @@ def sweep(
         storage: URL of a PostgreSQL that keeps the study, for several drivers; None: the journal in
             `out`.
         name: of the study in that PostgreSQL.
+        seeds: train the best config and that as given with so many seeds each when the trials have
+            finished, and say whether the one is better; 0: not.
         overwrite: start afresh whatever an earlier sweep left in `out`.
 
     Raises:
@@ -115,6 +116,10 @@ def sweep(
     goals = goals or Goals()
     if trials < 1:
         raise InputError(f"--trials must be at least 1, but got {trials}.")
+    if seeds < 0 or seeds == 1:
+        raise InputError(
+            f"--confirm takes 2 seeds or more, of which a spread can be told, but got {seeds}."
+        )
     if config.model.kind != "hvae":
         raise InputError(
             f"A sweep searches the split of the codes, but model.kind={config.model.kind} has no "
@@ -163,7 +168,10 @@ def sweep(
                     origin = Origin(data=out / "data")
                 heart = Heart(kept, study)
                 failed = _Sweep(study, heart, config, goals, origin, out, driver).run(trials)
-            _finish(study, config, goals, out, dashboard(out, url))
+                best = _finish(study, config, goals, out, dashboard(out, url))
+                if seeds:
+                    _confirm(best, config, goals, origin, out, seeds)
+                    _finish(study, config, goals, out, dashboard(out, url))  # its page
         except (OperationalError, optuna.exceptions.StorageInternalError) as error:
             if url is None:
                 raise
@@ -171,25 +179,6 @@ def sweep(
         done = len(study.get_trials(deepcopy=False, states=FINISHED))
         close(kept)
     return Outcome(out, done, failed)
-
-
-# On any node, not all on the one that this process is on. A trial whose node is lost is tried again
-# and continues from its checkpoint; what fails of itself is not.
-@ray.remote(max_retries=3, scheduling_strategy="SPREAD")
-def _train_trial(config: Config, origin: Origin, folder: str, tracker: Settings) -> None:
-    """One trial, in a task of its own: that of a single worker runs in it, those of several hold
-    the resources of a larger one. `tracker`: the driver's settings of MLflow."""
-    os.environ.update(tracker.variables)
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
-    here = config.train.num_workers == 1
-    train(config, origin=origin, out=Path(folder), progress=False, alone=False, here=here)
-
-
-def _resources(config: Config, memory: int) -> dict[str, Any]:
-    """What Ray is to find for the task of a trial. Cores are counted by `_slots`: a trial that held
-    its own would wait for ever where the tasks that read its images found none."""
-    alone = config.train.num_workers == 1
-    return {"num_cpus": 0, "num_gpus": int(alone and config.train.use_gpu), "memory": memory}
 
 
 @dataclasses.dataclass
@@ -221,7 +210,7 @@ class _Sweep:
 
     def run(self, trials: int) -> int:
         """Run trials until so many of the study have finished; returns how many failed."""
-        slots, memory = _slots(self.config)
+        slots, memory = slots_of(self.config)
         since, started, waiting = time.monotonic(), self._count(*FINISHED), False
         while (done := self._count(*FINISHED)) < trials or self.live:
             self.heart.beat([running.trial for running in self.live.values()])
@@ -266,9 +255,7 @@ class _Sweep:
             trial.set_user_attr(DRIVER, self.driver)
         run = self.out / "trials" / folder
         chosen = suggest(trial, self.config)
-        ref = _train_trial.options(**_resources(chosen, memory)).remote(
-            chosen, self.origin, str(run), settings()
-        )
+        ref = start_run(chosen, self.origin, run, memory)
         self.live[ref] = _Live(trial, run)
         print(f"sweep: trial {trial.number} starts: {_short(trial.params)}", flush=True)
 
@@ -279,7 +266,7 @@ class _Sweep:
         try:
             ray.get(ref)
             rows = _checkpoints(ended.folder)
-            measured = self.goals.measured(rows[-1])
+            measured = self.goals.measured(rows[-1] if rows else {})
         except (ray.exceptions.RayError, InputError) as error:
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
             self.failed += 1
@@ -312,20 +299,6 @@ class _Sweep:
         return f"{first.show(best.values[0])} {first.unit} (trial {best.number})"
 
 
-def _slots(config: Config) -> tuple[int, int]:
-    """How many trials run at once, and the memory in bytes that Ray is to find for each: as many
-    as there are cores, GPUs and memory for, on all nodes together."""
-    train = config.train
-    bounds = [(cpus() - 1) // (train.num_workers * train.cpus_per_worker)]
-    if train.use_gpu:
-        bounds.append(gpus() // train.num_workers)
-    rooms = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
-    wanted = TRIAL_BYTES if train.num_workers == 1 else TRIAL_ON_TRAIN_BYTES
-    memory = int(min(wanted, max(rooms)))
-    bounds.append(sum(int(room // memory) for room in rooms) if memory else 1)
-    return max(1, min(bounds)), memory
-
-
 def _report(running: _Live, goals: Goals) -> None:
     """Tell the pruner what is new; end the trial if it is hopeless."""
     rows = _checkpoints(running.folder)
@@ -349,28 +322,44 @@ def _short(params: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:.3g}" for k, v in params.items())
 
 
-def _finish(study: optuna.Study, config: Config, goals: Goals, out: Path, command: str) -> None:
-    """best.yaml, the table, the plots and the page of a study."""
+def _finish(study: optuna.Study, config: Config, goals: Goals, out: Path, command: str) -> Config:
+    """best.yaml, the table, the plots and the page of a study; returns its best config."""
     trials = study.get_trials(states=FINISHED)
     if all(trial.state != TrialState.COMPLETE for trial in trials):
         raise InputError("No trial was completed, so there is no best config; run more --trials.")
     front = [trial.number for trial in study.best_trials] if len(goals.objectives) > 1 else []
+    best, place = best_of(trials, goals), out / "best.yaml"
+    before = configs.load([place]) if place.is_file() else None
+    if best is None or config_of(best.params, config) != before:
+        for name in (place, out / CONFIRMED):  # what was confirmed was another
+            name.unlink(missing_ok=True)
+    if best is not None:
+        configs.save(config_of(best.params, config), place)
     write_page(out, trials, goals, front, config.sweep, command)
-    saved = 1 - share_run(trials)
     if goals.prunes:
+        saved = 1 - share_run(trials)
         print(f"sweep: {saved:.0%} of the steps were saved by ending trials early.", flush=True)
-    best = best_of(trials, goals)
     if best is None:
-        (out / "best.yaml").unlink(missing_ok=True)
         raise InputError(
             f"No trial keeps to {' '.join(bound.text for bound in goals.bounds)}, so there is no "
             f"best config; {out}/report.html shows how far they are: run more --trials, or give "
             "another --out with a wider bound."
         )
-    configs.save(config_of(best, config), out / "best.yaml")
     if front:
         print(
             f"sweep: {len(front)} of {len(trials)} trials are on the Pareto front; the best by the "
             f"first objective, {goals.first.title}, is trial {best.number}.",
             flush=True,
         )
+    return config_of(best.params, config)
+
+
+def _confirm(
+    best: Config, config: Config, goals: Goals, origin: Origin, out: Path, seeds: int
+) -> None:
+    first = config_of(given(config), config)
+    if best == first:
+        print("sweep: the config as given is the best, so there is nothing to confirm.", flush=True)
+        return
+    found = confirm(best, first, goals, origin, out, seeds)
+    print(f"sweep: {found.sentence()}", flush=True)

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from snr_ray.config import SweepConfig
 from snr_ray.outputs import write_atomic
+from snr_ray.stages.confirm import read_confirmation
 from snr_ray.stages.objectives import OBJECTIVES, Goals, Objective
 from snr_ray.stages.study import GIVEN, NINTHS, best_of, compared, importances, keeps, last
 
@@ -123,6 +124,8 @@ def _page(
     what = "".join(
         _bars(one, importances(trials, goals, one.metric), goals) for one in goals.objectives
     )
+    confirmed = read_confirmation(out)
+    sure = f"<h2>Is it real?</h2><p>{confirmed.sentence()}</p>" if confirmed else ""
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>snr_ray: sweep</title>
 <style>
@@ -132,7 +135,7 @@ td, th {{ text-align: left; padding: .15rem .8rem .15rem 0; font-variant-numeric
 .bar {{ background: #4878a8; height: .9em; display: inline-block }}
 </style>
 <h1>Sweep: {len(trials)} trials</h1>
-<p>{_answer(trials, goals, front)} {len(complete)} trials ran to their end. {saved}</p>
+<p>{_answer(trials, goals, front)} {len(complete)} trials ran to their end. {saved}</p>{sure}
 <h2>What matters</h2>{what}
 {pictures}
 <h2>All trials</h2>

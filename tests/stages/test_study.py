@@ -180,7 +180,7 @@ def test_config_of_a_trial_is_what_it_was_asked_to_train(tiny: Config, tmp_path:
         trial = study.ask()
         chosen = suggest(trial, tiny)
         study.tell(trial, 1.0)
-        assert config_of(study.trials[-1], tiny) == chosen
+        assert config_of(study.trials[-1].params, tiny) == chosen
 
 
 def test_a_driver_asks_for_its_own_trials_again_and_leaves_those_of_others(
