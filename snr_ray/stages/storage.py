@@ -11,13 +11,14 @@ import time
 import uuid
 import warnings
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DatabaseError
 
 from snr_ray.config import InputError, check
 from snr_ray.folder import within
@@ -27,6 +28,8 @@ JOURNAL = "study.journal"
 DRIVER_FILE = "driver"
 CONNECT_S = 8.0
 """A database that has not answered for so long counts as not to be reached."""
+TABLES_LOCK = 0x736E72
+"""The number of an advisory lock."""
 BEAT_S = 30
 """Seconds between two signs of life of a trial."""
 STALE_S = 300
@@ -82,14 +85,13 @@ def open_storage(out: Path, url: URL | None) -> BaseStorage:
     if url is None:
         return JournalStorage(JournalFileBackend(str(out / JOURNAL)))
     try:
-        return within(CONNECT_S + 1, lambda: _connect(url))
+        with _reach(url) as connection:  # drivers that come at once make the tables one by one
+            connection.execute("SELECT pg_advisory_lock(%s)", (TABLES_LOCK,))
+            return _storage(url)
     except TimeoutError as error:
         reason = str(error)
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = " ".join(str(cause).split())
+    except (DatabaseError, optuna.exceptions.StorageInternalError, OSError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
     for secret in (url.password, *(url.query.get(key) for key in SECRETS)):
         reason = reason.replace(str(secret), "***") if secret else reason
     raise InputError(
@@ -98,7 +100,20 @@ def open_storage(out: Path, url: URL | None) -> BaseStorage:
     ) from None
 
 
-def _connect(url: URL) -> RDBStorage:
+def _reach(url: URL) -> Any:
+    """A connection to a PostgreSQL. Raises TimeoutError or OSError if nobody answers there, or not
+    to this user."""
+    import psycopg  # an extra
+
+    place = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    wait = int(CONNECT_S)
+    try:
+        return within(wait + 1, lambda: psycopg.connect(place, connect_timeout=wait))
+    except psycopg.Error as error:
+        raise OSError(str(error)) from None
+
+
+def _storage(url: URL) -> RDBStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return RDBStorage(

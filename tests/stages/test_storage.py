@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -115,6 +116,15 @@ for _ in range(6):
     trial.should_prune()
     study.tell(trial, float(trial.number))
 """
+
+
+@needs_postgres
+def test_drivers_that_come_at_once_make_the_tables_once(tiny: Config, tmp_path: Path) -> None:
+    with server() as url, ThreadPoolExecutor(4) as pool:
+        storages = list(pool.map(lambda _: open_storage(tmp_path, read_url(url)), range(4)))
+        for storage in storages:
+            assert storage.get_all_studies() == []
+            close(storage)
 
 
 @needs_postgres
