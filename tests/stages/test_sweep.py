@@ -8,11 +8,15 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from PIL import Image
+from stages.postgres import free_port
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
 from snr_ray.stages import sweep as module
+from snr_ray.stages.confirm import confirm, read_confirmation
 from snr_ray.stages.dataset import Origin
+from snr_ray.stages.objectives import Goals
+from snr_ray.stages.study import by_rungs
 from snr_ray.stages.sweep import sweep
 
 GLYPHS = Origin(images="glyphs")
@@ -58,6 +62,22 @@ def test_killed_sweep_resumes_its_trial_and_ends_with_a_usable_config(
     page = (out / "report.html").read_text()
     assert page.count("<img") == 2
     assert "2 trials" in page
+    assert all(t.user_attrs["measured"]["seconds_per_image"] > 0 for t in trials[1:])
+    _confirms(by_rungs(tiny), out)
+
+
+def _confirms(given: Config, out: Path) -> None:
+    """Two configs with two seeds each on the data of a sweep, and again, which trains nothing."""
+    other = configs.replace(given, {"model.noise_channels": [1, 1]})
+    found = confirm(other, given, Goals(), Origin(data=out / "data"), out, 2)
+    assert found.seeds == [1, 2]
+    assert len({*found.best, *found.given}) == 4
+    assert read_confirmation(out) == found
+    runs = sorted((out / "confirm").iterdir())
+    assert [configs.load([run / "config.yaml"]).seed for run in runs] == [1, 2, 1, 2]
+    before = [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs]
+    assert confirm(other, given, Goals(), Origin(data=out / "data"), out, 2) == found
+    assert [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs] == before
 
 
 def test_zero_trials_are_refused(tiny: Config, tmp_path: Path) -> None:
@@ -75,3 +95,20 @@ def test_start_leaves_no_sizes_to_search(tiny: Config, tmp_path: Path) -> None:
     config = configs.replace(tiny, {"train.start": "notmnist"})
     with pytest.raises(InputError, match=r"train\.start=notmnist fixes them"):
         sweep(config, origin=GLYPHS, out=tmp_path / "s", trials=1)
+
+
+def test_one_seed_confirms_nothing(tiny: Config, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--confirm takes 2 seeds or more.*but got 1"):
+        sweep(tiny, origin=GLYPHS, out=tmp_path / "s", trials=1, seeds=1)
+
+
+def test_a_study_is_named_where_it_is_stored_with_others(tiny: Config, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--study mine without it"):
+        sweep(tiny, origin=GLYPHS, out=tmp_path / "s", trials=1, name="mine")
+
+
+def test_a_storage_that_is_not_there_leaves_the_folder_alone(tiny: Config, tmp_path: Path) -> None:
+    url = f"postgresql://me:hush@127.0.0.1:{free_port()}/db"
+    with pytest.raises(InputError, match="cannot be reached"):
+        sweep(tiny, origin=GLYPHS, out=tmp_path / "s", trials=1, storage=url)
+    assert not (tmp_path / "s").exists()
