@@ -98,7 +98,7 @@ def test_start_leaves_no_sizes_to_search(tiny: Config, tmp_path: Path) -> None:
 
 
 def test_one_seed_confirms_nothing(tiny: Config, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--confirm takes 2 seeds or more.*but got 1"):
+    with pytest.raises(InputError, match=r"--confirm takes 2 seeds or more.*but got 1"):
         sweep(tiny, origin=GLYPHS, out=tmp_path / "s", trials=1, seeds=1)
 
 
