@@ -268,7 +268,8 @@ def _front(trials: list[FrozenTrial], goals: Goals, front: list[int], out: Path)
 
 
 def _split(trials: list[FrozenTrial], goals: Goals, ranges: SweepConfig, out: Path) -> None:
-    """split.png: the first objective, where all trials can be compared, over each setting."""
+    """split.png: the first objective, where all trials can be compared, over each setting, and
+    over the share of the noise code in all code channels of each level."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
@@ -276,14 +277,19 @@ def _split(trials: list[FrozenTrial], goals: Goals, ranges: SweepConfig, out: Pa
     values = {t.number: compared(t, goals, goals.first.metric) for t in trials}
     reached = [t for t in trials if values[t.number] is not None]
     names = sorted({name for t in trials for name in t.params})
+    levels = sum(name.startswith("noise_channels_") for name in names)
+    names += [f"noise_share_{level}" for level in range(levels)]
     columns = 4
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3 * columns, 2.4 * rows), layout="constrained")
     for axis, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
         for state, mark in ((TrialState.PRUNED, "x"), (TrialState.COMPLETE, "o")):
             drawn = [t for t in reached if t.state == state]
-            axis.plot([t.params[name] for t in drawn], [values[t.number] for t in drawn], mark)
+            axis.plot([_setting(t, name) for t in drawn], [values[t.number] for t in drawn], mark)
         axis.set_xlabel(name.replace("_", " "))
+        if name.startswith("noise_share"):
+            axis.set_xlim(0, 1)
+            continue
         limits = getattr(ranges, name.rstrip("0123456789").rstrip("_"))
         if name in LOGARITHMIC:
             axis.set_xscale("log")
@@ -296,3 +302,12 @@ def _split(trials: list[FrozenTrial], goals: Goals, ranges: SweepConfig, out: Pa
     when = f" after 1/{NINTHS} of the steps" if goals.prunes else ""
     figure.supylabel(f"{goals.first.title}{when}, {goals.first.unit}")
     FigureCanvasAgg(figure).print_png(out / "split.png")
+
+
+def _setting(trial: FrozenTrial, name: str) -> float:
+    """A setting of a trial, or the share of the noise code in the code channels of a level."""
+    if not name.startswith("noise_share_"):
+        return float(trial.params[name])
+    level = name.rpartition("_")[2]
+    noise = trial.params[f"noise_channels_{level}"]
+    return noise / (noise + trial.params[f"content_channels_{level}"])
