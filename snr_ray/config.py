@@ -309,6 +309,10 @@ class TrainConfig:
     """Processor cores (and torch threads) of each worker."""
     use_gpu: bool = False
     """Give each worker one GPU."""
+    compile: Literal["auto", True, False] = "auto"
+    """Let torch compile the network and its losses into one graph, which hands a GPU fewer and
+    larger operations; `auto`: on GPUs, in runs of 1000 steps and more, of models of a few view
+    counts. Of a range of them every step would be compiled anew."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -412,6 +416,11 @@ class Config:
             "crop needs the rest of the image.",
         )
         views = self.noise.views_per_pixel
+        check(
+            self.train.compile is not True or (views is None and not self.model.physics),
+            "train.compile=true does not go with noise.views_per_pixel, whose view counts differ "
+            "from step to step, nor with model.physics; leave it out.",
+        )
         check(
             views is not None or not self.train.sizes,
             "train.sizes needs noise of all sizes, but noise.n_views counts the views of one; set "

@@ -170,7 +170,7 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
         return None if value is None else _coerce(value, args[0], key)
     if origin is Literal:
         check(
-            value in args and not isinstance(value, bool),
+            any(value == one and type(value) is type(one) for one in args),
             f"{key} must be one of {', '.join(map(str, args))}, but got {value!r}.",
         )
         return value

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from snr_ray.config import Config
 from snr_ray.learning.batches import Batch, Pairs, Share, StepNormal
+from snr_ray.learning.compiled import Compiled, Drawn, is_wanted
 from snr_ray.learning.health import Health
 from snr_ray.learning.losses import Objective, Regression
 from snr_ray.learning.muon import Muon
@@ -112,10 +113,12 @@ class Learner:
         self.share = share or Share()
         self.objective = build_objective(config).to(self.device)
         self.objective.to(memory_format=torch.channels_last)
+        compiles = is_wanted(config, self.device)
         for module in self.objective.modules():
             if isinstance(module, NoiseMaker | ViewCountMaker | ItNet):
-                module.same_shape = self.device.type == "cuda"
+                module.same_shape = compiles or self.device.type == "cuda"
         self.average = copy.deepcopy(self.objective.model).eval().requires_grad_(False)
+        self.compiled = Compiled(self.objective) if compiles else None
         self.parallel = wrap(self.objective)
         self.optimizers = build_optimizers(self.objective, config)
         self.step = 0
@@ -197,10 +200,25 @@ class Learner:
             )
             with self._alone(k < n - 1):
                 with bf16:
-                    found.append(self.parallel(part, normal, min(1.0, progress)))
+                    found.append(self._losses(part, normal, min(1.0, progress)))
                 (found[-1]["loss"] / n).backward()
         values = torch.stack([torch.stack(list(one.values())).detach() for one in found]).mean(0)
         return dict(zip(found[0], values.unbind(), strict=True))
+
+    def _losses(self, part: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
+        """The loss and its parts, of a part of the batch."""
+        if self.compiled is not None:
+            drawn = self.compiled.draw(part, normal)
+            try:
+                # As a tensor: a graph is made anew for every other number.
+                return self.parallel(part, drawn, torch.tensor(warmup, device=self.device))
+            except torch._dynamo.exc.TorchDynamoException as error:
+                if self.config.train.compile != "auto":
+                    raise
+                self.compiled.undo(error)
+                self.compiled = None
+                return self.parallel(part, Drawn(drawn.numbers), warmup)
+        return self.parallel(part, normal, warmup)
 
     def update(self) -> dict[str, Tensor]:
         """Move the weights by their gradients, and the moving average after them. Nothing here

@@ -4,13 +4,11 @@ The noise is a function of the image, so a decoder that holds the function need 
 content code is that of a clean image, and the noise code says what was done to it.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 
-from snr_ray.noise.operator import NoiseSpec, noise_operator
-from snr_ray.noise.tensors import TorchNoise
+from snr_ray.noise.operator import NoiseSpec
+from snr_ray.noise.tensors import noise_of_spec
 
 NEGLIGIBLE = 1e-3
 """Shares of a noise id below it are not made: most images need one operator or none."""
@@ -79,8 +77,5 @@ def with_noise(
 
 def noise_of(spec: NoiseSpec, clean: Tensor) -> Tensor:
     """Images [B, C, H, W] float32 that an operator makes of clean ones; of photons, the mean."""
-    spec = dataclasses.replace(spec, photons=0)
-    operator = TorchNoise(noise_operator(spec, clean.shape[-2], clean.shape[-1]))
     with torch.autocast(clean.device.type, enabled=False):
-        noisy: Tensor = operator(clean)
-    return noisy
+        return noise_of_spec(clean, spec)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from snr_ray.config import InputError, check
-from snr_ray.noise.operator import RadonNoise
+from snr_ray.noise.operator import NoiseSpec, RadonNoise, noise_operator
 
 
 class TorchNoise(nn.Module):
@@ -42,36 +42,53 @@ class TorchNoise(nn.Module):
                 f"This operator is for {shape[0]}x{shape[1]} images, but got "
                 f"{images.shape[-2]}x{images.shape[-1]}."
             )
-        noisy: Tensor = _Linear.apply(images.float(), self.noise)
-        return noisy
+        return noise_of_spec(images, self.noise.spec)
 
 
-class _Linear(torch.autograd.Function):
-    """The linear map, and its exact transpose for the gradients: by kernels where the images are
-    on a GPU that Triton knows, else by the compiled loops."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, noise: RadonNoise) -> Tensor:
-        ctx.noise = noise
-        if _has_kernels(images):
-            return _on_gpu("times", noise, images)
-        return torch.from_numpy(noise.times(images.detach().cpu().numpy())).to(images.device)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        if _has_kernels(gradient):
-            return _on_gpu("transposed", ctx.noise, gradient), None
-        clean = ctx.noise.transposed(gradient.detach().cpu().numpy())
-        return torch.from_numpy(clean).to(gradient.device), None
+def noise_of_spec(images: Tensor, spec: NoiseSpec) -> Tensor:
+    """Noisy versions [..., H, W] float32 of clean images [..., H, W]; of photons, the mean."""
+    noisy: Tensor = _times(images.float(), spec.n_views, spec.filter, spec.angle_range)
+    return noisy
 
 
-def _has_kernels(images: Tensor) -> bool:
-    return images.is_cuda and importlib.util.find_spec("triton") is not None
+# Operators of torch's own kind, with plain arguments: torch.compile takes them as they are.
+@torch.library.custom_op("snr_ray::times", mutates_args=())
+def _times(images: Tensor, n_views: int, filter: str, angle_range: float) -> Tensor:
+    """The linear map: by kernels where the images are on a GPU that Triton knows, else by the
+    compiled loops."""
+    return _applied("times", images, NoiseSpec(n_views, filter, angle_range))
 
 
-def _on_gpu(name: str, noise: RadonNoise, images: Tensor) -> Tensor:
-    from snr_ray.noise import kernels
+@torch.library.custom_op("snr_ray::transposed", mutates_args=())
+def _transposed(images: Tensor, n_views: int, filter: str, angle_range: float) -> Tensor:
+    """Its exact transpose, for the gradients."""
+    return _applied("transposed", images, NoiseSpec(n_views, filter, angle_range))
 
-    with torch.cuda.device(images.device):
-        out: Tensor = getattr(kernels, name)(noise, images.flatten(0, -3))
-    return out.reshape(images.shape)
+
+@_times.register_fake
+@_transposed.register_fake
+def _shaped(images: Tensor, n_views: int, filter: str, angle_range: float) -> Tensor:
+    return images.new_empty(images.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.spec = inputs[1:]
+
+
+def _back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    return _transposed(gradient, *ctx.spec), None, None, None
+
+
+_times.register_autograd(_back, setup_context=_keep)
+
+
+def _applied(name: str, images: Tensor, spec: NoiseSpec) -> Tensor:
+    noise = noise_operator(spec, images.shape[-2], images.shape[-1])
+    if images.is_cuda and importlib.util.find_spec("triton") is not None:
+        from snr_ray.noise import kernels
+
+        with torch.cuda.device(images.device):
+            made: Tensor = getattr(kernels, name)(noise, images.flatten(0, -3))
+        return made.reshape(images.shape)
+    made = torch.from_numpy(getattr(noise, name)(images.detach().cpu().numpy()))
+    return made.to(images.device)

@@ -22,7 +22,7 @@ from snr_ray.stages.cluster import cpus, gpus
 from snr_ray.stages.dataset import Origin, check_decoder
 from snr_ray.stages.runlog import WAITING_S
 
-HOW = ("train.num_workers", "train.cpus_per_worker", "train.use_gpu")
+HOW = ("train.num_workers", "train.cpus_per_worker", "train.use_gpu", "train.compile")
 """Settings that say how, not what: a run may continue with others."""
 SOON_S = 5.0
 """What was free a moment ago needs so long to be told as free."""
