@@ -84,7 +84,7 @@ PURPOSE = {
     "evaluate": "score a model on test images beside baselines: tables and pictures",
     "reconstruct": "make images of a measured parallel-beam sinogram by filtered back projection",
     "bench": "measure the parts on this machine",
-    "plan": "forecast hours, memory and bytes of a denoising job",
+    "plan": "forecast hours, memory and bytes of a job of denoise or simulate",
 }
 
 
@@ -191,6 +191,7 @@ def _run(args: argparse.Namespace, config: Config) -> int:
 
         return plan(
             config,
+            stage=args.of,
             model=args.model,
             images=args.images,
             size=args.size,
@@ -442,10 +443,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--of", choices=("denoise", "simulate"), default="denoise", help="stage of the job")
     add("--images", metavar="N", type=_count, required=True, help="how many; 1e8 is taken too")
     add("--size", metavar="PX", type=int, required=True, help="their height and width")
     add("--views", metavar="K", type=int, required=True, help="view count of their noise")
-    add("--model", metavar="M", default="places64", help="model to measure with (default places64)")
+    add("--model", metavar="M", default="places64", help="model of denoise (default places64)")
     add("--nodes", metavar="N", type=int, default=1, help="machines that work (default 1)")
     add("--cores", metavar="N", type=int, help="cores of each (default: those of this machine)")
     add("--gpus", metavar="N", type=int, default=0, help="GPUs of all of them; needs --rates")

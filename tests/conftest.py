@@ -23,6 +23,10 @@ os.environ.pop("RAY_ADDRESS", None)  # tests never touch a cluster that is runni
 prepare_environment()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rounds", type=int, default=20, help="kills of tests/test_nodes.py -m long")
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Config:
     """Two levels of 8 channels on 16 px glyphs: everything runs, nothing is learned."""

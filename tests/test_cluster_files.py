@@ -18,6 +18,7 @@ import yaml
 from ray._private.runtime_env.packaging import create_package
 
 from snr_ray import __version__, cli
+from snr_ray.stages.cluster import OFF_HEAD, ON_CORES
 
 REPOSITORY = Path(__file__).parents[1]
 CLUSTER = REPOSITORY / "cluster"
@@ -75,13 +76,30 @@ def test_autoscaler_nodes_share_storage() -> None:
 
 def test_pools_have_the_same_labels_everywhere() -> None:
     launched = read("autoscaler.yaml")["available_node_types"].values()
-    pools = [[node["labels"]["pool"] for node in launched if "labels" in node]]
-    pools += [
-        [group["labels"]["pool"] for group in cluster_spec(name)["workerGroupSpecs"]]
-        for name in KUBERAY
-    ]
-    # A job written for one kind of cluster must find its pools on the other.
-    assert pools == [["cpu", "gpu"]] * 3
+    pools = [[node["labels"]["pool"] for node in launched]]
+    pools += [[group["labels"]["pool"] for group in groups(name)] for name in KUBERAY]
+    # Stages look for these: cluster.ON_CORES and cluster.OFF_HEAD.
+    assert pools == [["head", "cpu", "gpu"]] * 3
+    assert ON_CORES["label_selector"] == {"pool": "!gpu"}
+    assert OFF_HEAD["label_selector"] == {"pool": "!head"}
+
+
+def test_the_network_policy_is_of_the_pods_of_ray() -> None:
+    policy = read("networkpolicy.yaml")
+    assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+    spec = policy["spec"]
+    # Buckets and volumes are outside: a policy of Egress would end every job.
+    assert spec["policyTypes"] == ["Ingress"]
+    ray_pods = {"matchExpressions": [{"key": "ray.io/cluster", "operator": "Exists"}]}
+    assert spec["podSelector"] == ray_pods
+    assert spec["ingress"][0] == {"from": [{"podSelector": ray_pods}]}
+    for rule in spec["ingress"]:
+        # An empty rule, or one without `from`, would let everyone in.
+        assert rule["from"]
+        assert all("podSelector" in peer or "namespaceSelector" in peer for peer in rule["from"])
+        others = rule is not spec["ingress"][0]
+        assert {port["port"] for port in rule.get("ports", [])} <= {8265, 8080}
+        assert others == bool(rule.get("ports"))
 
 
 def test_stages_find_nodes_when_they_start() -> None:

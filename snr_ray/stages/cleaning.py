@@ -10,10 +10,11 @@ it works on those before.
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from ray import cloudpickle
 from snr_ray.config import ImagesConfig, InputError
 from snr_ray.images.collection import Source
 from snr_ray.stages.bulk import Block, Indices, Work
-from snr_ray.stages.cluster import cpus
+from snr_ray.stages.cluster import ON_CORES, cpus, gpus
 from snr_ray.stages.imagefiles import (
     ROW_SCHEMA,
     Answer,
@@ -38,6 +39,7 @@ from snr_ray.stages.imagefiles import (
     read_files,
     write_files,
 )
+from snr_ray.stages.waiting import SAY_S
 
 if TYPE_CHECKING:  # torch is slow to import, and most of what is here does without
     from snr_ray.stages.fileswap import FileSwapper
@@ -97,13 +99,24 @@ def on_gpus(job: Cleaning, maker: Maker, n_gpus: int, wait_minutes: float) -> Wo
     )
     actors = [gpu.remote() for _ in range(n_gpus)]
     asked = [actor.problem.remote(ref, model) for actor in actors]
-    try:
-        problems = [said for said in ray.get(asked, timeout=60 * wait_minutes) if said]
-    except ray.exceptions.GetTimeoutError:
-        raise InputError(
-            f"{n_gpus} GPUs must be free within {wait_minutes:g} minutes, but others hold them; "
-            "ask for fewer with --gpus, or give --stall more minutes."
-        ) from None
+    late = time.monotonic() + 60 * wait_minutes
+    while True:
+        left = late - time.monotonic()
+        ready, _ = ray.wait(asked, num_returns=n_gpus, timeout=max(0.0, min(SAY_S, left)))
+        if len(ready) == n_gpus:
+            break
+        if left <= SAY_S:
+            why = "others hold them" if gpus() >= n_gpus else f"only {gpus()} are there"
+            raise InputError(
+                f"{n_gpus} GPUs must be free within {wait_minutes:g} minutes, but {why}; ask for "
+                "fewer with --gpus, or give --stall more minutes."
+            )
+        print(
+            f"denoise: waiting for {n_gpus - len(ready)} of {n_gpus} GPUs; {gpus()} are there",
+            file=sys.stderr,
+            flush=True,
+        )
+    problems = [said for said in ray.get(asked) if said]
     if problems:
         raise InputError(problems[0])
     turn = 0
@@ -144,14 +157,17 @@ def _table(rows: list[Row]) -> pa.Table:
 
 # Ray never starts a task again: the driver knows what to try next. What tasks need comes as
 # arguments: one that waits for an object lends its core to another, and then two share it.
+_TASK: dict[str, Any] = {"num_cpus": 1, "max_retries": 0, **ON_CORES}
+
+
 def _clean_block(job: Cleaning, model: Packed, indices: Indices) -> pa.Table:
     """All of a block: its rows and failures."""
     files = read_files(job.source, indices.tolist())
     return _table(_swapper(job, model).run(files, job.images, job.target, job.per_value))
 
 
-_clean = ray.remote(num_cpus=1, max_retries=0)(_clean_block)
-_clean_alone = ray.remote(num_cpus=1, max_retries=0, max_calls=1)(_clean_block)
+_clean = ray.remote(**_TASK)(_clean_block)
+_clean_alone = ray.remote(**_TASK, max_calls=1)(_clean_block)
 
 _KEPT: dict[str, "FileSwapper"] = {}
 
@@ -183,11 +199,11 @@ def _read_block(job: Cleaning, indices: Indices) -> tuple[list[Portion], list[St
     return portions, stacks
 
 
-_read = ray.remote(num_cpus=1, max_retries=0, num_returns=2)(_read_block)
-_read_alone = ray.remote(num_cpus=1, max_retries=0, num_returns=2, max_calls=1)(_read_block)
+_read = ray.remote(**_TASK, num_returns=2)(_read_block)
+_read_alone = ray.remote(**_TASK, num_returns=2, max_calls=1)(_read_block)
 
 
-@ray.remote(num_cpus=1, max_retries=0)
+@ray.remote(**_TASK)
 def _write(
     job: Cleaning,
     portions: list[Portion],

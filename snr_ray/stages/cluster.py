@@ -26,6 +26,14 @@ SHORT = Path("/tmp")
 """Where local files lie; not TMPDIR, as paths of Ray's sockets may have about 100 characters."""
 ATTEMPTS = 2
 """Ray gives up a start after 30 seconds, which a busy machine may exceed; a second is quicker."""
+ON_CORES: dict[str, Any] = {
+    "label_selector": {"pool": "!gpu"},
+    "fallback_strategy": [{"label_selector": {}}],
+}
+"""Ray options of work without a GPU: nodes with the label pool=gpu are its last choice. Work with
+one needs no label, as it asks for the GPU."""
+OFF_HEAD: dict[str, Any] = {"label_selector": {"pool": "!head"}}
+"""Ray options of work that asks for no core, and so would find room on a head without any."""
 ANSWER_S = 10.0
 """How long a cluster may take to answer: one that is starting, or far away."""
 
@@ -225,6 +233,12 @@ def cpus() -> int:
 def gpus() -> int:
     """GPUs of the cluster."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def may_have(resource: str) -> int:
+    """What the cluster has of CPU or GPU, or will have once its autoscaler was asked for all."""
+    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return max(int(ray.cluster_resources().get(resource, 0)), int(most.get(resource, 0)))
 
 
 @functools.lru_cache(maxsize=2)

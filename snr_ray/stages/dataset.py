@@ -30,6 +30,7 @@ from snr_ray.images.datafolder import (
 from snr_ray.images.groups import NONE, Grouped
 from snr_ray.images.places import shown
 from snr_ray.learning.batches import Pairs
+from snr_ray.stages.cluster import ON_CORES
 from snr_ray.stages.inputs import open_images, split_images
 from snr_ray.stages.simulate import stream
 
@@ -163,7 +164,7 @@ def open_rows(
     names = [{"name": name} for name in origin.folder.shards(split)]
     items = ray.data.from_items(names, override_num_blocks=len(names))
     read = functools.partial(_read_shard, folder=origin.folder)
-    dataset = items.map_batches(read, batch_size=1, batch_format="pyarrow")
+    dataset = items.map_batches(read, batch_size=1, batch_format="pyarrow", **ON_CORES)
     return dataset if limit is None else dataset.limit(limit)
 
 

@@ -28,7 +28,7 @@ from snr_ray.outputs import Progress
 from snr_ray.scoring.report import JobPage, denoise_report
 from snr_ray.stages import bulk, manifest, retrylist
 from snr_ray.stages.cleaning import Cleaning, Maker, on_cores, on_gpus
-from snr_ray.stages.cluster import gpus
+from snr_ray.stages.cluster import gpus, may_have
 from snr_ray.stages.counters import count_images
 from snr_ray.stages.imagefiles import (
     DOUBTFUL,
@@ -59,7 +59,7 @@ class Running:
     """How a job runs; nothing here changes what it writes."""
 
     gpus: int | None = None
-    """GPUs to use; None takes all that the cluster has, 0 none."""
+    """GPUs to use, 0 for none; None takes all that are there, or the first that may come."""
     max_failures: str | None = None
     """Failed images, or percent of those to do, that are borne; None: all."""
     progress: Literal["text", "json"] = "text"
@@ -185,14 +185,15 @@ class Job:
                 )
 
     def _gpus(self) -> int:
-        """GPUs to use. Raises InputError if there are not as many as asked for."""
-        there, wanted = gpus(), self.running.gpus
-        if wanted is not None and wanted > there:
+        """GPUs to use: those there, or one that an autoscaler brings. Raises InputError if there
+        never are as many as asked for."""
+        there, most, wanted = gpus(), may_have("GPU"), self.running.gpus
+        if wanted is not None and wanted > most:
             raise InputError(
-                f"--gpus must be at most the GPUs that Ray has, {there}, but got {wanted}; give "
+                f"--gpus must be at most the GPUs that Ray has, {most}, but got {wanted}; give "
                 "--gpus none to use cores alone."
             )
-        return there if wanted is None else wanted
+        return (there or min(most, 1)) if wanted is None else wanted
 
     def _per_block(self) -> int:
         """Images of a block, by what the headers of a few say; the same in every run."""

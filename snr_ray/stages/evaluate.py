@@ -52,7 +52,7 @@ from snr_ray.scoring.cases import Restore
 from snr_ray.scoring.methods import BASELINES, METHODS, QUICK_BASELINES
 from snr_ray.scoring.report import calibration, evaluation_table, grid
 from snr_ray.scoring.scores import Scorer
-from snr_ray.stages.cluster import connected, shared
+from snr_ray.stages.cluster import ON_CORES, connected, shared
 from snr_ray.stages.dataset import Origin, collect_pairs, count_rows, gather, open_rows
 from snr_ray.stages.simulate import Outcome
 from snr_ray.stages.waiting import patience
@@ -170,7 +170,7 @@ def evaluate(
         rows = open_rows(config, origin, split, limit).materialize()
         task = functools.partial(_score_block, work=work)
         block = int(np.clip(BLOCK_PIXELS // config.images.side**2, 2, 32))
-        scored = rows.map_batches(task, batch_size=block, batch_format="pyarrow")
+        scored = rows.map_batches(task, batch_size=block, batch_format="pyarrow", **ON_CORES)
         tables = []
         progress = Progress("evaluate", n_test)
         done_images = 0

@@ -17,7 +17,7 @@ from snr_ray.images.collection import Source
 from snr_ray.images.datafolder import Array, Failure, tensors
 from snr_ray.images.pixels import prepare
 from snr_ray.learning.mixed import Pictures, own_side, training_sizes
-from snr_ray.stages.cluster import shared
+from snr_ray.stages.cluster import ON_CORES, shared
 from snr_ray.stages.dataset import Origin, memory_for_rows, open_rows
 
 READ_ROWS = 256
@@ -31,13 +31,14 @@ def open_pictures(config: Config, origin: Origin, split: str) -> "ray.data.Datas
     """
     if origin.images is None:
         return open_rows(config, origin, split).map_batches(
-            _of_folder, batch_size=READ_ROWS, batch_format="pyarrow"
+            _of_folder, batch_size=READ_ROWS, batch_format="pyarrow", **ON_CORES
         )
     source = origin.grouped(config.images.group).source
     rows = source.gathered(source.select(split, config.images.limit))
     blocks = [rows[i : i + READ_ROWS] for i in range(0, len(rows), READ_ROWS)]
     task = functools.partial(_read, source=ray.put(source), config=config)
-    return ray.data.from_numpy(blocks).map_batches(task, batch_size=None, batch_format="numpy")
+    items = ray.data.from_numpy(blocks)
+    return items.map_batches(task, batch_size=None, batch_format="numpy", **ON_CORES)
 
 
 def gather_pictures(batches: Iterator[pa.Table], config: Config) -> tuple[Pictures, list[Failure]]:

@@ -1,36 +1,44 @@
-"""How long a denoising job will take, and what it needs: from rates measured here, or given.
+"""How long a job of many images will take, and what it needs: from rates measured here, or given.
 
-A small real job runs twice on this machine, with few and with more images: the difference is the
-rate, the rest is the start. Other machines are this one times their cores, which is said; a file of
-rates that `snr plan --out` wrote on one of them is better.
+Small real jobs run on this machine, as a user would start them, with few and with ever more
+images: the difference of the first and the last is the rate, the rest is the start. Other machines
+are this one times their cores, which is said; a file of rates that `snr plan --out` wrote on one of
+them is better.
 """
 
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
 from PIL import Image
+from ray._private.utils import get_num_cpus
 
+from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
 from snr_ray.images.samples import crop_photo, photo_ids
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.outputs import write_atomic
 from snr_ray.stages.cluster import connected, cpus
-from snr_ray.stages.denoise import denoise
 
+Stage = Literal["denoise", "simulate"]
 MEASURE_S = 20.0
-"""About as long as the larger of the two jobs works."""
-FIRST_IMAGES = 32
+"""So much longer than the first job the last one takes at least."""
+FIRST_IMAGES, TIMES = 8, 8
+"""Images of the first job, and how many times as many each next one has."""
+MOST_IMAGES = 8 * 8**4
+LOOK_S = 0.5
+"""Seconds between looks at the memory of a job."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,14 @@ class Rates:
     start_s: float
     """From the command to the first image."""
     output_bytes: float
-    """Of one cleaned image, as 8-bit PNG."""
+    """Of one image: cleaned, as 8-bit PNG, or its row of a data folder."""
     driver_bytes: float
     """Memory of the driver and of Ray's own processes on the head."""
     worker_bytes: float
     """Memory of the worker of one core."""
     images_per_s_per_gpu: float | None = None
     """Given only: no machine without GPUs can know it."""
+    stage: Stage = "denoise"
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class Forecast:
 def plan(
     config: Config,
     *,
+    stage: Stage = "denoise",
     model: str,
     images: int,
     size: int,
@@ -84,8 +94,9 @@ def plan(
     """Print a forecast; returns the exit code.
 
     Args:
-        config: `images.channels` is used.
-        model: model folder or name, for the measurement.
+        config: `images.channels` is used, and all of images and noise by simulate.
+        stage: what the job is to do.
+        model: model folder or name, for the measurement of denoise.
         images: how many.
         size: height and width in pixels.
         n_views: view count of their noise.
@@ -105,12 +116,16 @@ def plan(
                          ("--cores", cores)):  # fmt: skip
         check(number >= 1, f"{name} must be at least 1, but got {number}.")
     check(gpus >= 0, f"--gpus must not be negative, but got {gpus}.")
+    check(stage == "denoise" or not gpus, "simulate uses no GPUs; leave --gpus out.")
     if rates is None:
         check(gpus == 0, "--gpus needs --rates FILE with images_per_s_per_gpu, measured on one.")
-        print(f"plan: measuring {size}x{size} images on this machine's {here} cores.", flush=True)
-        known = measure(config, model=model, size=size, n_views=n_views)
+        print(
+            f"plan: measuring {stage} of {size}x{size} images on this machine's {here} cores.",
+            flush=True,
+        )
+        known = measure(config, stage=stage, model=model, size=size, n_views=n_views)
     else:
-        known = read_rates(rates, size, n_views, config.images.channels, gpus)
+        known = read_rates(rates, stage, size, n_views, config.images.channels, gpus)
     forecast = forecast_job(known, images=images, nodes=nodes, cores=cores, gpus=gpus, price=price)
     print(table(known, forecast, measured=rates is None, cores=cores, nodes=nodes, here=here))
     if out:
@@ -143,52 +158,76 @@ def forecast_job(
     )
 
 
-def measure(config: Config, *, model: str, size: int, n_views: int) -> Rates:
-    """Rates of this machine, by two small denoising jobs on all of its cores.
+def measure(config: Config, *, stage: Stage, model: str, size: int, n_views: int) -> Rates:
+    """Rates of this machine or of the cluster of RAY_ADDRESS, by small jobs on all its cores.
 
     Raises:
         InputError: for a model, size or view count that does not go.
     """
     channels = config.images.channels
-    trained = load_model(model)
-    told = n_views if trained.can_be_told and not trained.config.model.physics else None
-    with tempfile.TemporaryDirectory(prefix="snr-plan-") as folder, connected():
-        used = _Memory()
-        count, times = FIRST_IMAGES, []
-        for name in ("first", "second"):
-            images, out = Path(folder) / name, Path(folder) / f"{name}-out"
+    if "RAY_ADDRESS" in os.environ:
+        with connected(data=False):
+            cores = cpus()
+    else:
+        cores = get_num_cpus()
+    memory, count = _Memory(), FIRST_IMAGES
+    times: list[tuple[int, float]] = []
+    with tempfile.TemporaryDirectory(prefix="snr-plan-") as folder:
+        settings = {"images.size": size, "images.limit": None, "noise.n_views": [n_views]}
+        words = ["--config", str(Path(folder) / "plan.yaml")]
+        if stage == "simulate":
+            config = configs.replace(config, settings)
+        else:
+            words += ["--model", model]
+            trained = load_model(model)
+            if trained.can_be_told and not trained.config.model.physics:
+                words += ["--views", str(n_views)]
+        configs.save(config, Path(words[1]))
+        while len(times) < 2 or (
+            times[-1][1] - times[0][1] < MEASURE_S and times[-1][0] < MOST_IMAGES
+        ):
+            images, out = Path(folder) / f"{count}", Path(folder) / f"{count}-out"
             _write_images(images, count, size, n_views, channels)
             since = time.perf_counter()
-            with used.watched(), _quiet():
-                denoise(config, model=model, images=str(images), out=out, n_views=told)
+            _run([stage, *words, "--images", str(images), "--out", str(out)], memory)
             times.append((count, time.perf_counter() - since))
-            sizes = [path.stat().st_size for path in out.rglob("*.png")]
-            check(len(sizes) == count, f"The model {model} cannot clean {size}x{size} images.")
-            if name == "first":
-                count = _second_count(times[0], cpus())
-        (few, brief), (many, longer) = times
-        rate = (many - few) / max(longer - brief, 1e-3)
-        cores = cpus()
+            count *= TIMES
+        pattern = "*.png" if stage == "denoise" else "*/*.parquet"
+        written = sum(path.stat().st_size for path in out.rglob(pattern))
+    (few, brief), (many, longer) = times[0], times[-1]
+    rate = (many - few) / max(longer - brief, 1e-3)
     return Rates(
+        stage=stage,
         size=size,
         n_views=n_views,
         channels=channels,
         images_per_s_per_core=rate / cores,
         start_s=max(0.0, brief - few / rate),
-        output_bytes=float(np.mean(sizes)),
-        driver_bytes=float(used.driver),
-        worker_bytes=float(used.worker),
+        output_bytes=written / many,
+        driver_bytes=float(memory.driver),
+        worker_bytes=float(memory.worker),
     )
 
 
-def _second_count(first: tuple[int, float], cores: int) -> int:
-    """How many images keep all cores busy for about MEASURE_S, by a first guess."""
-    count, seconds = first
-    tasks = 8 * cores * FIRST_IMAGES  # enough for every core, also where the guess is poor
-    return int(np.clip(count / seconds * MEASURE_S, 2 * FIRST_IMAGES, max(tasks, 4096)))
+def _run(words: list[str], memory: "_Memory") -> None:
+    """`snr ...` to its end. Raises InputError with what it said where it was refused."""
+    job = subprocess.Popen(
+        [sys.executable, "-m", "snr_ray.cli", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    said = ""
+    while job.returncode is None:
+        with suppress(subprocess.TimeoutExpired):
+            said = job.communicate(timeout=LOOK_S)[0]
+        memory.look(job.pid)
+    if job.returncode not in (0, 3):  # 3 is of doubtful images, which take as long
+        reason = (said.strip().splitlines() or ["it said nothing"])[-1]
+        raise InputError(f"A measurement ended with {job.returncode}: {reason}")
 
 
-def read_rates(path: Path, size: int, n_views: int, channels: int, gpus: int) -> Rates:
+def read_rates(
+    path: Path, stage: Stage, size: int, n_views: int, channels: int, gpus: int
+) -> Rates:
     """Rates out of the JSON of an earlier plan.
 
     Raises:
@@ -200,11 +239,12 @@ def read_rates(path: Path, size: int, n_views: int, channels: int, gpus: int) ->
         raise InputError(
             f"--rates must be a file that `snr plan --out` wrote, but {path} is not ({error})."
         ) from None
-    for name, mine, theirs in (("size", size, rates.size), ("views", n_views, rates.n_views),
+    for name, mine, theirs in (("stage", stage, rates.stage), ("size", size, rates.size),
+                               ("views", n_views, rates.n_views),
                                ("images.channels", channels, rates.channels)):  # fmt: skip
         check(
             mine == theirs,
-            f"--rates must be of the same images, but {path} has {name} {theirs} where {mine} is "
+            f"--rates must be of the same work, but {path} has {name} {theirs} where {mine} is "
             "asked for; measure those.",
         )
     check(
@@ -219,6 +259,7 @@ def table(
 ) -> str:
     """The forecast as text, each line with where its figure is from."""
     source = "measured here" if measured else "given"
+    kind = "8-bit PNG" if rates.stage == "denoise" else "Parquet"
     same = measured and (cores, nodes) == (here, 1)
     scaled = "measured here" if same else f"{source}, times {nodes} x {cores} cores"
     lines = [
@@ -228,7 +269,7 @@ def table(
         ("memory of the head", _bytes(forecast.head_bytes), source),
         ("memory of a node's workers", _bytes(forecast.node_bytes), f"{source}, times cores"),
         ("object store of a node", _bytes(forecast.store_bytes), "reckoned: two blocks a core"),
-        ("output", _bytes(forecast.output_bytes), f"extrapolated: 8-bit PNG, {source}"),
+        ("output", _bytes(forecast.output_bytes), f"extrapolated: {kind}, {source}"),
     ]
     if rates.images_per_s_per_gpu:
         rate = f"{rates.images_per_s_per_gpu:,.1f}"
@@ -264,15 +305,8 @@ def _write_images(folder: Path, count: int, size: int, n_views: int, channels: i
         Image.fromarray(out).save(folder / f"{k:06d}.png")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the small jobs say of themselves."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
-
-
 class _Memory:
-    """The most that the driver's side and any worker held, in bytes, looked at every half second.
+    """The most that a driver with Ray's own processes, and any worker, held, in bytes.
 
     Shared pages count in part (proportional set size) where the system tells that.
     """
@@ -280,31 +314,19 @@ class _Memory:
     def __init__(self) -> None:
         self.driver = self.worker = 0
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        done = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(done,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    def _watch(self, done: threading.Event) -> None:
-        me = psutil.Process()
-        while not done.wait(0.5):
-            driver = _held(me)
-            for process in me.children(recursive=True):
-                try:
+    def look(self, pid: int) -> None:
+        """Look at a driver and its children now."""
+        driver = 0
+        with suppress(psutil.Error):  # it has ended meanwhile
+            root = psutil.Process(pid)
+            for process in (root, *root.children(recursive=True)):
+                with suppress(psutil.Error):
                     name, held = process.name(), _held(process)
-                except psutil.Error:
-                    continue  # it has ended meanwhile
-                if name.startswith("ray::") and "IDLE" not in name and "Agent" not in name:
-                    self.worker = max(self.worker, held)
-                elif not name.startswith("ray::"):
-                    driver += held
-            self.driver = max(self.driver, driver)
+                    if name.startswith("ray::") and "IDLE" not in name and "Agent" not in name:
+                        self.worker = max(self.worker, held)
+                    elif not name.startswith("ray::"):
+                        driver += held
+        self.driver = max(self.driver, driver)
 
 
 def _held(process: psutil.Process) -> int:

@@ -19,7 +19,7 @@ from snr_ray.hashing import fingerprint
 from snr_ray.images.scans import Scan, open_scan
 from snr_ray.noise.fbp import back_project, binned, line_integrals
 from snr_ray.outputs import Progress, claim
-from snr_ray.stages.cluster import connected, shared
+from snr_ray.stages.cluster import ON_CORES, connected, shared
 from snr_ray.stages.simulate import Outcome
 
 FEWEST_BINS = 8
@@ -121,7 +121,7 @@ def reconstruct(
             )
             rows = ray.data.from_numpy([np.array([row]) for row in todo])
             progress, done = Progress("reconstruct", len(todo), "slices"), 0
-            written = rows.map_batches(task, batch_size=None, batch_format="numpy")
+            written = rows.map_batches(task, batch_size=None, batch_format="numpy", **ON_CORES)
             for batch in written.iter_batches(batch_size=None, batch_format="numpy"):
                 done += len(batch["data"])
                 progress.update(done)

@@ -40,7 +40,7 @@ from snr_ray.images.datafolder import (
 )
 from snr_ray.noise.operator import noise_operator, noise_specs, spec_hash
 from snr_ray.outputs import FILES, Progress, claim
-from snr_ray.stages.cluster import connected, cpus, shared
+from snr_ray.stages.cluster import ON_CORES, connected, may_have, shared
 from snr_ray.stages.counters import count_bytes, count_images
 from snr_ray.stages.inputs import open_images, split_images
 from snr_ray.stages.waiting import patience
@@ -116,7 +116,8 @@ def stream(source: Source, rows: npt.NDArray[np.int64], config: Config) -> "ray.
     """
     blocks = [rows[i : i + STREAM_ROWS] for i in range(0, len(rows), STREAM_ROWS)]
     task = functools.partial(_stream_batch, source=ray.put(source), config=config)
-    return ray.data.from_numpy(blocks).map_batches(task, batch_size=None, batch_format="numpy")
+    items = ray.data.from_numpy(blocks)
+    return items.map_batches(task, batch_size=None, batch_format="numpy", **ON_CORES)
 
 
 def simulate_rows(
@@ -178,7 +179,7 @@ def _plan(config: Config, source: Source, out: Folder) -> list[dict[str, Any]]:
     if not out.exists("plan.json"):
         total = sum(map(len, chosen.values()))
         by_size = SHARD_BYTES // row_bytes(config.images, len(config.noise.n_views))
-        by_cores = max(MIN_SHARD_ROWS, math.ceil(total / (2 * cpus())))
+        by_cores = max(MIN_SHARD_ROWS, math.ceil(total / (2 * max(1, may_have("CPU")))))
         rows_per_shard = max(1, min(by_size, by_cores))
         out.write("plan.json", json.dumps({"rows_per_shard": rows_per_shard}), durable=True)
     rows_per_shard = json.loads(out.read("plan.json"))["rows_per_shard"]
@@ -216,7 +217,7 @@ def _write_shards(
         step=max(1, GROUP_BYTES // row_bytes(config.images, len(config.noise.n_views))),
     )
     items = ray.data.from_items(todo, override_num_blocks=len(todo))
-    results = items.map_batches(task, batch_size=1, batch_format="pyarrow")
+    results = items.map_batches(task, batch_size=1, batch_format="pyarrow", **ON_CORES)
     with patience("simulate", lambda: done):
         for batch in results.iter_batches(batch_size=None, batch_format="numpy"):
             errors = [error for error in batch["error"] if error]

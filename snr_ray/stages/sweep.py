@@ -210,10 +210,10 @@ class _Sweep:
 
     def run(self, trials: int) -> int:
         """Run trials until so many of the study have finished; returns how many failed."""
-        slots, memory = slots_of(self.config)
         since, started, waiting = time.monotonic(), self._count(*FINISHED), False
         while (done := self._count(*FINISHED)) < trials or self.live:
             self.heart.beat([running.trial for running in self.live.values()])
+            slots, memory = slots_of(self.config)  # which nodes that come make more
             while len(self.live) < slots and done + self._count(TrialState.RUNNING) < trials:
                 self._start(memory)
             show_trials(running=len(self.live), finished=done, failed=self.failed)

@@ -18,7 +18,7 @@ from snr_ray.images.datafolder import Failure, write_failures
 from snr_ray.learning.checkpoint import WEIGHTS_FILE, load_any, model_path
 from snr_ray.network.hvae import HVAE
 from snr_ray.outputs import FILES
-from snr_ray.stages.cluster import cpus, gpus
+from snr_ray.stages.cluster import cpus, gpus, may_have
 from snr_ray.stages.dataset import Origin, check_decoder
 from snr_ray.stages.runlog import WAITING_S
 
@@ -130,7 +130,7 @@ def check_images(
 
 
 def wait_for_room(config: Config, minutes: float | None, *, tell: bool) -> None:
-    """Return once the cluster has free what the workers need.
+    """Return once the cluster has free what the workers need, or will bring it when asked.
 
     Args:
         config: of the run.
@@ -144,9 +144,10 @@ def wait_for_room(config: Config, minutes: float | None, *, tell: bool) -> None:
     train = config.train
     begun, told = time.monotonic(), 0.0
     while True:
-        too_many = train.num_workers * train.cpus_per_worker > cpus()
-        lacks = too_many or (train.use_gpu and train.num_workers > gpus())
-        if not lacks and not _waiting(config):
+        lacks = _lacks(config, may_have("CPU"), may_have("GPU"))
+        # What an autoscaler is to bring it must be asked for: Ray Train does when it starts.
+        comes = not lacks and _lacks(config, cpus(), gpus())
+        if not lacks and (comes or not _waiting(config)):
             break
         waited = time.monotonic() - begun
         if lacks and not minutes:
@@ -183,17 +184,24 @@ def _waiting(config: Config) -> str:
     return f"waiting for {' and '.join(short)}" if short else ""
 
 
-def _refuse(config: Config) -> None:
+def _lacks(config: Config, n_cpus: int, n_gpus: int) -> bool:
+    """Whether so many cores and GPUs are too few."""
     train = config.train
-    if train.num_workers * train.cpus_per_worker > cpus():
+    too_few = train.num_workers * train.cpus_per_worker > n_cpus
+    return too_few or (train.use_gpu and train.num_workers > n_gpus)
+
+
+def _refuse(config: Config) -> None:
+    train, most = config.train, may_have("CPU")
+    if train.num_workers * train.cpus_per_worker > most:
         raise InputError(
-            f"train.num_workers x train.cpus_per_worker must be at most the cluster's {cpus()} "
+            f"train.num_workers x train.cpus_per_worker must be at most the cluster's {most} "
             f"cores, but got {train.num_workers} x {train.cpus_per_worker}; --wait MINUTES waits "
             "for more."
         )
     raise InputError(
         f"train.use_gpu needs one GPU per worker ({train.num_workers}), but the "
-        f"cluster has {gpus()}; set train.use_gpu=false to train on processors."
+        f"cluster has {may_have('GPU')}; set train.use_gpu=false to train on processors."
     )
 
 

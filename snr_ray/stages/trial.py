@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from snr_ray.config import Config
-from snr_ray.stages.cluster import cpus, gpus
+from snr_ray.stages.cluster import OFF_HEAD, cpus, may_have
 from snr_ray.stages.dataset import Origin
 from snr_ray.stages.tracker import Settings, settings
 from snr_ray.stages.train import train
@@ -33,7 +33,7 @@ def start_run(config: Config, origin: Origin, out: Path, memory: int) -> Any:
 
 # On any node, not all on the one that this process is on. A trial whose node is lost is tried again
 # and continues from its checkpoint; what fails of itself is not.
-@ray.remote(max_retries=3, scheduling_strategy="SPREAD")
+@ray.remote(max_retries=3, scheduling_strategy="SPREAD", **OFF_HEAD)
 def _train_trial(config: Config, origin: Origin, folder: str, tracker: Settings) -> None:
     """One trial, in a task of its own: that of a single worker runs in it, those of several hold
     the resources of a larger one. `tracker`: the driver's settings of MLflow."""
@@ -49,9 +49,10 @@ def slots_of(config: Config) -> tuple[int, int]:
     train = config.train
     bounds = [(cpus() - 1) // (train.num_workers * train.cpus_per_worker)]
     if train.use_gpu:
-        bounds.append(gpus() // train.num_workers)
-    rooms = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+        bounds.append(may_have("GPU") // train.num_workers)
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Labels"].get("pool") != "head"]
+    rooms = [node["Resources"].get("memory", 0.0) for node in nodes]
     wanted = TRIAL_BYTES if train.num_workers == 1 else TRIAL_ON_TRAIN_BYTES
-    memory = int(min(wanted, max(rooms)))
+    memory = int(min(wanted, max(rooms, default=wanted)))
     bounds.append(sum(int(room // memory) for room in rooms) if memory else 1)
     return max(1, min(bounds)), memory

@@ -6,17 +6,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from ray._private.state import GlobalState
 
 from snr_ray.cli import main
 from snr_ray.config import Config, InputError
 from snr_ray.stages import room
+from snr_ray.stages.cleaning import on_gpus
 from snr_ray.stages.denoise import denoise
-from snr_ray.stages.denoisejob import Running
+from snr_ray.stages.denoisejob import Job, Running
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 # Models of random weights explain nothing, and what they write is what is looked at here.
@@ -147,6 +150,7 @@ def test_as_many_gpus_as_there_are(model_folder: Path, image_folder: Path, tmp_p
 PLAYED = """
 import functools, os, sys, threading, time, uuid
 from pathlib import Path
+from types import SimpleNamespace
 from snr_ray.cli import prepare_environment
 prepare_environment()
 import ray
@@ -209,3 +213,17 @@ def test_gpus_hold_the_model_once_and_have_several_batches_at_hand(
     command[5] = str(tmp_path / "refused")
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert "torch finds none on" in done.stdout
+
+
+def test_gpus_that_never_come_are_told() -> None:
+    with pytest.raises(InputError, match=r"1 GPUs must be free within 0\.02 minutes, but only 0"):
+        on_gpus(None, lambda device: None, 1, 0.02)
+
+
+def test_gpus_that_an_autoscaler_may_bring_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = {"CPU": 64, "GPU": 4}
+    monkeypatch.setattr(GlobalState, "get_max_resources_from_cluster_config", lambda self: most)
+    for wanted, taken in ((None, 1), (0, 0), (4, 4)):
+        assert Job._gpus(SimpleNamespace(running=Running(gpus=wanted))) == taken
+    with pytest.raises(InputError, match="at most the GPUs that Ray has, 4, but got 5"):
+        Job._gpus(SimpleNamespace(running=Running(gpus=5)))

@@ -8,7 +8,8 @@ import pytest
 
 from snr_ray.cli import main
 from snr_ray.config import Config, InputError
-from snr_ray.stages.plan import Rates, forecast_job, measure, read_rates, table
+from snr_ray.stages import plan
+from snr_ray.stages.plan import Rates, Stage, forecast_job, read_rates, table
 
 RATES = Rates(
     size=128,
@@ -56,18 +57,20 @@ def test_table_says_where_figures_are_from() -> None:
 def test_rates_are_read_back_and_must_fit(tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
     file.write_text(json.dumps({"rates": dataclasses.asdict(RATES)}))
-    assert read_rates(file, 128, 30, 1, 2) == RATES
+    assert read_rates(file, "denoise", 128, 30, 1, 2) == RATES
     for size, views, channels in ((64, 30, 1), (128, 20, 1), (128, 30, 3)):
-        with pytest.raises(InputError, match="must be of the same images"):
-            read_rates(file, size, views, channels, 0)
+        with pytest.raises(InputError, match="must be of the same work"):
+            read_rates(file, "denoise", size, views, channels, 0)
+    with pytest.raises(InputError, match="has stage denoise where simulate is asked for"):
+        read_rates(file, "simulate", 128, 30, 1, 0)
     without = dataclasses.replace(RATES, images_per_s_per_gpu=None)
     file.write_text(json.dumps({"rates": dataclasses.asdict(without)}))
     with pytest.raises(InputError, match="needs images_per_s_per_gpu"):
-        read_rates(file, 128, 30, 1, 1)
+        read_rates(file, "denoise", 128, 30, 1, 1)
     for text in ("", "{}", '{"rates": {}}', "[1]"):
         file.write_text(text)
         with pytest.raises(InputError, match="must be a file that `snr plan --out` wrote"):
-            read_rates(file, 128, 30, 1, 0)
+            read_rates(file, "denoise", 128, 30, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,7 @@ def test_rates_are_read_back_and_must_fit(tmp_path: Path) -> None:
         (["--nodes", "0"], "--nodes must be at least 1"),
         (["--size", "0"], "--size must be at least 1"),
         (["--gpus", "1"], "--gpus needs --rates FILE"),
+        (["--of", "simulate", "--gpus", "1"], "simulate uses no GPUs"),
         (["--rates", "none.json"], "must be a file that `snr plan --out` wrote"),
     ],
 )
@@ -88,10 +92,20 @@ def test_wrong_numbers_are_told(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_measured_rates_are_those_of_a_real_job(
-    tiny: Config, model_folder: Path, ray_2_cpus: None
+@pytest.mark.parametrize("stage", ["denoise", "simulate"])
+def test_rates_are_measured_by_jobs_as_users_start_them(
+    stage: Stage, tiny: Config, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates = measure(tiny, model=str(model_folder), size=16, n_views=6)
-    assert rates.images_per_s_per_core > 1
-    assert 0 <= rates.start_s < 120
-    assert 100 < rates.output_bytes < 2000
+    monkeypatch.setattr(plan, "MEASURE_S", 0.0)  # two jobs, of few images
+    rates = plan.measure(tiny, stage=stage, model=str(model_folder), size=16, n_views=6)
+    assert rates.stage == stage
+    assert rates.images_per_s_per_core > 0
+    assert 0 < rates.start_s < 120
+    assert 100 < rates.output_bytes < 5000
+    assert rates.driver_bytes > 10**8
+
+
+def test_a_measurement_that_is_refused_says_why(tiny: Config) -> None:
+    memory = plan._Memory()
+    with pytest.raises(InputError, match=r"ended with 2: snr denoise: .*nowhere"):
+        plan._run(["denoise", "--model", "notmnist", "--images", "nowhere", "--out", "o"], memory)
