@@ -26,7 +26,9 @@ RUN_FILE = "mlflow_run"
 PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 """MLflow itself asks a server that is not there for minutes; what the user has set stays."""
 ANSWER_S = 20.0
-"""A database makes its tables in this time when it is asked for the first time."""
+"""A server that has not answered for so long cannot be used."""
+TABLES_S = 180.0
+"""The same of a database, which makes its tables when it is asked for the first time."""
 PARAMETERS = 100
 """MLflow takes so many at once."""
 
@@ -75,8 +77,11 @@ def check_tracker(known: Settings) -> None:
             f"{URI} is set, but the package mlflow is not installed: pip install "
             f"'snr-ray[mlflow]', or unset {URI}."
         )
+    import mlflow  # noqa: F401  # takes seconds, which are not those of the server
+
+    asked = known.variables[URI].startswith("http")
     try:
-        within(ANSWER_S, lambda: _experiment(known))
+        within(ANSWER_S if asked else TABLES_S, lambda: _experiment(known))
     except Exception as error:  # of MLflow, of its databases, of the network
         reason = without_secrets(" ".join(str(error).split()))
         raise InputError(
