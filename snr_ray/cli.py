@@ -33,7 +33,8 @@ EXAMPLES = {
   snr train --config notmnist --images notmnist:notMNIST_small.tar.gz --out run
   snr train --config notmnist --config unet --data data --out unet
   snr train --config notmnist --images scans/ --out tuned --set train.start=notmnist
-  snr train --config notmnist --config seed --data data --out run-seed --set train.num_workers=2""",
+  snr train --config notmnist --config seed --data data --out run-seed --set train.num_workers=2
+  MLFLOW_TRACKING_URI=sqlite:///mlflow.db snr train --images glyphs --out run""",
     "sweep": """snr sweep --images glyphs --out sweep --trials 20
   snr train --config sweep/best.yaml --images glyphs --out run
   snr sweep --images glyphs --out front --trials 40 --objective swap --objective inject
