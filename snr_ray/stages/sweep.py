@@ -310,7 +310,8 @@ def _report(running: _Live, goals: Goals) -> None:
         mortal = running.folder.name != GIVEN and step < NINTHS
         if mortal and running.trial.should_prune():
             (running.folder / "stop").touch()
-    running.reported = len(rows)
+    # A run that began again from a checkpoint has dropped lines, and has the same again.
+    running.reported = max(running.reported, len(rows))
 
 
 def _checkpoints(folder: Path) -> list[Metrics]:
