@@ -1,6 +1,5 @@
 """A Ray cluster of several nodes on this machine: a `ray start` each, lost as machines are."""
 
-import json
 import os
 import shutil
 import signal
@@ -39,6 +38,8 @@ class Node:
     """One `ray start --block` and all that it has started."""
 
     process: subprocess.Popen[bytes]
+    pool: str
+    """Its label."""
 
     @property
     def raylet(self) -> psutil.Process:
@@ -48,6 +49,13 @@ class Node:
     def workers(self, task: str) -> list[psutil.Process]:
         """Processes that are at a task or actor of this name just now."""
         return [one for one in self._family() if _title(one).startswith(f"ray::{task}")]
+
+    @property
+    def busy(self) -> int:
+        """How many processes are at some task or actor."""
+        idle = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+        titles = [_title(one) for one in self._family()]
+        return sum(title.startswith("ray::") and not title.startswith(idle) for title in titles)
 
     def kill(self) -> None:
         """SIGKILL to the raylet: its workers end with it, as when a machine is lost."""
@@ -96,15 +104,10 @@ class Nodes:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def add(
-        self, *, cpus: int = 2, resources: dict[str, int] | None = None,
-        labels: dict[str, str] | None = None, before: Sequence[str | Path] = (),
-    ) -> Node:  # fmt: skip
+    def add(self, pool: str, *, cpus: int = 2, before: Sequence[str | Path] = ()) -> Node:
         """A node more; `before` are words of a program that starts it, such as unshare's."""
         there = self.alive()
-        words = [f"--num-cpus={cpus}", f"--resources={json.dumps(resources or {})}"]
-        if labels:
-            words.append("--labels=" + ",".join(f"{k}={v}" for k, v in labels.items()))
+        words = [f"--num-cpus={cpus}", f"--labels=pool={pool}"]
         if there:
             words.append(f"--address={self.address}")
         else:
@@ -121,7 +124,8 @@ class Nodes:
                          "--disable-usage-stats", f"--object-store-memory={STORE}",
                          f"--dashboard-agent-listen-port={free_port()}"],
                         env=os.environ | HERE, stdout=said, stderr=said, start_new_session=True,
-                    )
+                    ),
+                    pool,
                 )  # fmt: skip
             with suppress(AssertionError):
                 until(lambda: self.alive() > there, node.process)
@@ -165,7 +169,7 @@ def cluster(*, jobs: bool = False) -> Iterator[Nodes]:
     folder = Path(tempfile.mkdtemp(prefix="snr-", dir="/tmp"))
     nodes = Nodes(folder, free_port(), free_port() if jobs else None)
     try:
-        nodes.add(cpus=0, labels={"pool": "head"})
+        nodes.add("head", cpus=0)
         yield nodes
     finally:
         for node in reversed(nodes.members):

@@ -32,14 +32,16 @@ from snr_ray.stages.runlog import read_metrics
 
 pytestmark = pytest.mark.ray
 
-TWO_WORKERS = ("--set", "train.num_workers=2", "--set", "train.steps=40")
+# As many cores each as a node has, so that they are on two.
+TWO_WORKERS = ("--set", "train.num_workers=2", "--set", "train.cpus_per_worker=2",
+               "--set", "train.steps=40")  # fmt: skip
 VIEWS = ("--model", "notmnist", "--views", 20)
 
 
 def add_workers(nodes: Nodes) -> None:
     """A node of cores, and one that stands for a machine with a GPU."""
-    nodes.add(labels={"pool": "cpu"})
-    nodes.add(labels={"pool": "gpu"}, resources={"special": 1})
+    nodes.add("cpu")
+    nodes.add("gpu")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def test_denoising_goes_on_when_a_node_is_killed(nodes: Nodes, tmp_path: Path) -
     nodes.lose(nodes.members[1])
     ended(job)
     check_cleaned(broken, whole, 600)
-    nodes.add(labels={"pool": "cpu"})
+    nodes.add("cpu")
 
 
 def test_training_goes_on_from_its_checkpoint_when_a_node_is_killed(
@@ -133,9 +135,9 @@ def test_training_goes_on_from_its_checkpoint_when_a_node_is_killed(
     until(lambda: list((run / "checkpoints").glob("step-*")), job)
     first, second = nodes.members[1:]
     assert first.workers("RayTrainWorker")
-    assert second.workers("RayTrainWorker")  # one on each, as there are two cores a node
+    assert second.workers("RayTrainWorker")
     nodes.lose(first)
-    nodes.add(labels={"pool": "cpu"})
+    nodes.add("cpu")
     ended(job)
     steps = [row["step"] for row in read_metrics(run / "metrics.jsonl") if "swap_psnr" in row]
     assert steps == [10, 20, 30, 40]
@@ -156,7 +158,7 @@ def test_a_node_without_the_mount_is_named_and_writes_nothing(tmp_path: Path) ->
     # For all processes of the node the folder is another one.
     hide = f'mount --bind {elsewhere} {share} && exec "$@"'
     with cluster() as nodes:
-        nodes.add(before=["unshare", "-m", "bash", "-c", hide, "hide"])
+        nodes.add("cpu", before=["unshare", "-m", "bash", "-c", hide, "hide"])
         jobs = [
             ("simulate", "--config", "smoke", "--images", "glyphs"),
             ("denoise", *VIEWS, "--images", scans),
@@ -230,8 +232,9 @@ def test_a_job_of_each_stage_loses_a_node(jobs: Nodes, tmp_path: Path) -> None:
             job = submit(jobs, trial.stage, *trial.words, "--out", out)
             if name != trial.stage:
                 until(lambda out=out, trial=trial: list(out.glob(trial.begun)), job)
-                jobs.lose(jobs.members[1])
-                jobs.add(labels={"pool": "cpu"})
+                hit = max(jobs.members[1:], key=lambda node: node.busy)
+                jobs.lose(hit)
+                jobs.add(hit.pool)
             ended(job)
             took.append(time.monotonic() - since)
         equal = same(tmp_path / f"{trial.stage}-broken", tmp_path / trial.stage, trial.equal)
@@ -273,9 +276,8 @@ def test_denoising_bears_kills_anywhere(
                 for worker in hit.workers("_clean")[:1]:
                     worker.kill()
             else:
-                labels = {"pool": "cpu"} if hit is nodes.members[1] else {"pool": "gpu"}
                 nodes.lose(hit)
-                nodes.add(labels=labels)
+                nodes.add(hit.pool)
             ended(job)
         took = time.monotonic() - since
         check_cleaned(out, whole, 1000)
@@ -288,7 +290,7 @@ IN_SECRET = """
 import os, subprocess, sys
 from nodes import cluster
 with cluster() as nodes:
-    nodes.add()
+    nodes.add("cpu")
     print(nodes.run(*sys.argv[1:]))
     plain = {k: v for k, v in nodes.environment.items() if not k.startswith("RAY_TLS")}
     subprocess.run(
