@@ -93,6 +93,7 @@ class Nodes:
     """Port for jobs, if there are to be any."""
     members: list[Node] = field(default_factory=list)
     """The head first."""
+    jobs: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -153,10 +154,12 @@ class Nodes:
 
     def start(self, *words: object) -> subprocess.Popen[str]:
         """`snr ...` on the head."""
-        return subprocess.Popen(
+        job = subprocess.Popen(
             [sys.executable, "-m", "snr_ray.cli", *map(str, words)], env=self.environment,
             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+        self.jobs.append(job)
+        return job
 
     def run(self, *words: object, status: int = 0) -> str:
         """The same to its end; what it said."""
@@ -172,6 +175,10 @@ def cluster(*, jobs: bool = False) -> Iterator[Nodes]:
         nodes.add("head", cpus=0)
         yield nodes
     finally:
+        for job in nodes.jobs:
+            if job.poll() is None:  # its test has failed
+                os.killpg(job.pid, signal.SIGKILL)
+                job.communicate()
         for node in reversed(nodes.members):
             node.stop()
         shutil.rmtree(folder)

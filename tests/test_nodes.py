@@ -168,7 +168,8 @@ def test_a_node_without_the_mount_is_named_and_writes_nothing(tmp_path: Path) ->
             assert f"node {os.uname().nodename} does not see {share / job[0]}" in said
             assert "Traceback" not in said
     assert not list(elsewhere.iterdir())
-    assert not list(share.rglob("*.p[na][gr]*"))
+    assert not list(share.rglob("*.png"))
+    assert not list((share / "simulate").rglob("*.parquet"))
 
 
 # What follows takes long, and is asked for by name.
