@@ -28,6 +28,7 @@ HERE = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_grpc_client_keepalive_time_ms": "15000",
     "RAY_grpc_client_keepalive_timeout_ms": "10000",
+    "RAY_memory_monitor_refresh_ms": "0",  # the machine's memory may be others'
     "RAY_agent_register_timeout_ms": "200000",  # these two as a busy machine needs them
     "RAY_worker_register_timeout_seconds": "200",
 }

@@ -125,6 +125,7 @@ def test_denoising_goes_on_when_a_node_is_killed(nodes: Nodes, tmp_path: Path) -
     nodes.add("cpu")
 
 
+@pytest.mark.long
 def test_training_goes_on_from_its_checkpoint_when_a_node_is_killed(
     nodes: Nodes, tmp_path: Path
 ) -> None:
@@ -252,7 +253,7 @@ def test_denoising_bears_kills_anywhere(
     nodes: Nodes, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     scans, whole = tmp_path / "scans", tmp_path / "whole"
-    write_scans(scans, 1000)
+    write_scans(scans, 4000)
     words = ("denoise", *VIEWS, "--images", scans, "--out")
     since = time.monotonic()
     nodes.run(*words, whole)
@@ -281,7 +282,7 @@ def test_denoising_bears_kills_anywhere(
                 nodes.add(hit.pool)
             ended(job)
         took = time.monotonic() - since
-        check_cleaned(out, whole, 1000)
+        check_cleaned(out, whole, 4000)
         print(f"{k}: {victim} killed after {at:.0f} s with {n_done} images done, ended after "
               f"{took:.0f} s, all equal", flush=True)  # fmt: skip
         shutil.rmtree(out)

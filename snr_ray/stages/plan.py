@@ -216,10 +216,15 @@ def _run(words: list[str], memory: "_Memory") -> None:
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     said = ""
-    while job.returncode is None:
-        with suppress(subprocess.TimeoutExpired):
-            said = job.communicate(timeout=LOOK_S)[0]
-        memory.look(job.pid)
+    try:
+        while job.returncode is None:
+            with suppress(subprocess.TimeoutExpired):
+                said = job.communicate(timeout=LOOK_S)[0]
+            memory.look(job.pid)
+    finally:
+        if job.returncode is None:  # this process was interrupted
+            job.terminate()
+            job.communicate()
     if job.returncode not in (0, 3):  # 3 is of doubtful images, which take as long
         reason = (said.strip().splitlines() or ["it said nothing"])[-1]
         raise InputError(f"A measurement ended with {job.returncode}: {reason}")
