@@ -14,7 +14,7 @@ from snr_ray.network.swap import exchange
 from snr_ray.network.trust import ENOUGH, LEAST, MARGIN, doubtful, least_explained
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 
-KNOWN = {0.1: 20.0, 0.3: 25.0, 0.6: 31.0}
+KNOWN = {0.1: 19.0, 0.3: 21.0, 0.6: 22.5}
 
 
 def doubt(explained: float, n_views: int, side: int = 100) -> bool:
@@ -27,14 +27,14 @@ def test_what_explains_more_is_never_doubted_sooner(n: int, decibels: float, mor
 
 
 def test_each_view_count_has_the_bound_of_the_next_lower_one_measured() -> None:
-    for n_views, bound in [(10, 20), (29, 20), (30, 25), (59, 25), (60, 31), (400, 31)]:
+    for n_views, bound in [(10, 19), (29, 19), (30, 21), (59, 21), (60, 22.5), (400, 22.5)]:
         assert doubt(bound - MARGIN - 0.1, n_views)
         assert not doubt(bound - MARGIN + 0.1, n_views)
 
 
 def test_fewer_views_than_were_measured_have_the_bound_of_the_fewest() -> None:
-    assert doubt(20 - MARGIN - 0.1, 4)
-    assert not doubt(20 - MARGIN + 0.1, 4)
+    assert doubt(19 - MARGIN - 0.1, 4)
+    assert not doubt(19 - MARGIN + 0.1, 4)
 
 
 def test_an_answer_that_is_no_number_is_doubtful() -> None:
@@ -49,8 +49,8 @@ def test_without_measurements_a_sixth_of_the_range_is_no_explanation() -> None:
 
 def test_the_bound_goes_with_views_per_pixel_not_with_the_size() -> None:
     for side in (50, 100, 500):
-        assert doubt(25 - MARGIN - 0.1, 3 * side // 10, side)
-        assert not doubt(20 - MARGIN + 0.1, side // 5, side)
+        assert doubt(21 - MARGIN - 0.1, 3 * side // 10, side)
+        assert not doubt(19 - MARGIN + 0.1, side // 5, side)
 
 
 def test_good_answers_to_the_images_that_were_measured_are_trusted(model_folder: Path) -> None:
