@@ -3,8 +3,8 @@
     plan --blocks--> work, a bounded number at once --tables--> who asked
 
 The driver keeps no list of images or blocks, so its memory and its time to the first result do not
-grow with the collection. A block that ends in an error, or whose worker is killed, is halved until
-the image that does it is alone; that fails, of a kill when a process of its own is killed, too.
+grow with the collection. A block that ends in an error, or whose worker is killed twice, is halved
+until the image that does it is alone; that fails, if a process of its own is killed too.
 """
 
 import itertools
@@ -46,7 +46,7 @@ class Block:
 
     indices: Indices
     kills: int = 0
-    """How often its process was killed, counted where it is of one image."""
+    """How often its process was killed, as it is or in a larger block."""
 
     @property
     def alone(self) -> bool:
@@ -125,9 +125,11 @@ def tables(
 def _after(block: Block, error: Exception, work: Work) -> tuple[list[Block], pa.Table | None]:
     """What is tried next of a block that ended in an error, and what is given up."""
     killed = isinstance(error, _LOST)
+    if killed and not block.kills:  # as it was: in other company a pixel may be rounded otherwise
+        return [Block(block.indices, kills=1)], None
     if len(block.indices) > 1:
         halves = np.array_split(block.indices, 2)
-        return [Block(half, kills=int(killed and len(half) == 1)) for half in halves], None
+        return [Block(half, kills=int(killed)) for half in halves], None
     if killed and block.kills < KILLS:
         return [Block(block.indices, block.kills + 1)], None
     if not killed:
