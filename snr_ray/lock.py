@@ -40,14 +40,13 @@ def locked(folder: Path, stage: str) -> Iterator[None]:
         InputError: if a driver that lives holds it.
         RunError: at the end, if another driver took the folder because this one had stood still.
     """
-    path, mine = folder / LOCK, _me(stage)
-    while not _create(path, mine):
-        _wait_for_death(path)
+    mine = _me(stage)
+    path = _take(folder, mine)
     lost, done = threading.Event(), threading.Event()
 
     def beat() -> None:
         while not done.wait(BEAT_S):
-            if _read(path).get("key") != mine["key"]:
+            if _chain(folder)[-1][1].get("key") != mine["key"]:
                 lost.set()
                 os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C: stages know how to stop
                 return
@@ -64,23 +63,58 @@ def locked(folder: Path, stage: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        if _read(path).get("key") == mine["key"]:
-            path.unlink(missing_ok=True)
+        chain = _chain(folder)
+        holder = chain[-1][1]
+        if holder.get("key") == mine["key"]:
+            for file, _ in chain:  # the first of them first: without it the others mean nothing
+                file.unlink(missing_ok=True)
     if lost.is_set():
         raise RunError(
-            f"{folder} was taken over by {_who(_read(path))}, because this process had shown no "
+            f"{folder} was taken over by {_who(holder)}, because this process had shown no "
             f"sign of life for {BEAT_S * STALE_BEATS:.0f} seconds; what it did until then is kept."
         )
 
 
 def check_free(folder: Path) -> None:
     """Raise InputError if a driver that lives holds the folder; for before anything is removed."""
-    if (folder / LOCK).exists():
-        _wait_for_death(folder / LOCK)
+    path, holder = _chain(folder)[-1]
+    if holder:
+        _wait_for_death(path)
+
+
+def _take(folder: Path, mine: dict[str, Any]) -> Path:
+    """Write my file: the first, or the one after that of a dead holder. Returns its path.
+
+    Nobody removes a dead holder's file, which by then may be another's: who takes over writes a
+    file that is named after the dead holder's key, and the file system lets only one do so. It
+    counts while every file before it is there; a key is never used twice.
+    """
+    while True:
+        path, holder = _chain(folder)[-1]
+        if holder:
+            _wait_for_death(path)
+            path = _after(path, holder)
+        if _create(path, mine):
+            if _chain(folder)[-1][1].get("key") == mine["key"]:
+                return path
+            path.unlink(missing_ok=True)  # the holders before it were gone by then
+
+
+def _chain(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The files of the folder's holders: dead ones, then who has it now, {} where nobody does."""
+    chain = [(folder / LOCK, _read(folder / LOCK))]
+    while chain[-1][1] and (after := _read(path := _after(*chain[-1]))):
+        chain.append((path, after))
+    return chain
+
+
+def _after(path: Path, holder: dict[str, Any]) -> Path:
+    """The file of whoever took the folder over from a holder."""
+    return path.with_name(f"{LOCK}.{holder['key']}")
 
 
 def _create(path: Path, mine: dict[str, Any]) -> bool:
-    """Write the lock file, if there is none."""
+    """Write a lock file, if there is none."""
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
@@ -93,40 +127,25 @@ def _create(path: Path, mine: dict[str, Any]) -> bool:
 
 
 def _wait_for_death(path: Path) -> None:
-    """Return once the holder is dead and its file is gone. Raises InputError if it lives."""
+    """Return once the holder is dead or its file gone. Raises InputError if it lives."""
     first, told = _touched(path), False
     while (touched := _touched(path)) is not None:
         holder = _read(path)
         here = holder.get("machine") == _machine()
         if here and not _lives(holder["pid"], holder["begun"]):
-            break
+            return
         if here or touched != first:
             raise InputError(
                 f"{path.parent} is in use by {_who(holder)}; wait until that has ended, stop it, "
                 "or give another --out."
             )
         if _clock(path.parent) - touched > BEAT_S * STALE_BEATS:
-            break
+            return
         if not told:
             print(f"Asking whether {_who(holder)} still works in {path.parent} ...",
                   file=sys.stderr)  # fmt: skip
             told = True
         time.sleep(BEAT_S / 10)
-    if touched is not None:
-        _take_away(path, holder)
-
-
-def _take_away(path: Path, dead: dict[str, Any]) -> None:
-    """Remove the file of a dead holder, and nobody else's: of several that see it dead, one does,
-    and may hold the folder before the next of them comes here."""
-    aside = path.with_name(f"{LOCK}.{uuid.uuid4().hex}")
-    with suppress(FileNotFoundError):
-        if _read(path) == dead:
-            os.rename(path, aside)
-            if _read(aside) == dead:
-                aside.unlink()
-            else:
-                os.rename(aside, path)
 
 
 def _me(stage: str) -> dict[str, Any]:
@@ -142,7 +161,7 @@ def _me(stage: str) -> dict[str, Any]:
 
 
 def _who(holder: dict[str, Any]) -> str:
-    if not holder:
+    if "stage" not in holder:
         return "another process"
     return (
         f"snr {holder['stage']} on {holder['host']} (process {holder['pid']}, since "
@@ -151,12 +170,15 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What the holder wrote; nothing while it writes."""
+    """What the holder wrote, only a key while it writes; {} where there is no file."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        text, file = path.read_text(), path.stat().st_ino
+    except OSError:
         return {}
-    return found if isinstance(found, dict) else {}
+    with suppress(ValueError):
+        if isinstance(found := json.loads(text), dict) and "key" in found:
+            return found
+    return {"key": f"file-{file}"}
 
 
 def _touched(path: Path) -> float | None:
