@@ -47,26 +47,33 @@ class TorchNoise(nn.Module):
 
 def noise_of_spec(images: Tensor, spec: NoiseSpec) -> Tensor:
     """Noisy versions [..., H, W] float32 of clean images [..., H, W]; of photons, the mean."""
-    noisy: Tensor = _times(images.float(), spec.n_views, spec.filter, spec.angle_range)
+    arguments = spec.n_views, spec.filter, spec.angle_range
+    noisy: Tensor = torch.ops.snr_ray.times(images.float(), *arguments)
     return noisy
 
 
-# Operators of torch's own kind, with plain arguments: torch.compile takes them as they are.
-@torch.library.custom_op("snr_ray::times", mutates_args=())
+# Operators of torch's own kind, with plain arguments: torch.compile takes them as they are. Defined
+# step by step, since torch.library.custom_op imports the compiler, 1.5 s, at the first call.
+_ARGUMENTS = "(Tensor images, int n_views, str filter, float angle_range) -> Tensor"
+torch.library.define("snr_ray::times", _ARGUMENTS)
+torch.library.define("snr_ray::transposed", _ARGUMENTS)
+
+
+@torch.library.impl("snr_ray::times", "default")
 def _times(images: Tensor, n_views: int, filter: str, angle_range: float) -> Tensor:
     """The linear map: by kernels where the images are on a GPU that Triton knows, else by the
     compiled loops."""
     return _applied("times", images, NoiseSpec(n_views, filter, angle_range))
 
 
-@torch.library.custom_op("snr_ray::transposed", mutates_args=())
+@torch.library.impl("snr_ray::transposed", "default")
 def _transposed(images: Tensor, n_views: int, filter: str, angle_range: float) -> Tensor:
     """Its exact transpose, for the gradients."""
     return _applied("transposed", images, NoiseSpec(n_views, filter, angle_range))
 
 
-@_times.register_fake
-@_transposed.register_fake
+@torch.library.register_fake("snr_ray::times")
+@torch.library.register_fake("snr_ray::transposed")
 def _shaped(images: Tensor, n_views: int, filter: str, angle_range: float) -> Tensor:
     return images.new_empty(images.shape)
 
@@ -76,10 +83,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-    return _transposed(gradient, *ctx.spec), None, None, None
+    return torch.ops.snr_ray.transposed(gradient, *ctx.spec), None, None, None
 
 
-_times.register_autograd(_back, setup_context=_keep)
+torch.library.register_autograd("snr_ray::times", _back, setup_context=_keep)
 
 
 def _applied(name: str, images: Tensor, spec: NoiseSpec) -> Tensor:
