@@ -1,6 +1,7 @@
 """The exact last step: nearer to the truth on exact input, and never a step for the worse."""
 
 import functools
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from snr_ray import configfile as configs
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.metrics import psnr
+from snr_ray.network import correction
 from snr_ray.network.correction import corrected
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.noisemaker import noise_of
@@ -94,6 +96,22 @@ def test_images_do_not_depend_on_their_neighbours(letters: torch.Tensor) -> None
     for k in (2, 3, 4):
         alone = corrected(noisy[k : k + 1], guess[k : k + 1], make, 6)
         torch.testing.assert_close(together[k : k + 1], alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("side", "most"), [(64, 24), (128, 24), (256, 12), (512, 6), (1024, 4)])
+def test_large_images_have_fewer_iterations(side: int, most: int) -> None:
+    made = [0]
+
+    def make(clean: torch.Tensor) -> torch.Tensor:  # a blur, slow to undo
+        made[0] += not torch.is_grad_enabled()
+        spread = torch.tensor([0.3, 0.4, 0.3]).reshape(1, 1, 1, 3)
+        return torch.nn.functional.conv2d(clean, spread, padding=(0, 1))
+
+    clean = torch.rand(1, 1, side, side, generator=torch.manual_seed(0)) * 0.6 + 0.2
+    guess = clean + 0.05 * torch.randn(clean.shape, generator=torch.manual_seed(1))
+    with mock.patch.object(correction, "WORTH", 1.0), mock.patch.object(correction, "FAR", 9.0):
+        corrected(make(clean), guess, make, 24)
+    assert made[0] == 1 + most
 
 
 def model(correction: int) -> HVAE:

@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
+from skimage.data import shepp_logan_phantom
+from skimage.transform import resize
 
 from snr_ray.config import ImagesConfig
 from snr_ray.images.sources import open_source
@@ -73,3 +76,30 @@ def test_several_images_of_one_count_are_surer_than_one() -> None:
 def test_the_smallest_images_have_an_answer(shape: tuple[int, ...]) -> None:
     image = np.random.default_rng(1).random(shape, dtype=np.float32)
     assert find_views([image], lambda n_views: -float(n_views)) >= 4
+
+
+def test_counts_far_from_the_guess_are_not_asked_about_where_spectrum_and_guess_agree() -> None:
+    (image,) = _noisy("glyphs", 28, 19, n=1)
+    seen = likely([image])
+    assert not seen.sure
+    assert 2 * seen.best in seen.others
+    asked: list[int] = []
+
+    def explains(n_views: int) -> float:
+        asked.append(n_views)
+        return 0.0
+
+    find_views([image], explains, guess=seen.best + 1)
+    assert {seen.best, seen.best + 1} <= set(asked)
+    assert max(asked) < 2 * seen.best
+    asked.clear()
+    find_views([image], explains, guess=3 * seen.best)  # they disagree: all are asked about
+    assert {seen.best, *seen.others, 3 * seen.best} == set(asked)
+
+
+@pytest.mark.parametrize("n_views", [160, 320])
+def test_the_spectrum_of_a_large_image_is_sure_of_many_views(n_views: int) -> None:
+    phantom = resize(shepp_logan_phantom(), (512, 512))  # smooth, as slices are
+    image = gaussian_filter(phantom, 1).astype(np.float32)[None, None]
+    seen = likely(list(noise_operator(NoiseSpec(n_views), 512, 512)(image)))
+    assert (seen.best, seen.sure) == (n_views, True)
