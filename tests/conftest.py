@@ -24,7 +24,7 @@ prepare_environment()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rounds", type=int, default=20, help="kills of tests/test_nodes.py -m long")
+    parser.addoption("--rounds", type=int, default=20, help="kills of each test of kills, -m long")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,9 @@
 """The train stage on Ray: one and two workers agree, a killed run continues to the same weights."""
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -19,6 +22,7 @@ from safetensors.numpy import load_file
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
+from snr_ray.hashing import hash64
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.learning.fit import BF16_COSTS, Learner
 from snr_ray.learning.restart import newest_checkpoint, save_checkpoint
@@ -299,3 +303,53 @@ def test_processors_that_are_busy_are_waited_for_and_told(
 def test_workers_find_each_other_by_the_address_of_their_node() -> None:
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("192.0.2.1") is None
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_training_bears_kills_anywhere(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """Worker, driver or everything at once, at random times: the same weights to the last bit."""
+    command = [
+        sys.executable, "-m", "snr_ray.cli", "train", "--config", "smoke", "--images", "glyphs",
+        "--set", "images.limit=200", "--set", "train.steps=60", "--out",
+    ]  # fmt: skip
+    since = time.monotonic()
+    subprocess.run([*command, tmp_path / "whole"], check=True, stderr=subprocess.DEVNULL)
+    whole = time.monotonic() - since
+    print(f"unbroken: {whole:.0f} s", flush=True)
+    for k in range(pytestconfig.getoption("rounds")):
+        draw, run = random.Random(hash64(f"kill training/{k}")), tmp_path / f"{k}"
+        victim = draw.choice(["worker", "driver", "everything"])
+        since = time.monotonic()
+        job = subprocess.Popen([*command, run], start_new_session=True, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(draw.uniform(0.1, 0.95) * whole)
+        at = time.monotonic() - since
+        steps = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+        if victim == "worker":
+            while not (workers := _workers(job)) and job.poll() is None:
+                time.sleep(0.05)
+            for worker in workers:
+                worker.kill()
+        elif victim == "driver":
+            job.kill()
+        elif job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+        if job.wait():
+            subprocess.run([*command, run], check=True, stderr=subprocess.DEVNULL)
+        took = time.monotonic() - since
+        np.testing.assert_array_equal(weights(run), weights(tmp_path / "whole"))
+        print(f"{k}: {victim} killed after {at:.0f} s, checkpoints {steps}, ended "
+              f"after {took:.0f} s, equal", flush=True)  # fmt: skip
+        shutil.rmtree(run)
+
+
+def _workers(job: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Processes that train."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for one in psutil.Process(job.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "ray::RayTrainWorker" in " ".join(one.cmdline()):
+                    found.append(one)
+    return found
