@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from nodes import RAY, REPOSITORY, Nodes, cluster, ended, until
@@ -245,6 +246,48 @@ def test_a_job_of_each_stage_loses_a_node(jobs: Nodes, tmp_path: Path) -> None:
     assert all(equal for *_, equal in rows)
     ids = pq.read_table(tmp_path / "denoise-broken" / "manifest.parquet")["id"].to_pylist()
     assert len(ids) == len(set(ids)) == 1500
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_bucket_is_storage_enough_for_several_nodes(
+    bucket: tuple[pafs.FileSystem, str], tmp_path: Path
+) -> None:
+    """Data and scans of a bucket; a denoising job from it to it that loses a node."""
+    store, query = bucket
+    small, scans, whole, run = ("--config", "smoke"), *(tmp_path / x for x in ("in", "out", "run"))
+    write_scans(scans, 1500)
+    for folder in ("a", "b"):
+        store.create_dir(f"bucket/scans/{folder}")
+    pafs.copy_files(str(scans), "bucket/scans", destination_filesystem=store)
+
+    def cleaned() -> dict[str, bytes]:
+        found = store.get_file_info(pafs.FileSelector("bucket/clean", recursive=True))
+        paths = [info.path for info in found if info.path.endswith(".png")]
+        return {path.removeprefix("bucket/clean/"): _read(store, path) for path in paths}
+
+    with cluster() as nodes:
+        add_workers(nodes)
+        data = f"s3://bucket/data?{query}"
+        nodes.run("simulate", *small, "--images", "glyphs", "--out", data)
+        nodes.run("train", *small, *TWO_WORKERS, "--data", data, "--out", run)
+        nodes.run("denoise", *VIEWS, "--images", scans, "--out", whole)
+        words = ("--images", f"s3://bucket/scans?{query}", "--out", f"s3://bucket/clean?{query}")
+        job = nodes.start("denoise", *VIEWS, *words)
+        until(lambda: len(cleaned()) > 0, job)
+        nodes.lose(nodes.members[1])
+        nodes.add("cpu")
+        ended(job)
+    assert (run / "model" / "model.safetensors").is_file()
+    assert cleaned() == {
+        str(path.relative_to(whole)): path.read_bytes() for path in whole.rglob("*.png")
+    }
+    assert len(cleaned()) == 1500
+
+
+def _read(store: pafs.FileSystem, path: str) -> bytes:
+    with store.open_input_file(path) as file:
+        return bytes(file.read())
 
 
 @pytest.mark.long
