@@ -33,6 +33,7 @@ EXAMPLES = {
   snr train --config notmnist --images notmnist:notMNIST_small.tar.gz --out run
   snr train --config notmnist --config unet --data data --out unet
   snr train --config notmnist --images scans/ --out tuned --set train.start=notmnist
+  snr train --config places64 --images photos/ --out run --batch-size 128 --set train.use_gpu=true
   snr train --config notmnist --config seed --data data --out run-seed --set train.num_workers=2
   MLFLOW_TRACKING_URI=sqlite:///mlflow.db snr train --images glyphs --out run""",
     "sweep": """snr sweep --images glyphs --out sweep --trials 20
@@ -274,8 +275,11 @@ def _run(args: argparse.Namespace, config: Config) -> int:
 
         origin = Origin(images=args.images, data=args.data)
         if args.stage == "train":
+            from snr_ray.learning.recipe import with_batch_size
             from snr_ray.stages.train import train
 
+            if args.batch_size is not None:
+                config = with_batch_size(config, args.batch_size)
             outcome = train(config, origin=origin, out=args.out, wait=args.wait, **options)
             what = f"{outcome.images:,} steps; the model is {outcome.out}/model"
         else:
@@ -378,6 +382,11 @@ def _parser() -> argparse.ArgumentParser:
              "drivers, each with its own --out, share it; a password is best in PGPASSWORD or "
              "~/.pgpass; --overwrite leaves the study as it is")  # fmt: skip
     add("--study", metavar="NAME", default="sweep", help="name of the study in --storage")
+    parsers["train"].add_argument(
+        "--batch-size", metavar="N", type=int,
+        help="batches of N images in place of train.batch_size, for a GPU to be busy: steps, rate, "
+             "warm-up and average follow, so that as many images are seen and learned as well",
+    )  # fmt: skip
     parsers["train"].add_argument(
         "--wait", metavar="MINUTES", type=float,
         help="wait at most so long for the processors it needs, also for machines to join; by "

@@ -23,7 +23,7 @@ STAGES = ("demo", "simulate", "train", "sweep", "denoise", "evaluate", "bench", 
 FLAGS = {
     "demo": ["--out"],
     "simulate": ["--images", "--out", "--overwrite"],
-    "train": ["--images", "--data", "--out"],
+    "train": ["--images", "--data", "--out", "--batch-size"],
     "sweep": [
         "--images",
         "--data",
@@ -98,6 +98,7 @@ def test_wrong_usage_exits_with_two(argv: list[str], capsys: pytest.CaptureFixtu
         (["simulate", "--images", "glyphs", "--out", "o", "--config", "nope"],
          "--config takes a YAML file or one of"),
         (["train", "--data", "empty", "--out", "o"], "simulate first"),
+        (["train", "--images", "glyphs", "--out", "o", "--batch-size", "0"], "from 1 to all"),
         (["sweep", "--images", "glyphs", "--out", "o", "--trials", "0"], "at least 1"),
         (["denoise", "--model", "empty", "--images", "glyphs", "--out", "o"], "A model folder"),
         (["evaluate", "--model", "empty", "--images", "glyphs", "--out", "o"], "A model folder"),

@@ -24,6 +24,7 @@ from snr_ray.learning.compiled import Compiled, Drawn, is_wanted
 from snr_ray.learning.health import Health
 from snr_ray.learning.losses import Objective, Regression
 from snr_ray.learning.muon import Muon
+from snr_ray.learning.recipe import peak_share
 from snr_ray.metrics import psnr
 from snr_ray.network.blocks import PixelLevel
 from snr_ray.network.hvae import HVAE
@@ -41,13 +42,9 @@ LOG_EVERY_STEPS = 25
 SCORE_BATCH = 256
 SCORE_BOTH_WAYS = 32
 """Validation images that are also rebuilt and injected with noise: for a curve, not for a table."""
-LR_STEPS = 1000
-"""Steps of the run that train.lr was chosen for. It is too high for a HVAE in longer ones: at 3500
-steps half of it cleaned 0.3 dB better. A U-Net keeps it: at 14000 steps a quarter of it cost half a
-dB on notMNIST (shipped/choices.md)."""
 
-LEAST_EXPLAINED = "least_explained_"
 BF16_COSTS = "bf16_costs_psnr"
+LEAST_EXPLAINED = "least_explained_"
 """Metrics of this name and a number of views per pixel bound what `denoise` trusts."""
 
 Metrics = dict[str, float]
@@ -316,8 +313,7 @@ class Learner:
     def _schedule(self) -> float:
         """Share of train.lr: linear warm-up to the peak of this run, then cosine to 2 % of it."""
         config = self.config.train
-        hvae = self.config.model.kind == "hvae"
-        peak = math.sqrt(min(1.0, LR_STEPS / config.steps)) if hvae else 1.0
+        peak = peak_share(self.config)
         if self.step < config.warmup_steps:
             return peak * (self.step + 1) / config.warmup_steps
         done = (self.step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
