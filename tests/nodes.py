@@ -92,6 +92,8 @@ class Nodes:
     port: int
     dashboard: int | None
     """Port for jobs, if there are to be any."""
+    host: str = "127.0.0.1"
+    """Address of the head."""
     members: list[Node] = field(default_factory=list)
     """The head first."""
     jobs: list[subprocess.Popen[str]] = field(default_factory=list)
@@ -104,12 +106,16 @@ class Nodes:
 
     @property
     def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
-    def add(self, pool: str, *, cpus: int = 2, before: Sequence[str | Path] = ()) -> Node:
-        """A node more; `before` are words of a program that starts it, such as unshare's."""
+    def add(
+        self, pool: str, *, cpus: int = 2, before: Sequence[str | Path] = (), at: str | None = None
+    ) -> Node:
+        """A node more; `before` are words of a program that starts it, such as unshare's, and `at`
+        is its address, if it is not the head's."""
         there = self.alive()
         words = [f"--num-cpus={cpus}", f"--labels=pool={pool}"]
+        words.append(f"--node-ip-address={at or self.host}")
         if there:
             words.append(f"--address={self.address}")
         else:
@@ -145,7 +151,7 @@ class Nodes:
 
     def alive(self) -> int:
         """Nodes that the cluster has."""
-        if not is_open(self.port):
+        if not is_open(self.port, self.host):
             return 0
         try:
             known = GcsClient(address=self.address).get_all_node_info(timeout=10)
@@ -168,10 +174,10 @@ class Nodes:
 
 
 @contextmanager
-def cluster(*, jobs: bool = False) -> Iterator[Nodes]:
+def cluster(*, jobs: bool = False, host: str = "127.0.0.1") -> Iterator[Nodes]:
     """A head without cores; `jobs` may be submitted to it, which takes Ray's dashboard."""
     folder = Path(tempfile.mkdtemp(prefix="snr-", dir="/tmp"))
-    nodes = Nodes(folder, free_port(), free_port() if jobs else None)
+    nodes = Nodes(folder, free_port(), free_port() if jobs else None, host)
     try:
         nodes.add("head", cpus=0)
         yield nodes
@@ -213,7 +219,50 @@ def free_port() -> int:
     return next(port for port in _PORTS if not is_open(port))
 
 
-def is_open(port: int) -> bool:
+def is_open(port: int, host: str = "127.0.0.1") -> bool:
     """Whether somebody listens there."""
     with socket.socket() as asked:
-        return asked.connect_ex(("127.0.0.1", port)) == 0
+        return asked.connect_ex((host, port)) == 0
+
+
+@dataclass(frozen=True)
+class Cable:
+    """Between this machine and one in a network namespace of its own."""
+
+    name: str
+    """Of the namespace, and of both ends of the cable."""
+    here: str
+    there: str
+
+    @property
+    def inside(self) -> list[str]:
+        """Words before a program that runs on the other machine."""
+        return ["ip", "netns", "exec", self.name]
+
+    def cut(self) -> None:
+        """From now on packets are dropped in both directions, without a word to who sent them:
+        they go to a machine that is not there."""
+        nobody = ["lladdr", "02:00:00:00:00:99", "dev", self.name, "nud", "permanent"]
+        _ip("neigh", "replace", self.there, *nobody)
+        _ip("-n", self.name, "neigh", "replace", self.here, *nobody)
+
+
+@contextmanager
+def cable() -> Iterator[Cable]:
+    """A machine beside this one; only root may make one."""
+    number = os.getpid() % 200
+    wire = Cable(f"snr{os.getpid()}", f"10.231.{number}.1", f"10.231.{number}.2")
+    _ip("netns", "add", wire.name)
+    try:
+        _ip("link", "add", wire.name, "type", "veth", "peer", wire.name, "netns", wire.name)
+        for where, address in (([], wire.here), (["-n", wire.name], wire.there)):
+            _ip(*where, "addr", "add", f"{address}/30", "dev", wire.name)
+            _ip(*where, "link", "set", wire.name, "up")
+        _ip("-n", wire.name, "link", "set", "lo", "up")
+        yield wire
+    finally:
+        _ip("netns", "del", wire.name)  # and the cable with it
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
-from nodes import RAY, REPOSITORY, Nodes, cluster, ended, until
+from nodes import RAY, REPOSITORY, Nodes, cable, cluster, ended, until
 from PIL import Image
 
 from snr_ray.config import Config
@@ -246,6 +246,36 @@ def test_a_job_of_each_stage_loses_a_node(jobs: Nodes, tmp_path: Path) -> None:
     assert all(equal for *_, equal in rows)
     ids = pq.read_table(tmp_path / "denoise-broken" / "manifest.parquet")["id"].to_pylist()
     assert len(ids) == len(set(ids)) == 1500
+
+
+def _can_lay_cables() -> bool:
+    try:
+        with cable():
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not _can_lay_cables(), reason="only root can make a network namespace")
+def test_a_node_whose_packets_are_dropped_is_given_up(tmp_path: Path) -> None:
+    scans, whole, broken = tmp_path / "scans", tmp_path / "whole", tmp_path / "broken"
+    write_scans(scans, 4000)
+    words = ("denoise", *VIEWS, "--images", scans, "--out")
+    with cable() as wire, cluster(host=wire.here) as nodes:
+        nodes.add("cpu")
+        nodes.add("gpu", before=wire.inside, at=wire.there)
+        since = time.monotonic()
+        nodes.run(*words, whole)
+        unbroken = time.monotonic() - since
+        job = nodes.start(*words, broken)
+        until(lambda: nodes.members[2].workers("_clean") and list(broken.rglob("*.png")), job)
+        since = time.monotonic()
+        wire.cut()
+        ended(job)
+        print(f"cut off: ended {time.monotonic() - since:.0f} s later, of {unbroken:.0f} s")
+    check_cleaned(broken, whole, 4000)
 
 
 @pytest.mark.long
