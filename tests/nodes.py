@@ -114,12 +114,15 @@ class Nodes:
         """A node more; `before` are words of a program that starts it, such as unshare's, and `at`
         is its address, if it is not the head's."""
         there = self.alive()
-        words = [f"--num-cpus={cpus}", f"--labels=pool={pool}"]
-        words.append(f"--node-ip-address={at or self.host}")
+        # A folder each, as machines have: a node unpacks the files of a job anew over those that
+        # are there, and so would take them from under the workers of the others.
+        own = tempfile.mkdtemp(prefix="", dir=self.folder)
+        words = [f"--num-cpus={cpus}", f"--labels=pool={pool}", f"--temp-dir={own}",
+                 f"--node-ip-address={at or self.host}"]  # fmt: skip
         if there:
             words.append(f"--address={self.address}")
         else:
-            words += ["--head", f"--port={self.port}", f"--temp-dir={self.folder}",
+            words += ["--head", f"--port={self.port}",
                       f"--include-dashboard={self.dashboard is not None}",
                       f"--dashboard-port={self.dashboard or 0}",
                       f"--ray-client-server-port={free_port()}"]  # fmt: skip
