@@ -22,37 +22,37 @@ def peak_share(config: Config) -> float:
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:
-    """The recipe for batches of another size: as many images seen.
+    """The recipe for batches of another size: as many images seen, in fewer steps.
 
-    Of batches r times as large there are r times fewer, and so of the steps of the warm-up and
-    between checkpoints; the moving average forgets r times as fast, and the highest rate is the
-    square root of r times as high, since steps of Adam and Muon are of the same length whatever
-    the gradient's, and their noise falls with the square root of r.
+    Of batches r times as large there are r times fewer, but LR_STEPS where the run has them: with
+    fewer a HVAE does not get far, however many images each sees. Warm-up, checkpoints and the
+    moving average keep their share of the run. The highest rate is the square root of r times as
+    high, since steps of Adam and Muon are of the same length whatever the gradient's, and their
+    noise falls with the square root of r.
 
     Source: Malladi et al., On the SDEs and scaling rules for adaptive gradient algorithms (2022).
-    What it costs: shipped/choices.md.
+    What was tried: shipped/choices.md.
 
     Raises:
-        InputError: if batch_size is not positive, or fewer than a step would be left.
+        InputError: if batch_size is not from 1 to all images that the run sees.
     """
     before = config.train
-    if not 1 <= batch_size <= before.steps * before.batch_size:
+    seen = before.steps * before.batch_size
+    if not 1 <= batch_size <= seen:
         raise InputError(
-            f"--batch-size must be from 1 to all {before.steps * before.batch_size:,} images that "
-            f"the run sees, but got {batch_size}; give more train.steps."
+            f"--batch-size must be from 1 to all {seen:,} images that the run sees, but got "
+            f"{batch_size}; give more train.steps."
         )
     r = batch_size / before.batch_size
-
-    def fewer(steps: int) -> int:
-        return max(1, round(steps / r))
-
+    steps = max(round(before.steps / r), min(before.steps, LR_STEPS))
+    share = steps / before.steps
     after = dataclasses.replace(
         before,
         batch_size=batch_size,
-        steps=fewer(before.steps),
-        warmup_steps=fewer(before.warmup_steps) if before.warmup_steps else 0,
-        checkpoint_every_steps=fewer(before.checkpoint_every_steps),
-        ema=before.ema**r,
+        steps=steps,
+        warmup_steps=round(before.warmup_steps * share),
+        checkpoint_every_steps=max(1, round(before.checkpoint_every_steps * share)),
+        ema=before.ema ** (1 / share),
     )
     changed = dataclasses.replace(config, train=after)
     rate = before.lr * math.sqrt(r) * peak_share(config) / peak_share(changed)
