@@ -384,8 +384,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--study", metavar="NAME", default="sweep", help="name of the study in --storage")
     parsers["train"].add_argument(
         "--batch-size", metavar="N", type=int,
-        help="batches of N images in place of train.batch_size, for a GPU to be busy: rate and warm-up "
-             "follow, and steps as far as 1000, so that as many images are seen",
+        help="batches of N images in place of train.batch_size, for a GPU to be busy: the rate and "
+             "warm-up follow, and steps down to 1000, so that as many images are seen",
     )  # fmt: skip
     parsers["train"].add_argument(
         "--wait", metavar="MINUTES", type=float,
