@@ -214,8 +214,9 @@ def trials(folder: Path) -> list[Trial]:
         Trial("simulate", (*small, "--images", "glyphs"), "train/*.parquet", "*/*.parquet"),
         Trial("train", (*small, *TWO_WORKERS, "--data", folder / "simulate"),
               "checkpoints/step-*", "model/model.safetensors"),
+        # For two objectives no trial is ended early, which depends on what others know by then.
         Trial("sweep", (*small, "--data", folder / "simulate", "--trials", 3,
-                        "--set", "sweep.steps=90"),
+                        "--set", "sweep.steps=90", "--objective", "swap", "--objective", "inject"),
               "trials/*/checkpoints/step-*", "trials/*/model/model.safetensors"),
         Trial("denoise", (*VIEWS, "--images", folder / "scans"), "*/*.png", "*/*.png"),
         Trial("evaluate", ("--model", run / "model", "--images", "glyphs", "--limit", 60,
