@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
-from nodes import RAY, REPOSITORY, Nodes, cable, cluster, ended, until
+from nodes import RAY, REPOSITORY, Cable, Nodes, cable, cluster, ended, until
 from PIL import Image
 
 from snr_ray.config import Config
@@ -249,22 +249,23 @@ def test_a_job_of_each_stage_loses_a_node(jobs: Nodes, tmp_path: Path) -> None:
     assert len(ids) == len(set(ids)) == 1500
 
 
-def _can_lay_cables() -> bool:
-    try:
-        with cable():
-            return True
-    except (OSError, subprocess.CalledProcessError):
-        return False
+@pytest.fixture
+def wire() -> Iterator[Cable]:
+    with contextlib.ExitStack() as stack:
+        try:
+            laid = stack.enter_context(cable())
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("only root can make a network namespace")
+        yield laid
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not _can_lay_cables(), reason="only root can make a network namespace")
-def test_a_node_whose_packets_are_dropped_is_given_up(tmp_path: Path) -> None:
+def test_a_node_whose_packets_are_dropped_is_given_up(wire: Cable, tmp_path: Path) -> None:
     scans, whole, broken = tmp_path / "scans", tmp_path / "whole", tmp_path / "broken"
     write_scans(scans, 4000)
     words = ("denoise", *VIEWS, "--images", scans, "--out")
-    with cable() as wire, cluster(host=wire.here) as nodes:
+    with cluster(host=wire.here) as nodes:
         nodes.add("cpu")
         nodes.add("gpu", before=wire.inside, at=wire.there)
         since = time.monotonic()
