@@ -220,7 +220,7 @@ def trials(folder: Path) -> list[Trial]:
               "trials/*/checkpoints/step-*", "trials/*/model/model.safetensors"),
         Trial("denoise", (*VIEWS, "--images", folder / "scans"), "*/*.png", "*/*.png"),
         Trial("evaluate", ("--model", run / "model", "--images", "glyphs", "--limit", 60,
-                           "--baselines", ""), "job.json", "metrics.json"),
+                           "--baselines", ""), "job.json", "*.png"),  # numbers hold seconds
     ]  # fmt: skip
 
 
