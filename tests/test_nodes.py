@@ -294,7 +294,9 @@ def test_a_bucket_is_storage_enough_for_several_nodes(
     pafs.copy_files(str(scans), "bucket/scans", destination_filesystem=store)
 
     def cleaned() -> dict[str, bytes]:
-        found = store.get_file_info(pafs.FileSelector("bucket/clean", recursive=True))
+        found = store.get_file_info(
+            pafs.FileSelector("bucket/clean", allow_not_found=True, recursive=True)
+        )
         paths = [info.path for info in found if info.path.endswith(".png")]
         return {path.removeprefix("bucket/clean/"): _read(store, path) for path in paths}
 
