@@ -42,19 +42,21 @@ class Batch:
     noisy: Tensor | None = None
     """[B, n_ids, C, H, W] float32, not clipped: noisy[b, k] is clean[b] under noise id k + 1; None
     where it is still to be made."""
-    n_views: tuple[int, ...] = ()
-    """View count of each noise id, where it differs from batch to batch."""
+    n_views: Tensor | None = None
+    """[B, n_ids] int64 view counts, where they differ from image to image; partners have equal
+    ones."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same images on a device."""
-        noisy = None if self.noisy is None else self.noisy.to(device)
-        return Batch(self.clean.to(device), noisy, self.n_views)
+        return Batch(*(None if part is None else part.to(device) for part in self._tensors()))  # type: ignore[arg-type]
 
     def parts(self, n: int) -> "list[Batch]":
         """The images in n equal parts, partners together."""
-        clean = self.clean.chunk(n)
-        noisy = [None] * n if self.noisy is None else self.noisy.chunk(n)
-        return [Batch(*images, self.n_views) for images in zip(clean, noisy, strict=True)]
+        chunks = ([None] * n if part is None else part.chunk(n) for part in self._tensors())
+        return [Batch(*part) for part in zip(*chunks, strict=True)]
+
+    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return self.clean, self.noisy, self.n_views
 
 
 @dataclass(frozen=True)

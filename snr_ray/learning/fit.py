@@ -29,13 +29,12 @@ from snr_ray.metrics import psnr
 from snr_ray.network.blocks import PixelLevel
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.itnet import ItNet
-from snr_ray.network.noisemaker import NoiseMaker, noise_of
 from snr_ray.network.physics import LinearInverse
 from snr_ray.network.swap import N_DONORS, NoiseCodes, collect, swap
 from snr_ray.network.trust import least_explained
 from snr_ray.network.unet import UNet, regress
-from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import noise_operator, noise_specs
+from snr_ray.noise.tensors import Counts, noise_of_each
 from snr_ray.noise.viewrange import ViewRange
 
 LOG_EVERY_STEPS = 25
@@ -111,9 +110,6 @@ class Learner:
         self.objective = build_objective(config).to(self.device)
         self.objective.to(memory_format=torch.channels_last)
         compiles = is_wanted(config, self.device)
-        for module in self.objective.modules():
-            if isinstance(module, NoiseMaker | ViewCountMaker | ItNet):
-                module.same_shape = compiles or self.device.type == "cuda"
         self.average = copy.deepcopy(self.objective.model).eval().requires_grad_(False)
         self.compiled = Compiled(self.objective) if compiles else None
         self.parallel = wrap(self.objective)
@@ -158,14 +154,17 @@ class Learner:
             kernel[:, : known.shape[1]] = known
             model.load_state_dict({**weights, "stem.conv.weight": kernel}, strict=False)
 
+    @torch.no_grad()
     def with_noise(self, batch: Batch) -> Batch:
         """A batch with the noise of its view counts, made on its device."""
-        views = ViewRange.of(self.config.noise)
+        views, n_views = ViewRange.of(self.config.noise), batch.n_views
         if batch.noisy is not None or views is None:
             return batch
-        with torch.no_grad():
-            noisy = [noise_of(views.spec(n_views), batch.clean) for n_views in batch.n_views]
-        return Batch(batch.clean, torch.stack(noisy, dim=1), batch.n_views)
+        assert n_views is not None
+        clean = batch.clean.repeat_interleave(n_views.shape[1], dim=0)
+        counts = Counts(n_views.flatten(), *views.counts(max(clean.shape[-2:])))
+        noisy = noise_of_each(clean, counts, views.filter, views.angle_range)
+        return Batch(batch.clean, noisy.unflatten(0, n_views.shape), n_views)
 
     def train_step(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step; returns the loss and its parts, `grad_norm` before it is clipped, and

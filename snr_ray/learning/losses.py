@@ -70,7 +70,7 @@ def code_distances(mu: Tensor, n_ids: int, dims: Sequence[int] = ()) -> Distance
     )
 
 
-def triplet_loss(d: Distances, form: str, margin: float, n_views: tuple[int, ...] = ()) -> Tensor:
+def triplet_loss(d: Distances, form: str, margin: float, n_views: Tensor | None = None) -> Tensor:
     """Triplet loss on noise codes, mean over levels; a scalar.
 
     Args:
@@ -80,8 +80,8 @@ def triplet_loss(d: Distances, form: str, margin: float, n_views: tuple[int, ...
             push clean from noisy and noisy ids from each other up to the margin. Without the clean
             pull, clean images hide content in their noise code.
         margin: in units of d, the mean squared difference.
-        n_views: view count of each noisy id where they are drawn from a range: two of them are
-            pushed apart as far as they differ, by the margin from a factor of two on.
+        n_views: [B, n_ids] view counts where they are drawn from a range: two of them are pushed
+            apart as far as they differ, by the margin from a factor of two on.
     """
     if form == "drawn":
         return F.relu(d.same[..., 1:] - d.clean + margin).mean()
@@ -94,9 +94,9 @@ def triplet_loss(d: Distances, form: str, margin: float, n_views: tuple[int, ...
     loss = 0.5 * (d.same[..., 1:].mean() + d.same[..., 0].mean()) + short_of_margin(d.clean)
     if d.noisy.shape[-1] > 1:
         apart: Tensor | float = 1.0
-        if n_views:
-            octaves = torch.tensor(n_views, device=d.noisy.device).log2()
-            apart = (octaves - octaves.roll(1)).abs().clamp(max=1.0)
+        if n_views is not None:
+            octaves = n_views.log2()
+            apart = (octaves - octaves.roll(1, dims=1)).abs().clamp(max=1.0)
         loss = loss + short_of_margin(d.noisy, apart)
     return loss
 
@@ -213,17 +213,16 @@ class Objective(nn.Module):
             known = ids.masked_fill(normal.uniform(len(x)) < WITHHELD, 0)
         seen = _as_found(x, ids, config, normal)
         counts = told = None
-        if batch.n_views:
-            counts = torch.tensor((0, *batch.n_views), device=x.device)
-            told = counts[ids].masked_fill(normal.uniform(len(x)) >= self.told, -1)
+        if batch.n_views is not None:
+            counts = F.pad(batch.n_views, (1, 0)).flatten()  # of every row of x
+            told = counts.masked_fill(normal.uniform(len(x)) >= self.told, -1)
         result = self.model(
             seen,
             donors=donor,
             normal=normal,
             noise_ids=known,
             told=told,
-            wanted=None if counts is None else counts[wanted],
-            among=batch.n_views,
+            wanted=None if counts is None else counts[target],
         )
 
         weight = torch.where((ids == 0) & (wanted > 0), config.injection, 1.0)
@@ -244,7 +243,7 @@ class Objective(nn.Module):
         noise_id = torch.zeros_like(loss)
         views_error: dict[str, Tensor] = {}
         if counts is not None:
-            noise_id, error = self._reading(result, counts, ids, wanted)
+            noise_id, error = self._reading(result, counts, counts[target])
             loss = loss + NOISE_ID * noise_id + N_VIEWS * error
             views_error = {"views_error": error.detach()}
         elif isinstance(self.model.noise_maker, NoiseMaker):
@@ -264,15 +263,13 @@ class Objective(nn.Module):
             **views_error,
         }
 
-    def _reading(
-        self, result: Inference, counts: Tensor, ids: Tensor, wanted: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What the codes in use, and the images' own, tell of view counts: losses of
+    def _reading(self, result: Inference, counts: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """What the images' own codes, and those in use, tell of view counts [rows]: losses of
         `ViewCountMaker.loss`."""
         maker, side = self.model.noise_maker, max(result.codes.size)
         assert isinstance(maker, ViewCountMaker)
-        own = maker.loss([q.mu for q in result.noise], counts[ids], side)
-        used = maker.loss(result.codes.noise, counts[wanted], side)
+        own = maker.loss([q.mu for q in result.noise], counts, side)
+        used = maker.loss(result.codes.noise, wanted, side)
         return 0.5 * (own[0] + used[0]), 0.5 * (own[1] + used[1])
 
 

@@ -1,6 +1,6 @@
 """Training batches of many sizes and view counts: clean images of their own sizes in memory.
 
-A batch has one size and one draw of view counts, those of its step: a hash of (seed, step), so
+A batch has one size, and each pair of partners its own view counts: a hash of (seed, step), so
 every worker draws the same, and resuming needs no state. The noise is made where the step runs, of
 the whole image at the size of the batch.
 """
@@ -85,10 +85,11 @@ class MixedFeed:
         size = self.sizes[int(rng.choice(len(self.sizes), p=self.weights))]
         images = self.images[size]
         n_images = batch_size(self.config, size)
-        drawn = rng.choice(len(images), n_images, replace=False)[self.share.slice(n_images)]
+        mine = self.share.slice(n_images)
+        drawn = rng.choice(len(images), n_images, replace=False)[mine]
         clean = torch.cat([resized(images[k], size) for k in drawn])
-        n_views = self.views.draw(size, self.config.train.versions, rng)
-        return Batch(clean, n_views=n_views)
+        n_views = self.views.draw(size, (n_images // 2, self.config.train.versions), rng)
+        return Batch(clean, n_views=torch.from_numpy(n_views.repeat(2, axis=0)[mine]))
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Batches from step `start` on, without end."""

@@ -13,12 +13,11 @@ Source: conjugate gradients on the normal equations, and early stopping as regul
 Conjugate gradient type methods for ill-posed problems (1995).
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from snr_ray.network.blocks import unexplained
+from snr_ray.network.noisemaker import Noise
 
 WORTH = 0.97
 """An iteration must bring what is left below this share of it, root mean square; the last that does
@@ -35,9 +34,8 @@ count, and some of it could be fitted. Good answers leave a tenth (shipped/choic
 TINY = 1e-30
 
 
-def corrected(
-    images: Tensor, clean: Tensor, make: Callable[[Tensor], Tensor], iterations: int
-) -> Tensor:
+@torch.no_grad()
+def corrected(images: Tensor, clean: Tensor, noise: Noise, iterations: int) -> Tensor:
     """Clean images [B, C, H, W] whose noisy versions are nearer to the images, each on its own.
 
     They are cut to [0, 1] where the answers leave that range, and nowhere else.
@@ -45,46 +43,37 @@ def corrected(
     Args:
         images: what was seen, [B, C, H, W] float32.
         clean: what was made of it, of the same shape.
-        make: noisy versions of clean images; linear and differentiable.
+        noise: what was done to them.
         iterations: at most, of images of up to SIDE pixels; each makes noise once and goes back
             once.
     """
     side = max(images.shape[2:])
     if side > SIDE:
         iterations = min(iterations, max(LEAST, iterations * SIDE // side))
-    with torch.inference_mode(mode=False), torch.no_grad():
-        images, answer = images.clone().float(), clean.clone().float()
-        clean = answer.clamp(0, 1)
-        free = ((answer > 0) & (answer < 1)).float()
-        again = make(clean)
-        left = unexplained(images, again)
-        counts = (left == images - again).float()  # not what lies beyond the bounds of a file
-        gradient = free * _back(make, left * counts)
-        step, power = gradient.clone(), _power(gradient)
-        active = (_power(left) > TINY) & (_power(left) < FAR**2 * _power(images - clean))
-        for _ in range(iterations):
-            made = counts * make(step)
-            rate = power / _power(made).clamp(min=TINY)
-            after = left - rate * made
-            active = active & (_power(after) < WORTH**2 * _power(left))
-            if not active.any():
-                break
-            clean = torch.where(active, clean + rate * step, clean)
-            left = torch.where(active, after, left)
-            gradient = free * _back(make, left * counts)
-            before, power = power, _power(gradient)
-            step = gradient + power / before.clamp(min=TINY) * step
-        return clean
+    images, answer = images.float(), clean.float()
+    clean = answer.clamp(0, 1)
+    free = ((answer > 0) & (answer < 1)).float()
+    again = noise(clean)
+    left = unexplained(images, again)
+    counts = (left == images - again).float()  # not what lies beyond the bounds of a file
+    gradient = free * noise.adjoint(left * counts)
+    step, power = gradient.clone(), _power(gradient)
+    active = (_power(left) > TINY) & (_power(left) < FAR**2 * _power(images - clean))
+    for _ in range(iterations):
+        made = counts * noise(step)
+        rate = power / _power(made).clamp(min=TINY)
+        after = left - rate * made
+        active = active & (_power(after) < WORTH**2 * _power(left))
+        if not active.any():
+            break
+        clean = torch.where(active, clean + rate * step, clean)
+        left = torch.where(active, after, left)
+        gradient = free * noise.adjoint(left * counts)
+        before, power = power, _power(gradient)
+        step = gradient + power / before.clamp(min=TINY) * step
+    return clean
 
 
 def _power(x: Tensor) -> Tensor:
     """Sum of squares of each image: [B, 1, 1, 1]."""
     return x.square().sum((1, 2, 3), keepdim=True)
-
-
-def _back(make: Callable[[Tensor], Tensor], noisy: Tensor) -> Tensor:
-    """The adjoint of `make`."""
-    with torch.enable_grad():
-        clean = torch.zeros_like(noisy, requires_grad=True)
-        (back,) = torch.autograd.grad(make(clean), clean, noisy)
-    return back

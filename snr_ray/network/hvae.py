@@ -16,9 +16,7 @@ noise codes this is the swap, in one pass. A model that was never trained on tha
 against its own noise codes, and they are exchanged afterwards.
 """
 
-import functools
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +36,7 @@ from snr_ray.network.blocks import (
     Up,
     residual_blocks,
 )
-from snr_ray.network.noisemaker import NoiseMaker, noise_of
+from snr_ray.network.noisemaker import Alike, NoiseMaker
 from snr_ray.network.physics import LinearInverse
 from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import NoiseSpec
@@ -150,7 +148,6 @@ class HVAE(nn.Module):
         prior_levels: int = 0,
         told: Tensor | None = None,
         wanted: Tensor | None = None,
-        among: tuple[int, ...] = (),
     ) -> Inference:
         """Encode images and decode them again, with their own noise codes or others.
 
@@ -169,16 +166,15 @@ class HVAE(nn.Module):
                 0 of clean ones, below 0 where it is for their noise codes to say.
             wanted: [B] the same of the noise that is made of the content, in place of what the
                 noise codes in use say: whole counts have no gradient to learn from.
-            among: all view counts of a training batch of such a model.
         """
         seen = self.bottom_up(x, noise_ids)
         posteriors = self.noise_posteriors(seen)
         if geometry is not None:
-            seen.noisy = functools.partial(noise_of, geometry)
+            seen.noisy = Alike(geometry)
         elif self.noise_maker is not None:
             own = self.noise_maker.shares([q.mu for q in posteriors])
             own = self._known(own, told, x)
-            seen.noisy = self._making(own, among)
+            seen.noisy = self.noise_maker.of(own, max(x.shape[-2:]))
         if noise is None:
             noise = [q.sample(normal) for q in posteriors]
         if donors is not None:
@@ -196,7 +192,7 @@ class HVAE(nn.Module):
             finer = seen.levels[level - 1].shape if level else x.shape
             state = self._up(level, state, finer[-2:])
         codes = Codes(z, noise, (x.shape[-2], x.shape[-1]))
-        image = self._image(state, codes, wanted, among)
+        image = self._image(state, codes, wanted)
         return Inference(image, codes, content, posteriors)
 
     def encode(self, x: Tensor, noise: list[Tensor] | None = None) -> Codes:
@@ -232,19 +228,11 @@ class HVAE(nn.Module):
         assert isinstance(self.noise_maker, ViewCountMaker)
         return self.noise_maker.told(shares, n_views, max(images.shape[-2:]))
 
-    def _making(self, shares: Tensor, among: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        """What makes noise of clean images by what was read or told of each."""
-        if isinstance(self.noise_maker, ViewCountMaker):
-            return functools.partial(self.noise_maker, shares=shares, among=among)
-        assert self.noise_maker is not None
-        return functools.partial(self.noise_maker, shares=shares)
-
     def _image(
         self,
         state: Tensor,
         codes: Codes,
         n_views: Tensor | None = None,
-        among: tuple[int, ...] = (),
     ) -> Tensor:
         image = self.head(F.silu(state)).float() + PIXEL_OFFSET
         if self.noise_maker is None:
@@ -253,4 +241,4 @@ class HVAE(nn.Module):
         assert isinstance(finest, PixelLevel)
         clean = image + finest.pixels(codes.content[0], codes.size)
         shares = self._known(self.noise_maker.shares(codes.noise), n_views, clean)
-        return self._making(shares, among)(clean)
+        return self.noise_maker.of(shares, max(codes.size))(clean)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from snr_ray.config import ModelConfig
 from snr_ray.network.blocks import unexplained
-from snr_ray.network.noisemaker import noise_of, with_noise
+from snr_ray.network.noisemaker import Alike, Noise, mixed, n_views_of
 from snr_ray.network.unet import UNet
 from snr_ray.noise.operator import NoiseSpec
 
@@ -29,13 +29,14 @@ class ItNet(UNet):
     channels between its steps, and with lengths for several view counts.
     """
 
-    same_shape: bool = False
+    n_views: Tensor
     """As of `NoiseMaker`."""
 
     def __init__(self, config: ModelConfig, channels: int, noise: list[NoiseSpec]) -> None:
         """`noise` has the spec of each noise id."""
         super().__init__(config, channels)
         self.noise = noise
+        self.register_buffer("n_views", n_views_of(noise), persistent=False)
         self.rates = nn.Parameter(torch.ones(config.unrolled))
 
     def forward(
@@ -48,21 +49,21 @@ class ItNet(UNet):
             noise_ids: [B] their noise ids, 0 of clean ones.
             geometry: how all of them were made, in place of their ids.
         """
+        noise = self._noise(noise_ids, geometry)
         guess = x
         for rate in self.rates:
             guess = super().forward(guess)
-            left = unexplained(x, self._noisy(guess, noise_ids, geometry))
+            left = unexplained(x, noise(guess))
             with torch.no_grad():
-                made = self._noisy(left, noise_ids, geometry)
+                made = noise(left)
                 power = made.square().sum((1, 2, 3), keepdim=True)
                 length = (left * made).sum((1, 2, 3), keepdim=True) / power.clamp(min=TINY)
             guess = guess + rate * length * left
         return guess
 
-    def _noisy(self, clean: Tensor, noise_ids: Tensor | None, geometry: NoiseSpec | None) -> Tensor:
+    def _noise(self, noise_ids: Tensor | None, geometry: NoiseSpec | None) -> Noise:
         if geometry is not None:
-            return noise_of(geometry, clean)
+            return Alike(geometry)
         assert noise_ids is not None
-        known = torch.arange(1 + len(self.noise), device=clean.device)
-        shares = (noise_ids[:, None] == known).float()
-        return with_noise(self.noise, clean, shares, same_shape=self.training and self.same_shape)
+        known = torch.arange(len(self.n_views), device=noise_ids.device)
+        return mixed(self.noise, self.n_views, (noise_ids[:, None] == known).float())

@@ -4,14 +4,90 @@ The noise is a function of the image, so a decoder that holds the function need 
 content code is that of a clean image, and the noise code says what was done to it.
 """
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from snr_ray.noise.operator import NoiseSpec
-from snr_ray.noise.tensors import noise_of_spec
+from snr_ray.noise.tensors import (
+    Counts,
+    adjoint_of_each,
+    adjoint_of_spec,
+    noise_of_each,
+    noise_of_spec,
+)
 
 NEGLIGIBLE = 1e-3
 """Shares of a noise id below it are not made: most images need one operator or none."""
+
+
+class Noise(Protocol):
+    """What was done to clean images: a linear map."""
+
+    def __call__(self, clean: Tensor) -> Tensor:
+        """Images [B, C, H, W] float32 of clean ones; of photons, the mean."""
+        ...
+
+    def adjoint(self, noisy: Tensor) -> Tensor:
+        """The adjoint, of images [B, C, H, W] of any values."""
+        ...
+
+
+@dataclass(frozen=True)
+class Alike:
+    """The same noise in all images."""
+
+    spec: NoiseSpec
+
+    def __call__(self, clean: Tensor) -> Tensor:
+        with torch.autocast(clean.device.type, enabled=False):
+            return noise_of_spec(clean, self.spec)
+
+    def adjoint(self, noisy: Tensor) -> Tensor:
+        return adjoint_of_spec(noisy, self.spec)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """image = share_0 clean + sum over k of share_k noise(clean) of image b's k-th view count.
+
+    Nothing here depends on what the shares and counts are, so a GPU never waits for a host that
+    looks at them.
+    """
+
+    shares: Tensor
+    """[B, 1 + K] float32, that of the clean image first."""
+    counts: Counts
+    """Of each image one after the other, [B K]; 0 where a share is 0: it is not made."""
+    filter: str
+    angle_range: float
+
+    def __call__(self, clean: Tensor) -> Tensor:
+        with torch.autocast(clean.device.type, enabled=False):
+            clean = clean.float()
+            made = noise_of_each(self._repeated(clean), self.counts, self.filter, self.angle_range)
+            return self._share(0) * clean + self._sum(made)
+
+    def adjoint(self, noisy: Tensor) -> Tensor:
+        with torch.autocast(noisy.device.type, enabled=False):
+            noisy = noisy.float()
+            parts = [self._share(k) * noisy for k in range(1, self.shares.shape[1])]
+            each = torch.stack(parts, dim=1).flatten(0, 1)
+            back = adjoint_of_each(each, self.counts, self.filter, self.angle_range)
+            return self._share(0) * noisy + back.unflatten(0, (len(noisy), -1)).sum(1)
+
+    def _share(self, k: int) -> Tensor:
+        return self.shares[:, k, None, None, None]
+
+    def _repeated(self, clean: Tensor) -> Tensor:
+        k = self.shares.shape[1] - 1
+        return clean if k == 1 else clean.repeat_interleave(k, dim=0)
+
+    def _sum(self, made: Tensor) -> Tensor:
+        made = made.unflatten(0, (len(self.shares), -1))
+        return (self.shares[:, 1:, None, None, None] * made).sum(1)
 
 
 class NoiseMaker(nn.Module):
@@ -21,15 +97,14 @@ class NoiseMaker(nn.Module):
     and no function of it: its mean is made.
     """
 
-    same_shape: bool = False
-    """Training makes the noise of every id of every image, also where its share is zero, so that
-    what is done does not depend on the shares: a GPU then never waits for a host that looks at
-    them. A processor saves the work."""
+    n_views: Tensor
+    """View counts [ids], 0 of clean images."""
 
     def __init__(self, noise: list[NoiseSpec], noise_channels: int) -> None:
         """`noise_channels` is the sum over levels."""
         super().__init__()
         self.noise = noise
+        self.register_buffer("n_views", n_views_of(noise), persistent=False)
         self.logits = nn.Linear(noise_channels, 1 + len(noise))
         nn.init.zeros_(self.logits.weight)
         nn.init.zeros_(self.logits.bias)
@@ -48,34 +123,22 @@ class NoiseMaker(nn.Module):
 
     def counts(self, shares: Tensor, side: int) -> Tensor:
         """View count [B] of the largest share, 0 of clean images; the same at every size."""
-        known = torch.tensor([0, *(spec.n_views for spec in self.noise)], device=shares.device)
-        return known[shares.argmax(1)]
+        return self.n_views[shares.argmax(1)]
 
-    def forward(self, clean: Tensor, shares: Tensor) -> Tensor:
-        """Images [B, C, H, W] float32 of clean ones and the shares [B, ids] of their noise."""
-        same_shape = self.training and self.same_shape
-        return with_noise(self.noise, clean, shares, same_shape=same_shape)
+    def of(self, shares: Tensor, side: int) -> Noise:
+        """The noise of shares [B, ids], of images of any size."""
+        return mixed(self.noise, self.n_views, shares)
 
 
-def with_noise(
-    noise: list[NoiseSpec], clean: Tensor, shares: Tensor, *, same_shape: bool
-) -> Tensor:
-    """Images [B, C, H, W] float32 of clean ones and the shares [B, 1 + len(noise)] of their noise,
-    that of none first. `same_shape`: also where a share is zero."""
-    image = clean * shares[:, :1, None, None]
-    for noise_id, spec in enumerate(noise, start=1):
-        share = shares[:, noise_id]
-        if same_shape:
-            image = image + share[:, None, None, None] * noise_of(spec, clean)
-            continue
-        rows = share.nonzero().squeeze(1)
-        if len(rows):
-            noisy = share[rows, None, None, None] * noise_of(spec, clean[rows])
-            image = image.index_add(0, rows, noisy)
-    return image
+def n_views_of(noise: list[NoiseSpec]) -> Tensor:
+    """View counts [ids] of noise ids, 0 of clean images."""
+    return torch.tensor([0, *(spec.n_views for spec in noise)])
 
 
-def noise_of(spec: NoiseSpec, clean: Tensor) -> Tensor:
-    """Images [B, C, H, W] float32 that an operator makes of clean ones; of photons, the mean."""
-    with torch.autocast(clean.device.type, enabled=False):
-        return noise_of_spec(clean, spec)
+def mixed(noise: list[NoiseSpec], n_views: Tensor, shares: Tensor) -> Mixed:
+    """The noise of shares [B, ids], that of none first; the noise differs in its views alone, which
+    are [ids] on the device of the shares."""
+    known = [spec.n_views for spec in noise]
+    each = n_views[1:] * (shares[:, 1:] > 0)
+    counts = Counts(each.flatten(), min(known), max(known))
+    return Mixed(shares, counts, noise[0].filter, noise[0].angle_range)

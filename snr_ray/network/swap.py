@@ -16,7 +16,7 @@ from snr_ray.images.pixels import with_channels
 from snr_ray.network.blocks import Normal, unexplained
 from snr_ray.network.correction import corrected
 from snr_ray.network.hvae import HVAE
-from snr_ray.network.noisemaker import noise_of
+from snr_ray.network.noisemaker import Alike
 from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import NoiseSpec
 
@@ -225,11 +225,9 @@ def exchange(
             shares = maker.told(shares, counts, side)
         of_image = shares.reshape(batch, apart, -1).mean(1)
         n_views = maker.counts(of_image, side).cpu().numpy()
-        with torch.inference_mode(mode=False):  # gradients go back through what is made
-            make = functools.partial(maker, shares=shares.clone())
-        known = maker.counts(shares, side) > 0
+        make, known = maker.of(shares, side), maker.counts(shares, side) > 0
         if geometry is not None:
-            make, known = functools.partial(noise_of, geometry), torch.ones_like(known)
+            make, known = Alike(geometry), torch.ones_like(known)
         removes = noise is not None and not maker.counts(maker.shares(noise), side).any()
         if model.correction and removes and normal is None:
             better = corrected(x, decoded, make, model.correction)
@@ -268,7 +266,7 @@ def explained(
     """
     seen, guess = _tensor(model, images), _tensor(model, clean)
     if geometry is not None:
-        again = noise_of(geometry, guess)
+        again = Alike(geometry)(guess)
     else:
         maker = model.noise_maker
         assert maker is not None
@@ -278,7 +276,7 @@ def explained(
             shares = maker.told(
                 shares, torch.from_numpy(told).to(shares.device), max(seen.shape[2:])
             )
-        again = maker(guess, shares)
+        again = maker.of(shares, max(seen.shape[2:]))(guess)
     return _decibels(unexplained(seen, again), len(images))
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from snr_ray.network.noisemaker import noise_of, with_noise
+from snr_ray.network.noisemaker import Mixed, Noise
+from snr_ray.noise.tensors import Counts
 from snr_ray.noise.viewrange import ViewRange
 
 CERTAIN = 0.02
@@ -25,10 +26,6 @@ class ViewCountMaker(nn.Module):
     What was read from codes, or told, is a tensor [B, 2]: the share of noise, and the logarithm of
     views per pixel of the longer side.
     """
-
-    same_shape: bool = False
-    """As of `NoiseMaker`. Training then makes the noise of each of the batch's view counts of every
-    image, and an image whose count is read from its own code takes the nearest of these."""
 
     def __init__(self, views: ViewRange, noise_channels: int) -> None:
         """`noise_channels` is the sum over levels."""
@@ -75,25 +72,21 @@ class ViewCountMaker(nn.Module):
         parts = steps.split([code.shape[1] for code in codes], dim=1)
         return [code + part[..., None, None] for code, part in zip(codes, parts, strict=True)]
 
-    def forward(self, clean: Tensor, shares: Tensor, among: tuple[int, ...] = ()) -> Tensor:
-        """Images [B, C, H, W] float32 of clean ones and what was read or told: [B, 2]. `among`:
-        the view counts of a batch that trains."""
+    def of(self, shares: Tensor, side: int) -> Noise:
+        """The noise of what was read or told of images [B, 2], of a longer side in pixels."""
         share = shares[:, 0]
-        side = max(clean.shape[-2:])
-        if among and self.training and self.same_shape:
-            octaves = torch.tensor(among, device=clean.device).log() - math.log(side)
-            nearest = (shares[:, 1:].detach() - octaves).abs().argmin(1)
-            mine = nearest[:, None] == torch.arange(len(among), device=clean.device)
-            parts = torch.cat([1 - share[:, None], share[:, None] * mine], dim=1)
-            noise = [self.views.spec(n_views) for n_views in among]
-            return with_noise(noise, clean, parts, same_shape=True)
-        image = clean * (1 - share)[:, None, None, None]
-        counts = (shares[:, 1].detach().exp() * side).round().clamp(min=1) * (share > 0)
-        for n_views in sorted({int(n) for n in counts.tolist()} - {0}):
-            rows = (counts == n_views).nonzero().squeeze(1)
-            noisy = noise_of(self.views.spec(n_views), clean[rows])
-            image = image.index_add(0, rows, share[rows, None, None, None] * noisy)
-        return image
+        each = (shares[:, 1].detach().exp() * side).round().clamp(min=1).long() * (share > 0)
+        if self.training:  # the host does not look at what was read
+            least, most = self._within(side)
+        else:
+            least, most = torch.stack(torch.aminmax(each.clamp(min=1))).tolist()
+        both = torch.stack([1 - share, share], dim=1)
+        return Mixed(both, Counts(each, least, most), self.views.filter, self.views.angle_range)
+
+    def _within(self, side: int) -> tuple[int, int]:
+        """The least and the most views that are read of images of a longer side in pixels."""
+        low, high = self.views.low / BEYOND * side, self.views.high * BEYOND * side
+        return max(1, math.floor(low)), math.ceil(high)
 
     def loss(self, codes: list[Tensor], n_views: Tensor, side: int) -> tuple[Tensor, Tensor]:
         """Cross-entropy of noise or none, in nats, and mean error of the logarithm of the view

@@ -1,11 +1,13 @@
 """The noise operator for images that are on a GPU: the loops of `rays` as Triton kernels, weights
 computed on the way.
 
-Images are [B, H, W], sinograms [B, A, N]. A position is a 64-bit integer, ONE to the pixel: sums
-of it are exact, and no GPU is slow at them as many are at float64.
+Images are [B, H, W], sinograms [B, A, N], and each image has a view count of its own that the host
+does not know: a graph of these kernels serves all counts. A position is a 64-bit integer, ONE to
+the pixel: sums of it are exact, and no GPU is slow at them as many are at float64.
 """
 
 import functools
+import math
 
 import numpy as np
 import torch
@@ -13,63 +15,71 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from snr_ray.noise.filters import response
-from snr_ray.noise.operator import OFFSET, RadonNoise
+from snr_ray.noise import filters
+from snr_ray.noise.operator import n_bins_of
 
 BITS = tl.constexpr(32)
 ONE = 2**32
+HALF_PI = tl.constexpr(math.pi / 2)
+"""The weight of a view, of which there are n, is so much over n."""
 BLOCK = 64
-"""Rays or pixels of a program, which share their weights with IMAGES images."""
-IMAGES = 4
+"""Rays or pixels of a program."""
 
 
-def times(noise: RadonNoise, images: Tensor) -> Tensor:
-    """`RadonNoise.times` of images [B, H, W] float32."""
-    cos, sin, gain, flat = _tables(noise, images.device)
-    shape, n_views, n_bins = images.shape, len(noise.angles), noise.n_bins
-    sinogram = images.new_empty(shape[0], n_views, n_bins)
-    grid = (n_views, triton.cdiv(n_bins, BLOCK), triton.cdiv(shape[0], IMAGES))
-    offset = OFFSET
-    _project[grid](images.contiguous(), sinogram, cos, sin, *shape, n_views, n_bins, offset,
-                   BLOCK, IMAGES)  # fmt: skip
-    clean = (_filtered(sinogram, gain) + flat).contiguous()
-    noisy = torch.empty_like(images, memory_format=torch.contiguous_format)
-    grid = (shape[1], triton.cdiv(shape[2], BLOCK), triton.cdiv(shape[0], IMAGES))
-    _back_project[grid](clean, noisy, cos, sin, *shape, n_views, n_bins, BLOCK, IMAGES)
+def times(
+    images: Tensor, n_views: Tensor, least: int, most: int, filter: str, angle_range: float
+) -> Tensor:
+    """`RadonNoise.times` of images [B, H, W] float32 that have their own view counts, [B] int64
+    from `least` to `most`; those of 0 stay as they are."""
+    images = images.contiguous()
+    cos, sin = _directions(least, most, angle_range, images.device)
+    (n_images, *shape), n_bins = images.shape, n_bins_of(*images.shape[1:])
+    sinogram = images.new_empty(n_images, most, n_bins)
+    grid = n_images, most, triton.cdiv(n_bins, BLOCK)
+    _project[grid](images, sinogram, n_views, cos, sin, least, *shape, most, n_bins, BLOCK)
+    clean = sinogram @ _filter(n_bins, filter, images.device)
+    noisy = torch.empty_like(images)
+    grid = n_images, shape[0], triton.cdiv(shape[1], BLOCK)
+    _back_project[grid](clean, images, noisy, n_views, cos, sin, least, *shape, most, n_bins, BLOCK)
     return noisy
 
 
-def transposed(noise: RadonNoise, images: Tensor) -> Tensor:
-    """`RadonNoise.transposed` of images [B, H, W] float32."""
-    cos, sin, gain, _ = _tables(noise, images.device)
-    shape, n_views, n_bins = images.shape, len(noise.angles), noise.n_bins
-    sinogram = images.new_empty(shape[0], n_views, n_bins)
-    grid = (n_views, triton.cdiv(n_bins, BLOCK), triton.cdiv(shape[0], IMAGES))
-    _back_project_transposed[grid](images.contiguous(), sinogram, cos, sin, *shape, n_views,
-                                   n_bins, BLOCK, IMAGES)  # fmt: skip
-    clean = _filtered(sinogram, gain).contiguous()
-    out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    grid = (shape[1], triton.cdiv(shape[2], BLOCK), triton.cdiv(shape[0], IMAGES))
-    _project_transposed[grid](clean, out, cos, sin, *shape, n_views, n_bins, BLOCK, IMAGES)
+def transposed(
+    images: Tensor, n_views: Tensor, least: int, most: int, filter: str, angle_range: float
+) -> Tensor:
+    """`RadonNoise.transposed` of the same."""
+    images = images.contiguous()
+    cos, sin = _directions(least, most, angle_range, images.device)
+    (n_images, *shape), n_bins = images.shape, n_bins_of(*images.shape[1:])
+    sinogram = images.new_empty(n_images, most, n_bins)
+    grid = n_images, most, triton.cdiv(n_bins, BLOCK)
+    _back_project_transposed[grid](images, sinogram, n_views, cos, sin, least, *shape, most, n_bins,
+                                   BLOCK)  # fmt: skip
+    clean = sinogram @ _filter(n_bins, filter, images.device)
+    out = torch.empty_like(images)
+    grid = n_images, shape[0], triton.cdiv(shape[1], BLOCK)
+    _project_transposed[grid](clean, images, out, n_views, cos, sin, least, *shape, most, n_bins,
+                              BLOCK)  # fmt: skip
     return out
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(noise: RadonNoise, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of one operator: cosines and sines [A] as positions, the filter's gains and the weight of a
-    view in one, and the filtered projections [A, N] of an image that is OFFSET everywhere."""
-    weight = np.pi / (2 * len(noise.angles))
-    spectrum = response(noise.n_bins, noise.spec.filter)
-    gain = weight * spectrum[: len(spectrum) // 2 + 1]
-    cos, sin = (np.rint(ONE * part).astype(np.int64) for part in noise.directions)
-    tables = (cos, sin, gain.astype(np.float32), np.float32(weight) * noise.flat_filtered)
-    one, two, three, four = (torch.from_numpy(table).to(device) for table in tables)
-    return one, two, three, four
+def _directions(
+    least: int, most: int, angle_range: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the views of all counts from one to another, as positions; those of
+    count n come after the n (n - 1) / 2 of lower ones, less the ones that are left out."""
+    counts = np.repeat(np.arange(least, most + 1), np.arange(least, most + 1))
+    views = np.arange(len(counts)) - (counts * (counts - 1) - least * (least - 1)) // 2
+    angles = np.deg2rad(views * angle_range / counts)
+    cos, sin = (np.rint(ONE * part(angles)).astype(np.int64) for part in (np.cos, np.sin))
+    return torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
 
 
-def _filtered(sinogram: Tensor, gain: Tensor) -> Tensor:
-    size = 2 * (len(gain) - 1)
-    return torch.fft.irfft(torch.fft.rfft(sinogram, size) * gain, size)[..., : sinogram.shape[-1]]
+@functools.lru_cache(maxsize=16)
+def _filter(n_bins: int, name: str, device: torch.device) -> Tensor:
+    """[N, N]: symmetric, so the filter is its own transpose."""
+    return torch.from_numpy(filters.matrix(n_bins, name)).to(device)
 
 
 @triton.jit
@@ -77,7 +87,7 @@ def _below(position):  # type: ignore[no-untyped-def]
     """The pixel at or below a position, and how far above it: in [0, 1)."""
     low = position >> BITS
     rest = position - (low << BITS)
-    return low, (rest >> 8).to(tl.float32) * (1 / 16777216)
+    return low.to(tl.int32), (rest >> 8).to(tl.int32).to(tl.float32) * (1 / 16777216)
 
 
 @triton.jit
@@ -86,138 +96,147 @@ def _tri(distance):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _take(base, row, place, inside, other):  # type: ignore[no-untyped-def]
-    """Entries [IMAGES, BLOCK] of rows [IMAGES, 1] at places [BLOCK]."""
-    return tl.load(base + row + place[None, :], mask=inside, other=other)
+def _views(n_views, cosines, sines, least):  # type: ignore[no-untyped-def]
+    """Of a program's image: its view count, and where its cosines and sines lie."""
+    n = tl.load(n_views + tl.program_id(0)).to(tl.int32)
+    first = (n * (n - 1) - least * (least - 1)) // 2
+    return n, cosines + first, sines + first
 
 
 @triton.jit
 def _project(  # type: ignore[no-untyped-def]
-    images, sinogram, cosines, sines, n_images, height, width, n_views, n_bins, offset,
-    BLOCK: tl.constexpr, IMAGES: tl.constexpr,
+    images, sinogram, n_views, cosines, sines, least, height, width, most, n_bins,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of bilinear samples along each ray, of images less an offset."""
-    bins = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    view = tl.program_id(0).to(tl.int64)
-    image = (tl.program_id(2) * IMAGES + tl.arange(0, IMAGES)).to(tl.int64)[:, None]
-    there = image < n_images
-    cos, sin = tl.load(cosines + view), tl.load(sines + view)
-    center = n_bins // 2
-    ray = (bins - center).to(tl.int64)
-    x = cos * ray - sin * center + ((width // 2).to(tl.int64) << BITS)
-    y = -sin * ray - cos * center + ((height // 2).to(tl.int64) << BITS)
-    total = tl.zeros((IMAGES, BLOCK), tl.float32)
-    rows = image * height * width
-    for _ in range(n_bins):
-        left, right_weight = _below(x)
-        top, lower_weight = _below(y)
-        for corner in tl.static_range(4):
-            j, i = left + corner % 2, top + corner // 2
-            across = right_weight if corner % 2 == 1 else 1 - right_weight
-            down = lower_weight if corner // 2 == 1 else 1 - lower_weight
-            inside = (j >= 0) & (j < width) & (i >= 0) & (i < height)
-            pixels = _take(images, rows, i * width + j, there & inside[None, :], offset)
-            total += (across * down)[None, :] * (pixels - offset)
-        x += sin
-        y += cos
-    place = (image * n_views + view) * n_bins + bins[None, :]
-    tl.store(sinogram + place, total, mask=there & (bins < n_bins)[None, :])
+    """Sums of bilinear samples along each ray."""
+    n, cosines, sines = _views(n_views, cosines, sines, least)
+    image, view = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    bins = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    if view < n:
+        cos, sin = tl.load(cosines + view), tl.load(sines + view)
+        center = n_bins // 2
+        ray = (bins - center).to(tl.int64)
+        x = cos * ray - sin * center + ((width // 2).to(tl.int64) << BITS)
+        y = -sin * ray - cos * center + ((height // 2).to(tl.int64) << BITS)
+        total = tl.zeros((BLOCK,), tl.float32)
+        pixels = images + image * height * width
+        for _ in range(n_bins):
+            left, right_weight = _below(x)
+            top, lower_weight = _below(y)
+            for corner in tl.static_range(4):
+                j, i = left + corner % 2, top + corner // 2
+                across = right_weight if corner % 2 == 1 else 1 - right_weight
+                down = lower_weight if corner // 2 == 1 else 1 - lower_weight
+                inside = (j >= 0) & (j < width) & (i >= 0) & (i < height)
+                total += across * down * tl.load(pixels + i * width + j, mask=inside, other=0.0)
+            x += sin
+            y += cos
+        place = sinogram + (image * most + view) * n_bins + bins
+        tl.store(place, total, mask=bins < n_bins)
 
 
 @triton.jit
 def _project_transposed(  # type: ignore[no-untyped-def]
-    sinogram, images, cosines, sines, n_images, height, width, n_views, n_bins,
-    BLOCK: tl.constexpr, IMAGES: tl.constexpr,
+    sinogram, images, out, n_views, cosines, sines, least, height, width, most, n_bins,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the rays put on each pixel: of 3 rays at most, and 3 samples of each."""
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(0)
-    image = (tl.program_id(2) * IMAGES + tl.arange(0, IMAGES)).to(tl.int64)[:, None]
-    there = (image < n_images) & (column < width)[None, :]
+    n, cosines, sines = _views(n_views, cosines, sines, least)
+    image, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    there, place = column < width, (image * height + row) * width + column
     center = n_bins // 2
     x, y = (column - width // 2).to(tl.int64), (row - height // 2).to(tl.int64)
-    total = tl.zeros((IMAGES, BLOCK), tl.float32)
-    for view in range(n_views):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for view in range(n):
         cos, sin = tl.load(cosines + view), tl.load(sines + view)
         reach = tl.abs(cos) + tl.abs(sin)
         ray, step = cos * x - sin * y, sin * x + cos * y
         first_ray, first_step = ((ray - reach) >> BITS) + 1, ((step - reach) >> BITS) + 1
         ray_away = ((first_ray << BITS) - ray).to(tl.float32) * (1 / 4294967296)
         step_away = ((first_step << BITS) - step).to(tl.float32) * (1 / 4294967296)
+        ray_0, step_0 = first_ray.to(tl.int32) + center, first_step.to(tl.int32) + center
         c = cos.to(tl.float32) * (1 / 4294967296)
         s = sin.to(tl.float32) * (1 / 4294967296)
-        rows = (image * n_views + view) * n_bins
+        bins = sinogram + (image * most + view) * n_bins
         for k in tl.static_range(3):
             weight = tl.zeros((BLOCK,), tl.float32)
             for m in tl.static_range(3):
                 a, b = ray_away + k, step_away + m
-                sampled = (first_step + m >= -center) & (first_step + m < n_bins - center)
+                sampled = (step_0 + m >= 0) & (step_0 + m < n_bins)
                 weight += tl.where(sampled, _tri(c * a + s * b) * _tri(c * b - s * a), 0.0)
-            place = first_ray + k + center
-            inside = there & ((place >= 0) & (place < n_bins))[None, :]
-            total += weight[None, :] * _take(sinogram, rows, place, inside, 0.0)
-    tl.store(images + (image * height + row) * width + column[None, :], total, mask=there)
+            inside = there & (ray_0 + k >= 0) & (ray_0 + k < n_bins)
+            total += weight * tl.load(bins + ray_0 + k, mask=inside, other=0.0)
+    if n == 0:
+        total = tl.load(images + place, mask=there)
+    tl.store(out + place, total, mask=there)
 
 
 @triton.jit
 def _back_project(  # type: ignore[no-untyped-def]
-    sinogram, images, cosines, sines, n_images, height, width, n_views, n_bins,
-    BLOCK: tl.constexpr, IMAGES: tl.constexpr,
+    sinogram, images, out, n_views, cosines, sines, least, height, width, most, n_bins,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over views of each pixel's bin, interpolated linearly."""
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(0)
-    image = (tl.program_id(2) * IMAGES + tl.arange(0, IMAGES)).to(tl.int64)[:, None]
-    there = (image < n_images) & (column < width)[None, :]
+    n, cosines, sines = _views(n_views, cosines, sines, least)
+    image, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    there, place = column < width, (image * height + row) * width + column
     x, y = (column - width // 2).to(tl.int64), (row - height // 2).to(tl.int64)
     last = (n_bins - 1).to(tl.int64) << BITS
-    total = tl.zeros((IMAGES, BLOCK), tl.float32)
-    for view in range(n_views):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for view in range(n):
         cos, sin = tl.load(cosines + view), tl.load(sines + view)
-        place = cos * x - sin * y + ((n_bins // 2).to(tl.int64) << BITS)
-        low, upper = _below(place)
-        seen = (place >= 0) & (place <= last)
-        rows = (image * n_views + view) * n_bins
-        lower_bin = _take(sinogram, rows, low, there & seen[None, :], 0.0)
-        upper_bin = _take(sinogram, rows, low + 1, there & (seen & (place < last))[None, :], 0.0)
-        total += lower_bin + upper[None, :] * (upper_bin - lower_bin)
-    tl.store(images + (image * height + row) * width + column[None, :], total, mask=there)
+        ray = cos * x - sin * y + ((n_bins // 2).to(tl.int64) << BITS)
+        low, upper = _below(ray)
+        seen = there & (ray >= 0) & (ray <= last)
+        bins = sinogram + (image * most + view) * n_bins + low
+        lower_bin = tl.load(bins, mask=seen, other=0.0)
+        upper_bin = tl.load(bins + 1, mask=seen & (ray < last), other=0.0)
+        total += lower_bin + upper * (upper_bin - lower_bin)
+    if n > 0:
+        total *= HALF_PI / n
+    else:
+        total = tl.load(images + place, mask=there)
+    tl.store(out + place, total, mask=there)
 
 
 @triton.jit
 def _back_project_transposed(  # type: ignore[no-untyped-def]
-    images, sinogram, cosines, sines, n_images, height, width, n_views, n_bins,
-    BLOCK: tl.constexpr, IMAGES: tl.constexpr,
+    images, sinogram, n_views, cosines, sines, least, height, width, most, n_bins,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What the pixels put on each bin: of 4 in each row at most, or in each column where rays are
     flat."""
-    bins = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    view = tl.program_id(0).to(tl.int64)
-    image = (tl.program_id(2) * IMAGES + tl.arange(0, IMAGES)).to(tl.int64)[:, None]
-    there = image < n_images
-    cos, sin = tl.load(cosines + view), tl.load(sines + view)
-    last, center = (n_bins - 1).to(tl.int64) << BITS, n_bins // 2
-    # bin = across column + along row, where a row may be a column.
-    steep = tl.abs(cos) >= tl.abs(sin)
-    across, along = tl.where(steep, cos, -sin), tl.where(steep, -sin, cos)
-    n_rows, n_columns = tl.where(steep, height, width), tl.where(steep, width, height)
-    row_stride, stride = tl.where(steep, width, 1), tl.where(steep, 1, width)
-    per_bin = 1 / (across.to(tl.float32) * (1 / 4294967296))
-    slope = along.to(tl.float32) * (1 / 4294967296)
-    total = tl.zeros((IMAGES, BLOCK), tl.float32)
-    rows = image * height * width
-    for row in range(n_rows):
-        y = row - n_rows // 2
-        middle = ((bins - center).to(tl.float32) - slope * y) * per_bin
-        first = tl.floor(middle - tl.abs(per_bin)).to(tl.int64)
-        for k in tl.static_range(4):
-            x = first + k
-            column = x + n_columns // 2
-            place = across * x + along * y + (center.to(tl.int64) << BITS)
-            away = (place - (bins.to(tl.int64) << BITS)).to(tl.float32) * (1 / 4294967296)
-            weight = tl.where((place >= 0) & (place <= last), _tri(away), 0.0)
-            inside = (column >= 0) & (column < n_columns) & (weight > 0)
-            at = row * row_stride + column * stride
-            total += weight[None, :] * _take(images, rows, at, there & inside[None, :], 0.0)
-    place = (image * n_views + view) * n_bins + bins[None, :]
-    tl.store(sinogram + place, total, mask=there & (bins < n_bins)[None, :])
+    n, cosines, sines = _views(n_views, cosines, sines, least)
+    image, view = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    bins = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    if view < n:
+        cos, sin = tl.load(cosines + view), tl.load(sines + view)
+        last, center = (n_bins - 1).to(tl.int64) << BITS, n_bins // 2
+        # bin = across column + along row, where a row may be a column.
+        steep = tl.abs(cos) >= tl.abs(sin)
+        across, along = tl.where(steep, cos, -sin), tl.where(steep, -sin, cos)
+        n_rows, n_columns = tl.where(steep, height, width), tl.where(steep, width, height)
+        row_stride, stride = tl.where(steep, width, 1), tl.where(steep, 1, width)
+        per_bin = 1 / (across.to(tl.float32) * (1 / 4294967296))
+        slope = along.to(tl.float32) * (1 / 4294967296)
+        total = tl.zeros((BLOCK,), tl.float32)
+        pixels = images + image * height * width
+        here = (bins - center).to(tl.int64) << BITS
+        for row in range(n_rows):
+            y = row - n_rows // 2
+            middle = ((bins - center).to(tl.float32) - slope * y) * per_bin
+            first = tl.floor(middle - tl.abs(per_bin)).to(tl.int32)
+            for k in tl.static_range(4):
+                x = first + k
+                column = x + n_columns // 2
+                ray = across * x.to(tl.int64) + along * y.to(tl.int64)
+                away = (ray - here).to(tl.float32) * (1 / 4294967296)
+                ray += center.to(tl.int64) << BITS
+                weight = tl.where((ray >= 0) & (ray <= last), _tri(away), 0.0)
+                inside = (column >= 0) & (column < n_columns) & (weight > 0)
+                at = row * row_stride + column * stride
+                total += weight * tl.load(pixels + at, mask=inside, other=0.0)
+        place = sinogram + (image * most + view) * n_bins + bins
+        tl.store(place, total * (HALF_PI / n), mask=bins < n_bins)

@@ -125,7 +125,7 @@ class RadonNoise:
             f"{spec.n_views}; more views add memory and nothing else.",
         )
         self.spec, self.height, self.width = spec, height, width
-        self.n_bins = _n_bins(height, width)
+        self.n_bins = n_bins_of(height, width)
         self.angles = np.deg2rad(spec.theta)
         self._kept: tuple[Array, Array] | None = None
 
@@ -187,16 +187,6 @@ class RadonNoise:
     def nbytes(self) -> int:
         """Memory in bytes of what the operator computes once, if at most KEPT_BYTES."""
         return self.angles.nbytes + 2 * 4 * self.spec.n_views * self.n_bins
-
-    @property
-    def directions(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Cosines and sines [A] of the views."""
-        return np.cos(self.angles), np.sin(self.angles)
-
-    @property
-    def flat_filtered(self) -> Array:
-        """Filtered projections [A, N] of an image that is OFFSET everywhere."""
-        return self._flat[1]
 
     @property
     def block(self) -> int:
@@ -277,7 +267,7 @@ class RadonNoise:
         n_images = sinogram.shape[2]
         clean = filtered(sinogram, self.spec.filter, self._sinogram("filtered", n_images))
         if offset:
-            clean += self.flat_filtered[..., None]
+            clean += self._flat[1][..., None]
         pixels = scratch("pixels", self.height * self.width, n_images)
         pixels[:] = 0
         self._loop(back_project, clean, pixels)
@@ -328,13 +318,13 @@ def noise_operator(spec: NoiseSpec, height: int, width: int) -> RadonNoise:
 def working_bytes(height: int, width: int, n_views: int, n_images: int = 1) -> int:
     """Memory in bytes, about, to make the noise of so many images of a shape: what the loops and
     the filter hold at a time, and the images that go in and come out."""
-    block, bins = block_width(min(n_images, _block(height, width))), _n_bins(height, width)
+    block, bins = block_width(min(n_images, _block(height, width))), n_bins_of(height, width)
     kept = 2 * 4 * n_views * bins
     return 4 * (height * width * (block + 2 * n_images) + 2 * n_views * bins * block) + kept
 
 
-def _n_bins(height: int, width: int) -> int:
-    """The diagonal of a square image holds its rays."""
+def n_bins_of(height: int, width: int) -> int:
+    """Detector bins of a view: the diagonal of a square image holds its rays."""
     return int(np.ceil(np.sqrt(2) * max(height, width)))
 
 

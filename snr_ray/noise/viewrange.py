@@ -38,13 +38,15 @@ class ViewRange:
         least = max(1, round(self.low * side))
         return least, max(least, round(self.high * side))
 
-    def draw(self, side: int, n: int, rng: np.random.Generator) -> tuple[int, ...]:
-        """View counts drawn from the range, the most first; one from each of n parts.
+    def draw(
+        self, side: int, shape: tuple[int, int], rng: np.random.Generator
+    ) -> npt.NDArray[np.int64]:
+        """View counts [rows, n] drawn from the range, the most first; one from each of n parts.
 
         The parts are equal on a logarithmic scale, as is the choice within each: from 10 views to
         20 is as far as from 20 to 40.
         """
         least, most = self.counts(side)
-        places = (np.arange(n) + rng.random(n)) / n
+        places = (np.arange(shape[1]) + rng.random(shape)) / shape[1]
         drawn: npt.NDArray[np.float64] = most * (least / most) ** places
-        return tuple(int(count) for count in drawn.round())
+        return drawn.round().astype(np.int64)

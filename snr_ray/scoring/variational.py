@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from snr_ray.network.blocks import unexplained
-from snr_ray.network.noisemaker import noise_of
+from snr_ray.network.noisemaker import Alike
 from snr_ray.noise.operator import NoiseSpec
 
 Array = npt.NDArray[np.float32]
@@ -50,16 +50,14 @@ def reconstruct(
     if not len(noisy):
         return noisy
     y = torch.from_numpy(np.ascontiguousarray(noisy, np.float32))
-    adjoint = _Adjoint(spec, y)
+    noise = Alike(spec)
     tau = 1 / _squared_norm(spec, y.shape[-2], y.shape[-1])
     dual_step = 1 / (GRADIENT_NORM * tau)
     x = ahead = y.clamp(0, 1)
     momentum = 1.0
     p = torch.zeros(len(y), 2 * y.shape[1], *y.shape[2:])
     for _ in range(iterations):
-        with torch.no_grad():
-            left = unexplained(y, noise_of(spec, ahead))
-        step = ahead + tau * adjoint(left)
+        step = ahead + tau * noise.adjoint(unexplained(y, noise(ahead)))
         for _ in range(DUAL_STEPS):
             slope = _differences((step - tau * _adjoint_differences(p)).clamp(0, 1))
             p = _within(p + dual_step * slope, weight)
@@ -70,29 +68,16 @@ def reconstruct(
     return x.numpy()
 
 
-class _Adjoint:
-    """M^T of images [B, C, H, W]: the gradient of the operator, whose graph is made once."""
-
-    def __init__(self, spec: NoiseSpec, like: Tensor) -> None:
-        self.x = torch.zeros_like(like).requires_grad_()
-        with torch.enable_grad():
-            self.y = noise_of(spec, self.x)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return torch.autograd.grad(self.y, self.x, images, retain_graph=True)[0]
-
-
 @functools.lru_cache(maxsize=64)
 def _squared_norm(spec: NoiseSpec, height: int, width: int) -> float:
     """Largest eigenvalue of M^T M, by power iteration, and a margin."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 1, height, width, generator=generator)
-    adjoint, norm = _Adjoint(spec, x), 1.0
+    noise, norm = Alike(spec), 1.0
     for _ in range(POWER_STEPS):
-        with torch.no_grad():
-            x = adjoint(noise_of(spec, x))
-            norm = float(x.norm())
-            x /= norm
+        x = noise.adjoint(noise(x))
+        norm = float(x.norm())
+        x /= norm
     return MARGIN * norm
 
 

@@ -28,9 +28,6 @@ def no_compiler(graph: Any, inputs: Any) -> Any:
 def learner(tiny: Config, backend: str | Callable[..., Any] | None, **changes: object) -> Learner:
     small = {"model.unrolled": 1, "train.batch_size": 4} | changes
     one = Learner(configs.replace(tiny, small))
-    for module in one.objective.modules():
-        if hasattr(module, "same_shape"):
-            module.same_shape = True
     if backend:
         one.compiled = Compiled(one.objective, backend=backend)
     return one

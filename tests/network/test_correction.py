@@ -1,6 +1,5 @@
 """The exact last step: nearer to the truth on exact input, and never a step for the worse."""
 
-import functools
 from unittest import mock
 
 import numpy as np
@@ -15,7 +14,7 @@ from snr_ray.metrics import psnr
 from snr_ray.network import correction
 from snr_ray.network.correction import corrected
 from snr_ray.network.hvae import HVAE
-from snr_ray.network.noisemaker import noise_of
+from snr_ray.network.noisemaker import Alike
 from snr_ray.network.swap import exchange, swap
 from snr_ray.noise.operator import NoiseSpec
 
@@ -38,14 +37,14 @@ def answers(clean: torch.Tensor, sigma: float = 0.03) -> torch.Tensor:
 def gain(noisy: torch.Tensor, clean: torch.Tensor, n_views: int, iterations: int = 8) -> np.ndarray:
     """PSNR of corrected answers over that of the answers, dB."""
     guess = answers(clean)
-    make = functools.partial(noise_of, NoiseSpec(n_views))
+    make = Alike(NoiseSpec(n_views))
     better = corrected(noisy, guess, make, iterations)
     return psnr(better.numpy(), clean.numpy()) - psnr(guess.numpy(), clean.numpy())
 
 
 @pytest.mark.parametrize("n_views", [6, 12, 24])
 def test_answers_to_exact_images_get_better(letters: torch.Tensor, n_views: int) -> None:
-    noisy = noise_of(NoiseSpec(n_views), letters)
+    noisy = Alike(NoiseSpec(n_views))(letters)
     gains = [gain(noisy, letters, n_views, iterations) for iterations in (1, 3, 12)]
     assert gains[0].min() >= 0
     assert gains[1].mean() > gains[0].mean()
@@ -54,7 +53,7 @@ def test_answers_to_exact_images_get_better(letters: torch.Tensor, n_views: int)
 
 @pytest.mark.parametrize("n_views", [6, 24])
 def test_files_of_8_bits_get_better_by_what_they_hold(letters: torch.Tensor, n_views: int) -> None:
-    noisy = (noise_of(NoiseSpec(n_views), letters).clamp(0, 1) * 255).round() / 255
+    noisy = (Alike(NoiseSpec(n_views))(letters).clamp(0, 1) * 255).round() / 255
     assert gain(noisy, letters, n_views).min() > -0.05
     assert gain(noisy, letters, n_views).mean() > 0.3
 
@@ -63,16 +62,16 @@ def test_files_of_8_bits_get_better_by_what_they_hold(letters: torch.Tensor, n_v
 @pytest.mark.parametrize("sigma", [0.01, 0.03, 0.1])
 def test_gaussian_noise_is_not_fitted(letters: torch.Tensor, n_views: int, sigma: float) -> None:
     noise = sigma * torch.randn(letters.shape, generator=torch.manual_seed(2))
-    assert gain(noise_of(NoiseSpec(n_views), letters) + noise, letters, n_views).min() > -0.5
+    assert gain(Alike(NoiseSpec(n_views))(letters) + noise, letters, n_views).min() > -0.5
 
 
 def test_a_wrong_view_count_does_not_pull(letters: torch.Tensor) -> None:
-    assert gain(noise_of(NoiseSpec(12), letters), letters, 13).min() > -0.3
+    assert gain(Alike(NoiseSpec(12))(letters), letters, 13).min() > -0.3
 
 
 def test_air_stays_air(letters: torch.Tensor) -> None:
     # Of answers that know where there is nothing, the rest is found from the same views.
-    make = functools.partial(noise_of, NoiseSpec(6))
+    make = Alike(NoiseSpec(6))
     knows = torch.where(letters == 0, -0.01, answers(letters).clamp(min=1e-3))
     not_so = torch.where(letters == 0, 1e-4, knows)
     better = [corrected(make(letters), guess, make, 12) for guess in (knows, not_so)]
@@ -82,14 +81,14 @@ def test_air_stays_air(letters: torch.Tensor) -> None:
 
 
 def test_an_exact_answer_and_no_iterations_change_nothing(letters: torch.Tensor) -> None:
-    make = functools.partial(noise_of, NoiseSpec(8))
+    make = Alike(NoiseSpec(8))
     assert torch.equal(corrected(make(letters), letters, make, 5), letters)
     guess = answers(letters)
     assert torch.equal(corrected(make(letters), guess, make, 0), guess.clamp(0, 1))
 
 
 def test_images_do_not_depend_on_their_neighbours(letters: torch.Tensor) -> None:
-    make = functools.partial(noise_of, NoiseSpec(8))
+    make = Alike(NoiseSpec(8))
     noisy, guess = make(letters), answers(letters)
     noisy[3] += 0.02 * torch.randn(noisy[3].shape, generator=torch.manual_seed(0))
     together = corrected(noisy, guess, make, 6)
@@ -98,20 +97,28 @@ def test_images_do_not_depend_on_their_neighbours(letters: torch.Tensor) -> None
         torch.testing.assert_close(together[k : k + 1], alone, atol=1e-4, rtol=0)
 
 
+class Blur:
+    """Slow to undo, and its own adjoint."""
+
+    made = 0
+
+    def __call__(self, clean: torch.Tensor) -> torch.Tensor:
+        self.made += 1
+        return self.adjoint(clean)
+
+    def adjoint(self, noisy: torch.Tensor) -> torch.Tensor:
+        spread = torch.tensor([0.3, 0.4, 0.3]).reshape(1, 1, 1, 3)
+        return torch.nn.functional.conv2d(noisy, spread, padding=(0, 1))
+
+
 @pytest.mark.parametrize(("side", "most"), [(64, 24), (128, 24), (256, 12), (512, 6), (1024, 4)])
 def test_large_images_have_fewer_iterations(side: int, most: int) -> None:
-    made = [0]
-
-    def make(clean: torch.Tensor) -> torch.Tensor:  # a blur, slow to undo
-        made[0] += not torch.is_grad_enabled()
-        spread = torch.tensor([0.3, 0.4, 0.3]).reshape(1, 1, 1, 3)
-        return torch.nn.functional.conv2d(clean, spread, padding=(0, 1))
-
+    blur = Blur()
     clean = torch.rand(1, 1, side, side, generator=torch.manual_seed(0)) * 0.6 + 0.2
     guess = clean + 0.05 * torch.randn(clean.shape, generator=torch.manual_seed(1))
     with mock.patch.object(correction, "WORTH", 1.0), mock.patch.object(correction, "FAR", 9.0):
-        corrected(make(clean), guess, make, 24)
-    assert made[0] == 1 + most
+        corrected(blur(clean), guess, blur, 24)
+    assert blur.made == 2 + most
 
 
 def model(correction: int) -> HVAE:
@@ -123,7 +130,7 @@ def model(correction: int) -> HVAE:
 
 def test_the_swap_corrects_what_it_cleans_and_explains_more(letters: torch.Tensor) -> None:
     trained, clean = load_model("notmnist"), letters[..., 2:-2, 2:-2].numpy()
-    noisy = noise_of(NoiseSpec(20), torch.from_numpy(clean)).numpy()
+    noisy = Alike(NoiseSpec(20))(torch.from_numpy(clean)).numpy()
     assert trained.model.correction == 0  # as it was shipped
     for geometry in (None, NoiseSpec(20)):
         made = []

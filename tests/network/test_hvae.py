@@ -1,5 +1,7 @@
 """The model: shapes at any size, codes as the only way to the image, the swap."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from snr_ray.config import Config, InputError
 from snr_ray.learning.fit import build_model
 from snr_ray.network.blocks import PIXEL_OFFSET, BottomUp, Gaussian, PixelLevel, Up, kl, standard
 from snr_ray.network.hvae import HVAE, Codes
-from snr_ray.network.noisemaker import NoiseMaker
+from snr_ray.network.noisemaker import Mixed, NoiseMaker
 from snr_ray.network.swap import NoiseCodes, collect, noise_code, swap
 from snr_ray.network.unet import UNet, regress
 from snr_ray.noise.lmmse import ImagePrior, Lmmse
@@ -153,11 +155,16 @@ def test_the_encoder_sees_what_its_guess_leaves_unexplained(tiny: Config, told: 
 
 def test_noise_is_made_of_guesses_within_the_bounds_of_clean_images(tiny: Config) -> None:
     made: list[torch.Tensor] = []
+    make = Mixed.__call__
+
+    def watched(noise: Mixed, clean: torch.Tensor) -> torch.Tensor:
+        made.append(clean)
+        return make(noise, clean)
+
     for bounded in (False, True):
         model = model_of(configs.replace(tiny, {"model.bounded": bounded}))
-        assert model.noise_maker is not None
-        model.noise_maker.register_forward_pre_hook(lambda _, given: made.append(given[0]))
-        swap(model, 3 * images(2) - 1, None)
+        with mock.patch.object(Mixed, "__call__", watched):
+            swap(model, 3 * images(2) - 1, None)
     free, cut = made[: len(made) // 2], made[len(made) // 2 :]
     assert all(guess.min() < 0 and guess.max() > 1 for guess in free)
     for guess in cut[: tiny.model.unrolled]:

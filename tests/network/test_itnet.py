@@ -12,7 +12,7 @@ from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
 from snr_ray.learning.fit import build_model
 from snr_ray.network.itnet import ItNet
-from snr_ray.network.noisemaker import noise_of
+from snr_ray.network.noisemaker import Alike
 from snr_ray.network.unet import regress
 from snr_ray.noise.operator import NoiseSpec, noise_specs
 
@@ -28,7 +28,7 @@ def itnet(tiny: Config) -> ItNet:
 def noisy(tiny: Config) -> tuple[Tensor, Tensor, Tensor]:
     """Clean images, the same under noise ids 1, 2, 1, 2, and the ids."""
     clean = torch.from_numpy(images(4))
-    both = [noise_of(spec, clean) for spec in noise_specs(tiny.noise)]
+    both = [Alike(spec)(clean) for spec in noise_specs(tiny.noise)]
     return clean, torch.stack([both[k % 2][k] for k in range(4)]), torch.tensor([1, 2, 1, 2])
 
 
@@ -44,7 +44,7 @@ def test_each_step_explains_more_where_the_network_changes_nothing(
         itnet.rates = torch.nn.Parameter(torch.ones(steps))
         answer = itnet(x, ids)
         spec = noise_specs(tiny.noise)[0]
-        left.append((x[::2] - noise_of(spec, answer[::2])).square().sum((1, 2, 3)))
+        left.append((x[::2] - Alike(spec)(answer[::2])).square().sum((1, 2, 3)))
         if not steps:
             torch.testing.assert_close(answer, x)
     assert all((after < before).all() for before, after in itertools.pairwise(left))
@@ -56,9 +56,9 @@ def test_an_answer_gets_the_noise_of_its_image(
     itnet: ItNet, noisy: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     clean, x, ids = noisy
-    again = itnet._noisy(clean, ids, None)
+    again = itnet._noise(ids, None)(clean)
     torch.testing.assert_close(again, x, atol=1e-5, rtol=0)
-    nothing = itnet._noisy(clean, torch.zeros_like(ids), None)
+    nothing = itnet._noise(torch.zeros_like(ids), None)(clean)
     torch.testing.assert_close(nothing, clean)
 
 

@@ -42,7 +42,7 @@ def test_each_image_gets_the_whole_count_nearest_to_what_its_code_says() -> None
     shares = maker.shares(codes_of([1.0, 1.0, -1.0], octaves))
     counts = maker.counts(shares, 16).tolist()
     assert counts == [round(16 * math.exp(maker.middle)), 9, 0]
-    image = maker(clean, shares).detach().numpy()
+    image = maker.of(shares, 16)(clean).detach().numpy()
     for k, n_views in enumerate(counts[:2]):
         expected = noise_operator(NoiseSpec(n_views), 16, 12)(clean[k].numpy())
         np.testing.assert_allclose(image[k], expected, atol=1e-4)
@@ -54,7 +54,7 @@ def test_a_share_of_noise_between_is_kept() -> None:
     shares = maker.shares(codes_of([math.log(3) / 20], [0.0]))
     noisy = noise_operator(NoiseSpec(int(maker.counts(shares, 16))), 16, 16)(clean.numpy())
     expected = 0.25 * clean.numpy() + 0.75 * noisy
-    np.testing.assert_allclose(maker(clean, shares).detach().numpy(), expected, atol=1e-4)
+    np.testing.assert_allclose(maker.of(shares, 16)(clean).detach().numpy(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("side", [16, 100, 512])

@@ -12,9 +12,6 @@ from snr_ray.config import Config
 from snr_ray.learning.batches import PairFeed, Pairs, Share
 from snr_ray.learning.fit import Learner
 from snr_ray.learning.mixed import MixedFeed, Pictures
-from snr_ray.network.itnet import ItNet
-from snr_ray.network.noisemaker import NoiseMaker
-from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.stages.benchstep import PARTS, Launches, _measure
 
 WAITS = {"nonzero", "_local_scalar_dense", "masked_select", "item"}
@@ -81,9 +78,6 @@ def test_a_step_on_a_gpu_does_the_same_whatever_the_numbers(
     pairs: Pairs, preset: str, most: int
 ) -> None:
     learner, like_cpu = (Learner(configs.load(["smoke", preset])) for _ in range(2))
-    for module in learner.objective.modules():
-        if isinstance(module, NoiseMaker | ItNet):
-            module.same_shape = True
     feed = PairFeed(pairs, 8, seed=0, share=Share())
     for step in range(3):
         like_cpu.train_step(feed.batch(step))
@@ -103,9 +97,6 @@ def test_a_step_of_a_range_does_so_too(told: float) -> None:
     pictures = Pictures({16: ([f"{k:02d}" for k in range(40)], list(images))})
     feed = MixedFeed(pictures, config, Share())
     learner, like_cpu = (Learner(config) for _ in range(2))
-    for module in learner.objective.modules():
-        if isinstance(module, ViewCountMaker):
-            module.same_shape = True
     for step in range(3):
         like_cpu.train_step(feed.batch(step))
         with SameShape() if step else contextlib.nullcontext():
