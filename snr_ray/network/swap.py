@@ -6,6 +6,7 @@ A clean donor's noise code removes noise, a noisy donor's injects it.
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -197,10 +198,15 @@ def exchange(
         x = _tensor(model, images.reshape(batch * have, 1, *images.shape[2:]))
     else:
         x = _tensor(model, with_channels(images, model.channels))
+    side = max(images.shape[2:])
+    corrects = False
+    if model.correction and maker is not None and noise is not None and normal is None:
+        # Of clean donors. A host that looks waits for a GPU: now, when that has little to do.
+        corrects = not maker.counts(maker.shares(noise), side).any()
     if noise is not None:  # a single code serves all; otherwise each image lends to its channels
         noise = [code.repeat_interleave(apart, 0) if len(code) > 1 else code for code in noise]
-    ids = None if noise_ids is None else torch.from_numpy(noise_ids.repeat(apart)).to(x.device)
-    counts = None if told is None else torch.from_numpy(told.repeat(apart)).to(x.device)
+    ids = None if noise_ids is None else on_device(noise_ids.repeat(apart), x.device)
+    counts = None if told is None else on_device(told.repeat(apart), x.device)
     infer = functools.partial(
         model,
         x,
@@ -217,29 +223,27 @@ def exchange(
         inference = infer()
         decoded = model.decode(dataclasses.replace(inference.codes, noise=noise))
     shares = None if maker is None else maker.shares([q.mu for q in inference.noise])
-    decibels = n_views = None
+    n_views = error = None
     if maker is not None and shares is not None:
-        side = max(images.shape[2:])
         if counts is not None:
             assert isinstance(maker, ViewCountMaker)
             shares = maker.told(shares, counts, side)
         of_image = shares.reshape(batch, apart, -1).mean(1)
-        n_views = maker.counts(of_image, side).cpu().numpy()
+        n_views = maker.counts(of_image, side)
         make, known = maker.of(shares, side), maker.counts(shares, side) > 0
         if geometry is not None:
             make, known = Alike(geometry), torch.ones_like(known)
-        removes = noise is not None and not maker.counts(maker.shares(noise), side).any()
-        if model.correction and removes and normal is None:
+        if corrects:
             better = corrected(x, decoded, make, model.correction)
             decoded = torch.where(known[:, None, None, None], better, decoded)
         if explain and model.unrolls:
-            decibels = _decibels(unexplained(x, make(decoded)), batch)
-    image = decoded.cpu().numpy()
+            error = _mean_square(unexplained(x, make(decoded)), batch)
+    image, errors, known_views = _on_host(decoded, error, n_views)
     if apart > 1:
         image = image.reshape(images.shape)
     elif have != model.channels:
         image = image.mean(1, keepdims=True)
-    return Exchanged(image, decibels, n_views)
+    return Exchanged(image, None if errors is None else _decibels(errors), known_views)
 
 
 @torch.inference_mode()
@@ -277,12 +281,16 @@ def explained(
                 shares, torch.from_numpy(told).to(shares.device), max(seen.shape[2:])
             )
         again = maker.of(shares, max(seen.shape[2:]))(guess)
-    return _decibels(unexplained(seen, again), len(images))
+    return _decibels(_mean_square(unexplained(seen, again), len(images)).cpu().numpy())
 
 
-def _decibels(left: Tensor, batch: int) -> npt.NDArray[np.float64]:
-    """PSNR of a simulation by what it leaves of images, [B]; 100 dB at most, which is exact."""
-    error = left.reshape(batch, -1).square().mean(1).double().cpu().numpy()
+def _mean_square(left: Tensor, batch: int) -> Tensor:
+    """Of what a simulation leaves of images: [B] float64."""
+    return left.reshape(batch, -1).square().mean(1).double()
+
+
+def _decibels(error: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """PSNR of mean squares [B]; 100 dB at most, which is exact."""
     return -10 * np.log10(np.maximum(error, 1e-10))
 
 
@@ -293,5 +301,31 @@ def _noise_codes(model: HVAE, images: Array) -> list[Tensor]:
 
 def _tensor(model: HVAE, images: Array) -> Tensor:
     """Images on the model's device, in the memory layout its convolutions are fastest in."""
-    tensor = torch.from_numpy(np.ascontiguousarray(images, np.float32)).to(model.top.device)
+    tensor = on_device(np.ascontiguousarray(images, np.float32), model.top.device)
     return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def on_device(array: npt.NDArray, device: torch.device) -> Tensor:
+    """An array as a tensor. A copy to a GPU goes on beside what is asked of it next."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _on_host(*tensors: Tensor | None) -> list[Any]:
+    """Tensors of one device as arrays, None as None; a GPU is waited for once."""
+    copies = [None if tensor is None else _leaving(tensor) for tensor in tensors]
+    for tensor in tensors:
+        if tensor is not None and tensor.is_cuda:
+            torch.cuda.current_stream(tensor.device).synchronize()
+            break
+    return [None if copy is None else copy.numpy() for copy in copies]
+
+
+def _leaving(tensor: Tensor) -> Tensor:
+    """A copy on the host, of a GPU's whole when its stream is through."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    there = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return there.copy_(tensor, non_blocking=True)

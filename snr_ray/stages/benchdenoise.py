@@ -4,6 +4,7 @@
     bare loop      a process per core: read, decode, exchange, encode, write, and nothing else
     idle driver    a job whose tasks do nothing, over many images: the driver alone
     played GPU     the pipeline around a GPU that only waits: its own ceiling
+    GPU            the same around a GPU with a model, where there is one
 
 Processor time is that of all processes of a job. It says more than the clock on a machine that has
 other work, too.
@@ -36,7 +37,7 @@ from snr_ray.images.sources import open_source
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.stages.benchjob import BARE_TIMEOUT_S
 from snr_ray.stages.bulk import Block, Indices, Work
-from snr_ray.stages.cleaning import STAND_IN, Cleaning
+from snr_ray.stages.cleaning import STAND_IN, Cleaning, Maker
 from snr_ray.stages.cluster import connected, cpus
 from snr_ray.stages.denoisejob import MOST_IMAGES, Job, Running
 from snr_ray.stages.imagefiles import (
@@ -74,6 +75,10 @@ COLLECTIONS = (
     Collection("128 px JPEG", "places64-rgb", "photos", 128, 3, 40, ".jpg", 5_000, 100),
     Collection("512 px slices", "places64", "photos", 512, 1, 160, ".tif", 60, 4),
 )
+ON_GPU = (
+    Collection("28 px PNG", "notmnist", "glyphs", 28, 1, 20, ".png", 24_000, 0),
+    Collection("64 px PNG", "places64", "photos", 64, 1, 20, ".png", 20_000, 0),
+)
 DISTINCT = 32
 """Different images of a collection."""
 DRIVEN = (20_000, 1_000_000)
@@ -96,6 +101,28 @@ def measure_denoise(config: Config) -> Iterator[dict[str, Any]]:
             yield _job(collection, images, folder / f"out{k}")
         yield from _drivers(folder, most)
         yield _played(folder, folder / "images0", min(PLAYED_IMAGES, most))
+        import torch  # slow to import, and most of what is here does without
+
+        for collection in ON_GPU if torch.cuda.is_available() else ():
+            yield measure_gpu(collection, folder, most)
+
+
+def measure_gpu(collection: Collection, folder: Path, most: int) -> dict[str, Any]:
+    """Images per second through a GPU, beside decoding and encoding alone on all cores."""
+    images = folder / f"gpu{collection.size}"
+    _make(collection, images, min(collection.count, most))
+    count = min(collection.count, most)
+    rates = _in_processes(_files_alone, (images, most), os.cpu_count() or 1)
+    since = time.monotonic()
+    (rate,) = _in_processes(_gpu_job, (images, folder / f"out{images.name}", collection.model))
+    return {
+        "what": f"GPU, {collection.what}, beside decoding and encoding alone",
+        "images": count,
+        "images_per_s": rate,
+        "with_start_images_per_s": count / (time.monotonic() - since),
+        "bare_images_per_s": sum(rates),
+        "share": rate / sum(rates),
+    }
 
 
 def _make(collection: Collection, folder: Path, count: int) -> None:
@@ -333,17 +360,34 @@ class Waits:
 
 def _played_job(images: Path, out: Path, start: Any) -> float:
     os.environ[STAND_IN] = "1"
+    return _rate(through_gpu(images, out, Waits()))  # type: ignore[arg-type]
+
+
+def _gpu_job(images: Path, out: Path, model: str, start: Any) -> float:
+    from snr_ray.learning.checkpoint import load_model
+    from snr_ray.stages.fileswap import SwapperMaker
+
+    trained = load_model(model)
+    pool = [level.numpy() for level in trained.codes.mean(0)]
+    return _rate(through_gpu(images, out, SwapperMaker(trained, pool, {})))
+
+
+def through_gpu(images: Path, out: Path, maker: Maker) -> list[tuple[float, int]]:
+    """A job whose nodes have one GPU: seconds and images done, as of its `curve`."""
     asked = asked_for(str(images))
     place = LocalFolder(out)
     place.write("job.json", "{}")
     done = np.zeros(len(asked.source.ids), bool)
     ray.init(address="local", num_gpus=1, include_dashboard=False, log_to_driver=False)
     job = Job(asked, place, ImagesConfig(), Running(), Manifest(place), done)
-    cleaning = Cleaning("played", asked.source, ImagesConfig(), Target(place), 0)
-    job.run(cleaning, Waits())  # type: ignore[arg-type]
+    job.run(Cleaning("gpu", asked.source, ImagesConfig(), Target(place), 0), maker)
     ray.shutdown()
-    # Without the start: from the first block that was finished to the last.
-    (first_s, first), (last_s, last) = job.curve[0], job.curve[-1]
+    return job.curve
+
+
+def _rate(curve: list[tuple[float, int]]) -> float:
+    """Without the start: from the first block that was finished to the last."""
+    (first_s, first), (last_s, last) = curve[0], curve[-1]
     return (last - first) / max(last_s - first_s, 1e-9)
 
 

@@ -9,11 +9,12 @@ it works on those before.
 """
 
 import os
+import queue
 import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from snr_ray.images.collection import Source
 from snr_ray.stages.bulk import Block, Indices, Work
 from snr_ray.stages.cluster import ON_CORES, cpus, gpus
 from snr_ray.stages.imagefiles import (
+    HELD_PIXELS,
+    PASS_PIXELS,
     ROW_SCHEMA,
     Answer,
     ImageFile,
@@ -42,12 +45,18 @@ from snr_ray.stages.imagefiles import (
 from snr_ray.stages.waiting import SAY_S
 
 if TYPE_CHECKING:  # torch is slow to import, and most of what is here does without
+    import torch
+
     from snr_ray.stages.fileswap import FileSwapper
 
 BLOCKS_PER_CORE = 2
 """Blocks under way for each core: the next is there when one is finished."""
 LOADS_TOGETHER = 2
 """Stacks that a GPU has at once: one is copied while the other is worked on."""
+GPU_SHARE = 0.5
+"""Of the free memory of a GPU, what the stacks that it has at once may take."""
+GPU_BYTES = 2048
+"""Of its memory for each value of an image, at the least."""
 LOOK_S = 5.0
 """Seconds after which the number of cores is asked for anew."""
 STAND_IN = "SNR_RAY_GPU_IS_CPU"
@@ -75,6 +84,8 @@ class Cleaning:
     target: Target
     per_value: int
     """Bytes of memory that cleaning takes for each value of an image."""
+    pass_values: int = PASS_PIXELS
+    """Values of images that pass the network together."""
 
 
 def on_cores(job: Cleaning, maker: Maker) -> Work:
@@ -119,6 +130,8 @@ def on_gpus(job: Cleaning, maker: Maker, n_gpus: int, wait_minutes: float) -> Wo
     problems = [said for said in ray.get(asked) if said]
     if problems:
         raise InputError(problems[0])
+    fitting = min(ray.get([actor.fitting.remote(job.per_value) for actor in actors]))
+    ref = ray.put(replace(job, pass_values=fitting))
     turn = 0
 
     def start(block: Block) -> "ray.ObjectRef":
@@ -193,7 +206,7 @@ def _read_block(job: Cleaning, indices: Indices) -> tuple[list[Portion], list[St
     files = read_files(job.source, indices.tolist())
     portions: list[Portion] = []
     stacks: list[Stack] = []
-    for opened, some, failed in open_files(files, job.images, job.per_value):
+    for opened, some, failed in open_files(files, job.images, job.per_value, job.pass_values):
         portions.append((opened, len(some), failed))
         stacks += some
     return portions, stacks
@@ -224,6 +237,7 @@ class _Gpu:
 
     def __init__(self) -> None:
         self._device = "cpu" if STAND_IN in os.environ else "cuda"
+        self._streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()
 
     def problem(self, job: Cleaning, model: Packed) -> str:
         """Why the GPU cannot be used, "" if it can; then the model is loaded."""
@@ -235,15 +249,34 @@ class _Gpu:
                 f"{socket.gethostname()}; install a torch for its driver, or give --gpus none."
             )
         _swapper(job, model, self._device)
+        if self._device == "cuda":
+            torch.cuda.synchronize()  # the streams of `answer` wait for nothing
         return ""
 
+    def fitting(self, per_value: int) -> int:
+        """Values of images that fit in the GPU's memory at once, beside the other loads."""
+        import torch
+
+        if self._device == "cpu":
+            return PASS_PIXELS
+        free, _ = torch.cuda.mem_get_info()
+        values = GPU_SHARE * free / (LOADS_TOGETHER * max(per_value, GPU_BYTES))
+        return int(np.clip(values, PASS_PIXELS, HELD_PIXELS))
+
     def answer(self, job: Cleaning, model: Packed, stacks: list[Stack]) -> list[Answer]:
-        """What becomes of stacks. Each of the actor's threads has a stream of its own, so that one
-        copies while the other computes."""
+        """What becomes of stacks. Loads that are there together have a stream each, so that one
+        copies while the other computes; a stream keeps the memory that it had."""
         import torch
 
         swapper = _swapper(job, model, self._device)
         if self._device == "cpu":
             return [swapper.answer(stack) for stack in stacks]
-        with torch.cuda.stream(torch.cuda.Stream()):
-            return [swapper.answer(stack) for stack in stacks]
+        try:
+            stream = self._streams.get_nowait()
+        except queue.Empty:
+            stream = torch.cuda.Stream()
+        try:
+            with torch.cuda.stream(stream):
+                return [swapper.answer(stack) for stack in stacks]
+        finally:
+            self._streams.put(stream)

@@ -18,7 +18,7 @@ from snr_ray.config import ImagesConfig, InputError
 from snr_ray.hashing import hash64
 from snr_ray.learning.checkpoint import TrainedModel
 from snr_ray.network.blocks import Normal
-from snr_ray.network.swap import NoiseCodes, detect, exchange, explained, swap
+from snr_ray.network.swap import NoiseCodes, detect, exchange, explained, on_device, swap
 from snr_ray.network.tiles import TILE, in_tiles
 from snr_ray.network.trust import doubtful
 from snr_ray.network.views import SMALLEST_SIDE, explaining, find_views
@@ -83,7 +83,8 @@ class FileSwapper:
         return rows
 
     def answer(self, stack: Stack) -> Answer:
-        """What becomes of a stack; where it fails as a whole, image by image."""
+        """What becomes of a stack; where it fails as a whole, image by image, and by halves where a
+        GPU has no memory for it."""
         since, device = time.perf_counter(), self.pool[0].device.type
         donors = [hash64(f"{self.seed}/{name}") % len(self.pool[0]) for name in stack.ids]
         try:
@@ -91,14 +92,17 @@ class FileSwapper:
             half = self.trained.bf16 and device == "cuda"
             with torch.autocast(device, torch.bfloat16, enabled=half):
                 answer = self._answer(stack, donors)
+            step = 0
         except (InputError, RuntimeError, MemoryError) as error:
-            if len(stack.ids) > 1:
-                return _joined([self.answer(one) for one in _singles(stack)])
+            full = isinstance(error, torch.OutOfMemoryError)
+            step = (len(stack.ids) + 1) // 2 if full else 1
             said = " ".join(str(error).split())[:200]
             reason = f"The network could not take it ({said})."
             if isinstance(error, InputError):
                 reason = str(error)
             answer = Answer(stack.pixels, donors, [reason])
+        if step and len(stack.ids) > 1:  # now that nothing refers to the tensors of what failed
+            return _joined([self.answer(part) for part in _parts(stack, step)])
         answer.seconds = (time.perf_counter() - since) / len(stack.ids)
         return answer
 
@@ -147,7 +151,8 @@ class FileSwapper:
 
     def _lent(self, donors: list[int], images: Array) -> list[Tensor]:
         """Noise codes of donors for images [B, C, H, W]."""
-        codes = [level[donors] for level in self.pool]
+        index = on_device(np.array(donors, np.int64), self.pool[0].device)
+        codes = [level[index] for level in self.pool]
         return self.trained.of_count(codes, self.inject or 0, *images.shape[2:])
 
     def _noise_ids(self, images: Array) -> Ids | None:
@@ -219,10 +224,11 @@ class SwapperMaker:
         return FileSwapper(trained, self.pool, **self.options)
 
 
-def _singles(stack: Stack) -> list[Stack]:
+def _parts(stack: Stack, step: int) -> list[Stack]:
+    """A stack as stacks of at most so many images."""
     return [
-        Stack(stack.pixels[k : k + 1], stack.owners[k : k + 1], stack.ids[k : k + 1])
-        for k in range(len(stack.ids))
+        Stack(stack.pixels[k : k + step], stack.owners[k : k + step], stack.ids[k : k + step])
+        for k in range(0, len(stack.ids), step)
     ]
 
 

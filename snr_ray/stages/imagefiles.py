@@ -201,12 +201,15 @@ def read_files(source: Source, indices: Iterable[int]) -> Iterator[ImageFile]:
 
 
 def open_files(
-    files: Iterable[ImageFile], images: ImagesConfig, per_value: int = 0
+    files: Iterable[ImageFile],
+    images: ImagesConfig,
+    per_value: int = 0,
+    pass_values: int = PASS_PIXELS,
 ) -> Iterator[tuple[list[Opened], list[Stack], list[Row]]]:
     """Decode files: portions of bounded size, each with its stacks and the failures before it.
 
-    Pictures of one portion that share a shape share stacks of at most PASS_PIXELS. An image that
-    has no room in memory at `per_value` bytes for each value fails before it is decoded.
+    Pictures of one portion that share a shape share stacks of at most `pass_values`. An image
+    that has no room in memory at `per_value` bytes for each value fails before it is decoded.
     """
     opened: list[Opened] = []
     pixels: list[list[Array]] = []
@@ -225,23 +228,25 @@ def open_files(
         frames = [frame.pixels for frame in one.frames]
         size = sum(frame.size for frame in frames)
         if opened and held + size > HELD_PIXELS:
-            yield opened, _stacks(opened, pixels), failed
+            yield opened, _stacks(opened, pixels, pass_values), failed
             opened, pixels, failed, held = [], [], [], 0
         empty = [replace(frame, pixels=frame.pixels[:0].copy()) for frame in one.frames]
         opened.append(Opened(file, replace(one, frames=empty), [f.shape for f in frames]))
         pixels.append(frames)
         held += size
-    yield opened, _stacks(opened, pixels), failed
+    yield opened, _stacks(opened, pixels, pass_values), failed
 
 
-def _stacks(opened: Sequence[Opened], pixels: Sequence[Sequence[Array]]) -> list[Stack]:
+def _stacks(
+    opened: Sequence[Opened], pixels: Sequence[Sequence[Array]], pass_values: int
+) -> list[Stack]:
     by_shape: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for k, frames in enumerate(pixels):
         for j, frame in enumerate(frames):
             by_shape.setdefault(frame.shape, []).append((k, j))
     stacks = []
     for shape, members in by_shape.items():
-        step = max(1, PASS_PIXELS // int(np.prod(shape)))
+        step = max(1, pass_values // int(np.prod(shape)))
         for start in range(0, len(members), step):
             part = members[start : start + step]
             ids = [opened[k].file.id + (f"#{j}" if j else "") for k, j in part]
