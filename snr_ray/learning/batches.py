@@ -7,7 +7,7 @@ exchanged with. Workers take whole pairs of one global batch; every random choic
 share the batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,15 +47,28 @@ class Batch:
     ones."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same images on a device."""
-        return Batch(*(None if part is None else part.to(device) for part in self._tensors()))  # type: ignore[arg-type]
+        """The same images on a device; the host does not wait for what is pinned."""
+        return self._each(lambda part: part.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same images in memory that a GPU copies from by itself, where there is a GPU."""
+        return self._each(Tensor.pin_memory) if torch.cuda.is_available() else self
+
+    def copied(self) -> "Batch":
+        """The same images in other memory."""
+        return self._each(Tensor.clone)
+
+    def _each(self, of: Callable[[Tensor], Tensor]) -> "Batch":
+        clean, *others = self.tensors()
+        return Batch(of(clean), *(None if part is None else of(part) for part in others))
 
     def parts(self, n: int) -> "list[Batch]":
         """The images in n equal parts, partners together."""
-        chunks = ([None] * n if part is None else part.chunk(n) for part in self._tensors())
+        chunks = ([None] * n if part is None else part.chunk(n) for part in self.tensors())
         return [Batch(*part) for part in zip(*chunks, strict=True)]
 
-    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What it is made of, in the order of its fields."""
         return self.clean, self.noisy, self.n_views
 
 

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from snr_ray.config import Config
-from snr_ray.learning.batches import Batch, StepNormal
+from snr_ray.learning.drawing import Drawing
 
 WORTH_STEPS = 1000
 """Steps from which on a run is compiled by itself: compiling takes a minute or so."""
@@ -29,58 +29,14 @@ def is_wanted(config: Config, device: torch.device) -> bool:
     return bool(train.compile)
 
 
-class Drawn:
-    """Numbers that were drawn before, in the order in which they are asked for; in place of
-    `StepNormal`."""
-
-    def __init__(self, numbers: list[Tensor]) -> None:
-        self.numbers, self.given = numbers, 0
-
-    def __call__(self, shape: tuple[int, ...]) -> Tensor:
-        self.given += 1
-        return self.numbers[self.given - 1]
-
-    def uniform(self, n: int) -> Tensor:
-        """[n] values in [0, 1)."""
-        return self((n,))
-
-
-class _Asked:
-    """Remembers what is asked for, and gives nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.shapes: list[tuple[int, ...] | int] = []
-
-    def __call__(self, shape: tuple[int, ...]) -> Tensor:
-        self.shapes.append(shape)
-        return torch.zeros(shape, device=self.device)
-
-    def uniform(self, n: int) -> Tensor:
-        self.shapes.append(n)
-        return torch.zeros(n, device=self.device)
-
-
 class Compiled:
-    """Compiles an objective in place, and draws for it."""
+    """Compiles an objective in place."""
 
     def __init__(
         self, objective: nn.Module, *, backend: str | Callable[..., Any] = "inductor"
     ) -> None:
-        self.objective = objective
-        self._asked: dict[tuple[int, ...], list[tuple[int, ...] | int]] = {}
+        self.objective, self.draw = objective, Drawing(objective)
         objective.compile(fullgraph=True, dynamic=False, backend=backend)
-
-    def draw(self, batch: Batch, normal: StepNormal) -> Drawn:
-        """The numbers that the objective asks for with a batch of this shape."""
-        key = tuple(batch.clean.shape)
-        if key not in self._asked:
-            asked = _Asked(batch.clean.device)
-            with torch.no_grad():
-                self.objective.forward(batch, asked, torch.ones((), device=batch.clean.device))
-            self._asked[key] = asked.shapes
-        shapes = self._asked[key]
-        return Drawn([normal.uniform(s) if isinstance(s, int) else normal(s) for s in shapes])
 
     def undo(self, error: Exception) -> None:
         """Go on without, and say why."""

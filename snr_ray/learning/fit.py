@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from snr_ray.config import Config
+from snr_ray.learning.ahead import ahead
 from snr_ray.learning.batches import Batch, Pairs, Share, StepNormal
-from snr_ray.learning.compiled import Compiled, Drawn, is_wanted
+from snr_ray.learning.captured import Captured, is_capturable
+from snr_ray.learning.compiled import Compiled, is_wanted
+from snr_ray.learning.drawing import Drawing, Drawn
 from snr_ray.learning.health import Health
 from snr_ray.learning.losses import Objective, Regression
 from snr_ray.learning.muon import Muon
@@ -38,6 +41,8 @@ from snr_ray.noise.tensors import Counts, noise_of_each
 from snr_ray.noise.viewrange import ViewRange
 
 LOG_EVERY_STEPS = 25
+OWN = ("capturable",)
+"""What of an optimizer is a matter of its device, not of the run."""
 SCORE_BATCH = 256
 SCORE_BOTH_WAYS = 32
 """Validation images that are also rebuilt and injected with noise: for a curve, not for a table."""
@@ -88,7 +93,15 @@ def build_optimizers(objective: Objective | Regression, config: Config) -> list[
     if config.loss.sigma_learned:
         # Few steps and one scalar each: sigma must move faster than the weights.
         groups.append({"params": [objective.likelihood.log_sigma], "scale": 5.0})
-    optimizers.append(torch.optim.Adam(groups, lr=config.train.lr, betas=(0.9, 0.99), fused=True))
+    optimizers.append(
+        torch.optim.Adam(
+            groups,
+            lr=config.train.lr,
+            betas=(0.9, 0.99),
+            fused=True,
+            capturable=weights[0].is_cuda,
+        )
+    )
     return optimizers
 
 
@@ -114,6 +127,14 @@ class Learner:
         self.compiled = Compiled(self.objective) if compiles else None
         self.parallel = wrap(self.objective)
         self.optimizers = build_optimizers(self.objective, config)
+        self._rates = [
+            torch.zeros((), device=self.device)
+            for optimizer in self.optimizers
+            for _ in optimizer.param_groups
+        ]
+        self.captured: Captured | None = None
+        if self.device.type == "cuda" and is_capturable(config) and self.parallel is self.objective:
+            self.captured = Captured(self._step, Drawing(self.objective))
         self.step = 0
         self.first_loss: Tensor | None = None
         # Counted where the gradients are: the host would have to wait for every step otherwise.
@@ -173,8 +194,15 @@ class Learner:
         A step whose gradient is not finite is skipped and counted: gradients are shared, so every
         worker skips the same one. The moving average moves towards weights that stayed.
         """
-        parts = self.gradients(self.with_noise(batch.to(self.device)))
-        parts |= self.update()
+        batch = batch.to(self.device)
+        if self.captured is not None:
+            self._set_rates()
+            normal = StepNormal(self.config.seed, self.step, Share(), self.device)
+            parts = self.captured(batch, normal, self._warmup)
+            self._follow(parts["taken"])
+        else:
+            parts = self.gradients(self.with_noise(batch))
+            parts |= self.update()
         if self.first_loss is None:
             self.first_loss = parts["loss"].clone()
         self.step += 1
@@ -182,61 +210,88 @@ class Learner:
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Give every weight the gradient of this step's loss; returns the loss and its parts."""
-        config = self.config.train
-        progress = self.step / max(1, self.config.loss.warmup * config.steps)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        n = max(1, config.n_parts // self.share.world_size)
+        self._forget()
+        n = max(1, self.config.train.n_parts // self.share.world_size)
         found: list[dict[str, Tensor]] = []
         for k, part in enumerate(batch.parts(n)):
             share = Share(self.share.rank * n + k, self.share.world_size * n)
             normal = StepNormal(self.config.seed, self.step, share, self.device)
-            bf16 = torch.autocast(
-                self.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
-            )
             with self._alone(k < n - 1):
-                with bf16:
-                    found.append(self._losses(part, normal, min(1.0, progress)))
+                found.append(self._losses(part, normal, self._warmup))
                 (found[-1]["loss"] / n).backward()
         values = torch.stack([torch.stack(list(one.values())).detach() for one in found]).mean(0)
         return dict(zip(found[0], values.unbind(), strict=True))
 
-    def _losses(self, part: Batch, normal: StepNormal, warmup: float) -> dict[str, Tensor]:
+    def update(self) -> dict[str, Tensor]:
+        """Move the weights by their gradients, and the moving average after them. Nothing here
+        depends on what the numbers are, so the host does not wait for them."""
+        self._set_rates()
+        parts = self._descend()
+        self._follow(parts["taken"])
+        return parts
+
+    def _step(self, batch: Batch, drawn: Drawn, warmup: Tensor) -> dict[str, Tensor]:
+        """What is captured: from clean images to new weights."""
+        self._forget()
+        parts = self._losses(self.with_noise(batch), drawn, warmup)
+        parts["loss"].backward()
+        return {name: value.detach() for name, value in parts.items()} | self._descend()
+
+    def _forget(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def _warmup(self) -> float:
+        return min(1.0, self.step / max(1, self.config.loss.warmup * self.config.train.steps))
+
+    def _losses(
+        self, part: Batch, normal: StepNormal | Drawn, warmup: float | Tensor
+    ) -> dict[str, Tensor]:
         """The loss and its parts, of a part of the batch."""
-        if self.compiled is not None:
-            drawn = self.compiled.draw(part, normal)
+        bf16 = self.config.train.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+            if self.compiled is None:
+                return self.parallel(part, normal, warmup)
+            drawn = normal if isinstance(normal, Drawn) else self.compiled.draw(part, normal)
             try:
                 # As a tensor: a graph is made anew for every other number.
-                return self.parallel(part, drawn, torch.tensor(warmup, device=self.device))
+                return self.parallel(part, drawn, torch.as_tensor(warmup, device=self.device))
             except torch._dynamo.exc.TorchDynamoException as error:
                 if self.config.train.compile != "auto":
                     raise
                 self.compiled.undo(error)
                 self.compiled = None
                 return self.parallel(part, Drawn(drawn.numbers), warmup)
-        return self.parallel(part, normal, warmup)
 
-    def update(self) -> dict[str, Tensor]:
-        """Move the weights by their gradients, and the moving average after them. Nothing here
-        depends on what the numbers are, so the host does not wait for them."""
-        config = self.config.train
-        rate = config.lr * self._schedule()
-        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), config.grad_clip, foreach=True)
+    def _set_rates(self) -> None:
+        """On a GPU as tensors: a captured step reads them anew."""
+        rate = self.config.train.lr * self._schedule()
+        groups = (group for optimizer in self.optimizers for group in optimizer.param_groups)
+        for group, held in zip(groups, self._rates, strict=True):
+            value = rate * group.get("scale", 1.0)
+            group["lr"] = held.fill_(value) if held.is_cuda else value
+
+    def _descend(self) -> dict[str, Tensor]:
+        """The step of the optimizers, along gradients of a bounded norm."""
+        weights = self.objective.parameters()
+        norm = nn.utils.clip_grad_norm_(weights, self.config.train.grad_clip, foreach=True)
         taken = torch.isfinite(norm).float()
         for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("scale", 1.0)
             optimizer.found_inf = 1 - taken  # type: ignore[attr-defined]
             optimizer.step()
-        # A young average would otherwise remember the untrained weights.
-        decay = min(config.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            averages, weights = self.average.parameters(), self.objective.model.parameters()
-            torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
-            self._skipped += 1 - taken
-            self._in_a_row.add_(1).mul_(1 - taken)
-            torch.maximum(self._longest, self._in_a_row, out=self._longest)
         return {"grad_norm": norm.detach(), "taken": taken}
+
+    @torch.no_grad()
+    def _follow(self, taken: Tensor) -> None:
+        """Move the average after the weights, and count."""
+        # A young average would otherwise remember the untrained weights.
+        decay = min(self.config.train.ema, (1 + self.step) / (10 + self.step))
+        averages, weights = self.average.parameters(), self.objective.model.parameters()
+        torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
+        self._skipped += 1 - taken
+        self._in_a_row.add_(1).mul_(1 - taken)
+        torch.maximum(self._longest, self._in_a_row, out=self._longest)
 
     def longest_skip(self) -> int:
         """Most steps in a row that were skipped since the last call."""
@@ -288,7 +343,7 @@ class Learner:
         return {
             "objective": self.objective.state_dict(),
             "average": self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [_plain(optimizer.state_dict()) for optimizer in self.optimizers],
             "step": self.step,
             "skipped": self.skipped,
             "first_loss": self.first_loss,
@@ -299,7 +354,10 @@ class Learner:
         self.objective.load_state_dict(state["objective"])
         self.average.load_state_dict(state["average"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            own = [{k: g[k] for k in OWN if k in g} for g in optimizer.param_groups]
             optimizer.load_state_dict(saved)
+            for group, device_s in zip(optimizer.param_groups, own, strict=True):
+                group.update(device_s)
         self.step, self.first_loss = state["step"], state.get("first_loss")
         self._skipped.fill_(state["skipped"])
 
@@ -317,6 +375,12 @@ class Learner:
             return peak * (self.step + 1) / config.warmup_steps
         done = (self.step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
         return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """State of an optimizer whose rates may be tensors, which every step sets anew."""
+    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+    return state | {"param_groups": groups}
 
 
 def fit(
@@ -341,6 +405,8 @@ def fit(
     """
     config = learner.config.train
     health, tally, since = Health(config.lr), Tally(), time.perf_counter()
+    if learner.device.type == "cuda":
+        batches = ahead(batches)
     while learner.step < config.steps:
         batch = next(batches)
         tally.add(learner.train_step(batch), len(batch.clean))

@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
             if kernels:
                 self._step(kernels, group["lr"])
 
-    def _step(self, kernels: list[Tensor], lr: float) -> None:
+    def _step(self, kernels: list[Tensor], lr: float | Tensor) -> None:
         gradient = _flat([kernel.grad for kernel in kernels if kernel.grad is not None])
         momentum = self._momentum(kernels)
         moves = torch.ones((), device=gradient.device)
@@ -64,9 +64,9 @@ class Muon(torch.optim.Optimizer):
             gradient = torch.where(moves > 0, gradient, momentum)
         momentum.lerp_(gradient, 1 - MOMENTUM)
         stacks = _stacks(tuple(kernel.shape for kernel in kernels), gradient.device)
-        update = stacks.orthogonal(gradient.lerp(momentum, MOMENTUM), moves)
+        update = stacks.orthogonal(gradient.lerp(momentum, MOMENTUM), lr * moves)
         torch._foreach_mul_(kernels, 1 - lr * WEIGHT_DECAY * moves)
-        torch._foreach_sub_(kernels, _like(update, kernels), alpha=lr)
+        torch._foreach_sub_(kernels, _like(update, kernels))
 
     def _momentum(self, kernels: list[Tensor]) -> Tensor:
         """The momenta of kernels as one tensor, of which the states of the kernels are parts."""
