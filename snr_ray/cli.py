@@ -21,8 +21,9 @@ SRC_HELP = """SRC is one of
   notmnist[:PATH]     notMNIST_small: the tar.gz, its folder, or downloaded
   cifar10[:PATH]      CIFAR-10: Parquet files, a folder, or downloaded
   places365[:PATH]    Places365: a folder, or downloaded
-  PATH, glob or URI   a folder of images (png jpg tif bmp webp npy) or of Parquet files;
-                      s3://, gs:// and file:// work; #COLUMN picks a Parquet column"""
+  PATH, glob or URI   a folder of images (png jpg tif bmp webp npy dcm nii zarr)
+                      or of Parquet files; s3://, gs:// and file:// work; #COLUMN picks
+                      a Parquet column"""
 
 EXAMPLES = {
     "demo": "snr demo --out demo",

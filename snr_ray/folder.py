@@ -5,6 +5,7 @@ Folders are small and picklable: tasks on any node get them as they are.
 """
 
 import abc
+import errno
 import os
 import re
 import shutil
@@ -13,7 +14,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -31,6 +33,10 @@ CLAIM_S = 60.0
 """Claims of a name in a bucket that lie further apart than this do not compete."""
 MOUNT_S = 5.0
 """How long a node may take to see a file that another has written."""
+WRITERS = 16
+"""Objects of a folder in a bucket that are written at once."""
+SWAPS = 8
+"""How often a folder is tried to be put in the place of another that comes back."""
 _PARTIAL = ".partial"
 _SECRET = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#@'\"]*@")
 
@@ -77,6 +83,17 @@ class Folder(abc.ABC):
     @abc.abstractmethod
     def writing(self, name: str) -> Any:
         """Context manager: a local path to write to; the file appears at the end, if at all."""
+
+    @abc.abstractmethod
+    def write_folder(self, name: str, files: Mapping[str, bytes]) -> None:
+        """Write a folder in place of an older one, whole or not at all.
+
+        Args:
+            name: relative; raises as `write`.
+            files: contents by their names in it. In a bucket, where nothing is renamed, the last
+                is gone before and written after all others: it should be the one without which the
+                rest is nothing.
+        """
 
     @abc.abstractmethod
     def create(self, name: str, data: bytes | str) -> bool:
@@ -158,6 +175,14 @@ class LocalFolder(Folder):
         with self._partial(name, durable=True) as partial:
             yield partial
 
+    def write_folder(self, name: str, files: Mapping[str, bytes]) -> None:
+        with self._partial(name, durable=False) as partial:
+            partial.mkdir()
+            for inner, data in files.items():
+                path = partial / _inside(inner)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+
     def create(self, name: str, data: bytes | str) -> bool:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -187,7 +212,8 @@ class LocalFolder(Folder):
 
     def list(self, prefix: str = "") -> list[str]:
         found = []
-        for folder, _, names in os.walk(self._path(prefix)):
+        for folder, folders, names in os.walk(self._path(prefix)):
+            folders[:] = [name for name in folders if not _is_partial(name)]
             place = Path(folder).relative_to(self.path)
             found += [(place / name).as_posix() for name in names if not _is_partial(name)]
         return sorted(found)
@@ -203,8 +229,8 @@ class LocalFolder(Folder):
             path.unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        for left in self.path.rglob(f".*{_PARTIAL}"):
-            left.unlink(missing_ok=True)
+        for left in list(self.path.rglob(f".*{_PARTIAL}")):
+            discard(left)
 
     def join(self, name: str) -> "LocalFolder":
         return LocalFolder(Path(self._named) / _inside(name))
@@ -232,9 +258,9 @@ class LocalFolder(Folder):
             yield partial
             if durable:
                 _sync(partial)
-            os.replace(partial, path)
+            _into_place(partial, path)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            discard(partial)
             raise
         if durable:
             _sync(path.parent)
@@ -285,6 +311,18 @@ class BucketFolder(Folder):
             yield path
             # In one piece: closing a stream completes an object, also after an error.
             self.write(name, path.read_bytes())
+
+    def write_folder(self, name: str, files: Mapping[str, bytes]) -> None:
+        *others, last = files
+        for old in (f"{name}/{last}", name):
+            self.remove(old)
+
+        def write(inner: str) -> None:
+            self.write(f"{name}/{_inside(inner)}", files[inner])
+
+        with ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(write, others))
+        write(last)
 
     def create(self, name: str, data: bytes | str) -> bool:
         # Buckets list what was just written. Whoever writes its claim first and looks for others
@@ -445,6 +483,31 @@ def _inside(name: str) -> str:
     if path.is_absolute() or ".." in path.parts:
         raise InputError(f"Names must stay inside the output folder, but got {name!r}.")
     return "" if str(path) == "." else str(path)
+
+
+def discard(path: Path) -> None:
+    """Remove what was half written, be it a file or a folder; nothing happens if it is gone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _into_place(partial: Path, path: Path) -> None:
+    """Give a file or folder its name. A folder is put aside for another, as no file system that is
+    common exchanges them; who is killed in between leaves neither."""
+    for left in reversed(range(SWAPS)):
+        try:
+            os.replace(partial, path)
+            return
+        except OSError as error:
+            taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+            if not (partial.is_dir() and taken and left):
+                raise
+        aside = path.with_name(f".{uuid.uuid4().hex[:12]}{_PARTIAL}")
+        with suppress(FileNotFoundError):
+            os.replace(path, aside)
+        discard(aside)
 
 
 def _is_partial(name: str) -> bool:

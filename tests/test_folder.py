@@ -96,6 +96,82 @@ def test_a_file_appears_whole_or_not_at_all(place: Folder) -> None:
     assert place.list() == ["big"]  # nothing is left of either
 
 
+def test_a_folder_is_written_in_place_of_what_was_there(place: Folder) -> None:
+    place.write("keep", "k")
+    place.write_folder("in/a.zarr", {"0/0.0": b"1", "0/1.0": b"2", ".zattrs": b"first"})
+    assert place.list() == ["in/a.zarr/.zattrs", "in/a.zarr/0/0.0", "in/a.zarr/0/1.0", "keep"]
+    place.write_folder("in/a.zarr", {"1/0.0": b"3", ".zattrs": b"second"})
+    assert place.list("in") == ["in/a.zarr/.zattrs", "in/a.zarr/1/0.0"]
+    assert place.read("in/a.zarr/.zattrs") == b"second"
+    with pytest.raises(InputError, match="must stay inside"):
+        place.write_folder("b", {"../x": b"", "y": b""})
+    assert not place.exists("b")
+    assert place.list() == ["in/a.zarr/.zattrs", "in/a.zarr/1/0.0", "keep"]
+
+
+def test_a_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
+    place = open_folder(tmp_path)
+    place.write("a", "a file")
+    place.write_folder("a", {"x": b"1"})
+    assert place.list() == ["a/x"]
+
+
+def test_of_many_who_write_a_folder_each_writes_it_whole(tmp_path: Path) -> None:
+    place = open_folder(tmp_path)
+    names = [f"{k}/{j}" for k in range(4) for j in range(4)]
+
+    def write(k: int) -> None:
+        for _ in range(5):
+            place.write_folder("a", {name: bytes([k]) for name in names})
+
+    threads = [threading.Thread(target=write, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({place.read(f"a/{name}") for name in names}) == 1
+    assert place.list() == [f"a/{name}" for name in sorted(names)]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("at", ["0/1.0", ".zattrs"])
+def test_a_folder_that_could_not_be_finished_is_not_there(
+    at: str, place: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"0/0.0": b"1", "0/1.0": b"2", ".zattrs": b"{}"}
+    if place.local is not None:
+        real_bytes = Path.write_bytes
+
+        def write_bytes(path: Path, data: bytes) -> int:
+            if path.as_posix().endswith(at):
+                raise OSError("the disk is gone")
+            return real_bytes(path, data)
+
+        monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    else:
+        real = type(place).write
+
+        def write(self: Folder, name: str, data: bytes) -> None:
+            if name.endswith(at):
+                raise OSError("the bucket is gone")
+            real(self, name, data)
+
+        monkeypatch.setattr(type(place), "write", write)
+    with pytest.raises(OSError, match="is gone"):
+        place.write_folder("a", files)
+    assert "a/.zattrs" not in place.list()
+    assert place.local is None or not os.listdir(place.local)
+
+
+def test_a_folder_that_a_kill_left_is_no_file_and_is_swept(tmp_path: Path) -> None:
+    place = open_folder(tmp_path)
+    place.write_folder(".0123456789ab.partial", {"0/0": b"1"})
+    place.write("a/x", "1")
+    assert place.list() == ["a/x"]
+    place.sweep()
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_the_longest_name_that_a_disk_takes_can_be_written(tmp_path: Path) -> None:
     name = "n" * 251 + ".png"
     open_folder(tmp_path).write(name, "x")

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -11,7 +12,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from snr_ray.config import InputError
-from snr_ray.folder import ANSWER_S, within
+from snr_ray.folder import ANSWER_S, BucketFolder, Folder, LocalFolder, within
+from snr_ray.images import zarrfolder
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.listing import Glob, LeftOut, Listing, list_place
 from snr_ray.images.places import Place, find, printable, shown
@@ -40,7 +42,7 @@ def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
                 f"SRC must be a path that exists, a URI, or one of {', '.join(known)}, "
                 f"but {name!r} is none of these."
             )
-        if kind == pafs.FileType.File:
+        if kind == pafs.FileType.File or _is_image(place):
             file = PurePosixPath(place.root)
             root, alone = str(file.parent), True
             home = home.rpartition("/")[0] or "/"
@@ -81,12 +83,22 @@ class _Local:
     odd: dict[str, bytes]
 
     def read(self, index: int) -> bytes:
-        with open(self._path(index), "rb") as file:
-            return file.read()
+        path = self._path(index)
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except IsADirectoryError:
+            return zarrfolder.pack(LocalFolder(Path(os.fsdecode(path))), self.ids[index])
 
     def stamp(self, index: int) -> str:
-        status = os.stat(self._path(index))
-        return f"{status.st_size}-{status.st_mtime_ns}"
+        path = self._path(index)
+        status = os.stat(path)
+        size, time = status.st_size, status.st_mtime_ns
+        if stat.S_ISDIR(status.st_mode):
+            files = (os.stat(os.path.join(at, name)) for at, _, names in os.walk(path)
+                     for name in names)  # fmt: skip
+            size, time = zarrfolder.stamp((file.st_size, file.st_mtime_ns) for file in files)
+        return f"{size}-{time}"
 
     def _path(self, index: int) -> bytes:
         name = self.ids[index]
@@ -104,8 +116,8 @@ class _Remote:
     times: npt.NDArray[np.int64] | None
 
     def read(self, index: int) -> bytes:
-        with self.fs.open_input_stream(self.prefix + self.ids[index]) as stream:
-            return stream.read()
+        name = self.ids[index]
+        return zarrfolder.contents(BucketFolder("", self.fs, self.prefix), name)
 
     def stamp(self, index: int) -> str:
         if self.sizes is None or self.times is None:
@@ -120,6 +132,16 @@ def _kind(place: Place) -> pafs.FileType:
     if not os.path.exists(place.root):
         return pafs.FileType.NotFound
     return pafs.FileType.Directory if os.path.isdir(place.root) else pafs.FileType.File
+
+
+def _is_image(place: Place) -> bool:
+    """Whether a folder that was named itself is one image."""
+    if place.pattern or place.column:
+        return False
+    folder: Folder = BucketFolder("", place.fs, place.root)
+    if place.local:
+        folder = LocalFolder(Path(place.root))
+    return place.root.lower().endswith(zarrfolder.SUFFIX) or zarrfolder.is_image(folder)
 
 
 def _one_file(name: str) -> Listing:

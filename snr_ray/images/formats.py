@@ -1,7 +1,8 @@
 """Image files <-> float32 arrays [C, H, W]: the format of a file by its first bytes, and back.
 
-One module for each format says what its numbers mean (`raster`, `tiff`, `dicom`, `nifti`), `pixels`
-makes images of them. What would be read silently wrong raises an InputError that says so.
+One module for each format says what its numbers mean (`raster`, `tiff`, `dicom`, `nifti`,
+`omezarr`), `pixels` makes images of them. What would be read silently wrong raises an InputError
+that says so.
 """
 
 import io
@@ -13,7 +14,7 @@ from posixpath import splitext
 import numpy as np
 
 from snr_ray.config import InputError
-from snr_ray.images import dicom, nifti, raster, tiff
+from snr_ray.images import dicom, nifti, omezarr, raster, tiff, zarrfolder
 from snr_ray.images.errors import unreadable
 from snr_ray.images.pixels import (
     Array,
@@ -41,6 +42,7 @@ KINDS = {
     ".ima": "dicom",
     ".nii": "nifti",
     ".nii.gz": "nifti",
+    zarrfolder.SUFFIX: "zarr",
 }
 SUFFIXES = tuple(KINDS)
 NOT_SAID = Made()
@@ -54,6 +56,7 @@ _HEADS = (
     ("bmp", rb"BM.{4}\0{4}"),
     ("webp", rb"RIFF.{4}WEBP"),
     ("npy", rb"\x93NUMPY"),
+    ("zarr", zarrfolder.HEAD),
 )
 
 
@@ -125,7 +128,7 @@ def open_file(
 
     Args:
         data: the file's bytes; PNG, JPEG, TIFF, BMP, WebP, NPY ([H, W] or [H, W, C]), DICOM or
-            NIfTI.
+            NIfTI, or an OME-Zarr folder as `zarrfolder.pack` gives it.
         name: used in errors, and for the format of what does not tell it by its first bytes.
         white: the stored value that means 1.0, for 16-bit and float pixels.
         window: stored values that mean 0.0 and 1.0, for Hounsfield units; those outside are cut.
@@ -192,7 +195,7 @@ def output_name(name: str, *, tensors: bool, file: bool) -> str:
 def _write(values: Sequence[Values], kind: str, name: str) -> bytes:
     if kind == "tiff":
         return tiff.write(values)
-    if len(values) > 1 or kind in ("dicom", "nifti"):
+    if len(values) > 1 or kind in ("dicom", "nifti", "zarr"):
         what = f"{len(values)} pictures" if len(values) > 1 else f"what was not {kind.upper()}"
         raise InputError(f"{name} cannot hold {what}; give the image a name that ends in .tif.")
     return _npy(values[0]) if kind == "npy" else raster.write(values[0], kind.upper())
@@ -213,4 +216,10 @@ def _npy(values: Values) -> bytes:
     return out.getvalue()
 
 
-_READERS = {"nifti": nifti.read, "tiff": tiff.read, "dicom": dicom.read, "npy": _read_npy}
+_READERS = {
+    "nifti": nifti.read,
+    "tiff": tiff.read,
+    "dicom": dicom.read,
+    "npy": _read_npy,
+    "zarr": omezarr.read,
+}

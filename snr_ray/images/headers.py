@@ -7,7 +7,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from snr_ray.images import nifti
+from snr_ray.images import nifti, zarrfolder
 from snr_ray.images.formats import HEAD_BYTES, KINDS, recognise, split
 
 
@@ -34,6 +34,8 @@ def n_values(data: bytes, name: str) -> int | None:
             return int(head.Rows) * int(head.Columns) * int(head.get("NumberOfFrames") or 1)
         if kind == "nifti":
             return math.prod(nifti.shape(data))
+        if kind == "zarr":
+            return math.prod(zarrfolder.shape(data))
         # Pillow warns of what it takes for an attack; how large is too large is decided by memory.
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:

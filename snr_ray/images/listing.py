@@ -3,7 +3,7 @@
     folder --each real folder once--> names --by suffix, else by first bytes--> images, tables
 
 Links that go in circles end, a million names take a few seconds and some thirty megabytes, and a
-name that is not UTF-8 gets an id with its odd bytes escaped.
+name that is not UTF-8 gets an id with its odd bytes escaped. An OME-Zarr folder is one image.
 """
 
 import fnmatch
@@ -11,9 +11,10 @@ import os
 import re
 import stat
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from snr_ray.folder import BucketFolder, Folder, LocalFolder
+from snr_ray.images import zarrfolder
 from snr_ray.images.formats import HEAD_BYTES, SUFFIXES, recognise
 from snr_ray.images.places import Place
 
@@ -86,19 +89,68 @@ def list_place(place: Place) -> Listing:
     if place.local:
         root = os.fsencode(place.root)
         for name in _Walk(root, wanted, names.left_out):
-            names.add(name, partial(_head, root + b"/" + name))
+            if name[-1:] == b"/":
+                names.add_folder(name[:-1])
+            else:
+                names.add(name, partial(_head, root + b"/" + name))
         return names.listing()
     prefix = place.root.rstrip("/") + "/"
-    for info in place.fs.get_file_info(pafs.FileSelector(place.root, recursive=True)):
+    infos = place.fs.get_file_info(pafs.FileSelector(place.root, recursive=True))
+    whole = _whole_folders((info.path.removeprefix(prefix) for info in infos), wanted, place)
+    for info in infos:
         name = info.path.removeprefix(prefix)
-        if info.type != pafs.FileType.File or not wanted.has(name):
+        if info.type != pafs.FileType.File:
             continue
-        if name[:1] == "." or "/." in name:
+        folder = next(filter(whole.__contains__, _folders_of(name)), None) if whole else None
+        if folder is not None:
+            whole[folder].append((info.size or 0, info.mtime_ns or 0))
+        elif not wanted.has(name):
+            continue
+        elif name[:1] == "." or "/." in name:
             names.left_out.add("hidden", name)
         else:
             head = partial(_remote_head, place.fs, info.path)
             names.add(name.encode(), head, (info.size or 0, info.mtime_ns or 0))
+    for folder, stamps in whole.items():
+        if wanted.has(folder):
+            names.add_folder(folder.encode(), zarrfolder.stamp(stamps))
     return names.listing()
+
+
+def _whole_folders(
+    names: Iterable[str], wanted: "Glob", place: Place
+) -> dict[str, list[tuple[int, int]]]:
+    """The folders among names in a bucket that are images, with nothing in them yet."""
+    asked: set[str] = set()
+    for name in names:
+        if name.rpartition("/")[2] in zarrfolder.ROOTS:
+            asked.add(name.rpartition("/")[0])
+        if zarrfolder.SUFFIX in name.lower():
+            asked.update(f for f in _folders_of(name) if f.lower().endswith(zarrfolder.SUFFIX))
+    found: dict[str, list[tuple[int, int]]] = {}
+    for folder in sorted(asked - {""}, key=lambda folder: folder.count("/")):
+        hidden = folder[:1] == "." or "/." in folder
+        if hidden or any(above in found for above in _folders_of(folder)):
+            continue
+        there = BucketFolder("", place.fs, f"{place.root.rstrip('/')}/{folder}")
+        if _is_whole(there, folder, wanted):
+            found[folder] = []
+    return found
+
+
+def _folders_of(name: str) -> Iterator[str]:
+    """The folders that a file or folder lies in, the outermost first."""
+    end = name.find("/")
+    while end >= 0:
+        yield name[:end]
+        end = name.find("/", end + 1)
+
+
+def _is_whole(folder: Folder, name: str, wanted: "Glob") -> bool:
+    """Whether a folder is an image, or should be one by its name; not where a pattern means what
+    lies in a collection of images."""
+    named = name.lower().endswith(zarrfolder.SUFFIX) and wanted.has(name)
+    return named or zarrfolder.is_image(folder)
 
 
 def _head(path: bytes) -> bytes:
@@ -154,6 +206,7 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 class _Walk:
     """Paths of the regular files below a root, relative to it; each real folder is entered once.
+    Folders that are images have a `/` at the end, and are not entered.
 
     Folders come before links to folders, so that what a folder holds has its own name and not
     that of a way round.
@@ -178,6 +231,11 @@ class _Walk:
                     self.left_out.add("links to folders that are listed anyhow", _text(base))
                     continue
                 seen.add((status.st_dev, status.st_ino))
+                folder = LocalFolder(Path(os.fsdecode(path)))
+                if base and _is_whole(folder, _text(base), self.wanted):
+                    if self.wanted.has(_text(base)):
+                        yield base + b"/"
+                    continue
                 with os.scandir(path) as entries:
                     for entry in entries:
                         name = base + b"/" + entry.name if base else entry.name
@@ -265,6 +323,13 @@ class _Names:
                 return
             if not self._is_image(name, head):
                 return
+        self._keep(name, stamp)
+
+    def add_folder(self, name: bytes, stamp: tuple[int, int] | None = None) -> None:
+        """A folder that is one image."""
+        self._keep(name, stamp)
+
+    def _keep(self, name: bytes, stamp: tuple[int, int] | None) -> None:
         self._waiting.append(name)
         if stamp:
             self._stamps.append(stamp)

@@ -19,6 +19,7 @@ from snr_ray.config import ImagesConfig, InputError
 from snr_ray.folder import Folder
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.formats import open_file
+from snr_ray.images.zarrfolder import contents
 from snr_ray.scoring.cases import TASKS
 
 Array = npt.NDArray[np.float32]
@@ -328,7 +329,7 @@ def _figure(row: dict[str, Any], *, page: JobPage, images: ImagesConfig) -> str:
         return ""
     try:
         before = _first(page.source.file(index)[1], row["id"], page, images)
-        after = _first(page.out.read(row["output"]), row["output"], page, images)
+        after = _first(contents(page.out, row["output"]), row["output"], page, images)
     except (InputError, OSError):
         return ""
     return (

@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snr_ray.config import ImagesConfig, InputError, check
-from snr_ray.folder import Folder
+from snr_ray.folder import Folder, LocalFolder, discard
 from snr_ray.images.collection import Texts
 from snr_ray.images.datafolder import FAILURES_SCHEMA
 from snr_ray.images.headers import n_values
+from snr_ray.images.zarrfolder import is_image
 from snr_ray.learning.checkpoint import TrainedModel
 from snr_ray.outputs import Progress
 from snr_ray.scoring.report import JobPage, denoise_report
@@ -285,16 +286,24 @@ class Job:
 
 
 def _count_files(folder: Path, begun: float) -> int:
-    """Results in an output folder; what a killed job was writing before `begun` is removed."""
+    """Results in an output folder, an OME-Zarr folder as one; what a killed job was writing before
+    `begun` is removed."""
     total = 0
     for place, folders, names in os.walk(folder):
         if Path(place) == folder:
             folders[:] = [name for name in folders if name != manifest.NAME]
             names = [name for name in names if name not in OWN_NAMES]
-        partial = [name for name in names if name[:1] == "." and name.endswith(".partial")]
+        elif is_image(LocalFolder(Path(place))):
+            folders[:] = []
+            total += 1
+            continue
+        partial = [
+            name for name in folders + names if name[:1] == "." and name.endswith(".partial")
+        ]
         for name in partial:
             with contextlib.suppress(OSError):
                 if (Path(place) / name).stat().st_mtime < begun:
-                    (Path(place) / name).unlink()
-        total += len(names) - len(partial)
+                    discard(Path(place) / name)
+        folders[:] = [name for name in folders if name not in partial]
+        total += sum(name not in partial for name in names)
     return total

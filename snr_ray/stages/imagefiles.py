@@ -25,6 +25,7 @@ from snr_ray.folder import Folder, NotShared
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.formats import OpenFile, open_file
 from snr_ray.images.pixels import Made
+from snr_ray.images.zarrfolder import write_image
 from snr_ray.stages.room import check_room
 
 Array = npt.NDArray[np.float32]
@@ -311,7 +312,7 @@ def _write_one(one: Opened, pictures: list[_Picture], target: Target) -> Row:
         return failure(file, DOUBTFUL, f"The result does not explain the image ({least:.0f} dB).")
     try:
         copied = doubted and target.doubtful == "copy"
-        target.out.write(file.output, _encoded(one, pictures, target, copied=copied))
+        write_image(target.out, file.output, _encoded(one, pictures, target, copied=copied))
         if deviations[0] is not None:
             name = file.output + ".std.npy"
             target.out.write(name, _npy(deviations))

@@ -3,14 +3,19 @@
 import functools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+import zarr_images
 from PIL import Image
 from ray._private.state import GlobalState
 
@@ -62,6 +67,70 @@ def test_a_replaced_input_is_done_again_and_another_spelling_is_the_same_job(
     changed = {path for path in stamps if path.stat().st_mtime_ns != stamps[path]}
     assert changed == {out / "a" / "00.png"}
     assert len(pq.read_table(out / "manifest.parquet")) == 24
+
+
+def test_folders_that_are_images_are_done_once_and_again_where_one_was_replaced(
+    model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (3, 20, 16), dtype=np.uint8)
+    for name, version in (("v2.ome.zarr", 2), ("sub/v3.zarr", 3), ("sub/named otherwise", 3)):
+        zarr_images.write(image_folder / name, values, version=version, chunks=(1, 16, 16))
+    zarr_images.describe(image_folder / "bad.zarr", {})
+    out, begun = tmp_path / "out", time.time()
+    job = {"model": str(model_folder), "images": str(image_folder), "out": out}
+    outcome = cleaning(**job)
+    assert (outcome.images, outcome.failed) == (24 + 3, 1)
+    failed = pq.read_table(out / "failures.parquet").to_pylist()
+    assert [(row["id"], row["stage"]) for row in failed] == [("bad.zarr", "read")]
+    assert "multiscales" in failed[0]["reason"]
+    assert rows(out)["v2.ome.zarr"] | {"stamp": "", "seconds": 0} == rows(out)["sub/v3.zarr"] | {
+        "id": "v2.ome.zarr", "output": "v2.ome.zarr", "stamp": "", "seconds": 0,
+    }  # fmt: skip
+    for name in ("sub/v3.zarr", "sub/named otherwise"):
+        np.testing.assert_array_equal(zarr_images.pixels(out / name),
+                                      zarr_images.pixels(out / "v2.ome.zarr"))  # fmt: skip
+    shown = re.findall("<figcaption>([^,<]*)", (out / "report.html").read_text())
+    assert {"v2.ome.zarr", "sub/v3.zarr", "sub/named otherwise"} & set(shown)
+
+    def stamps() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()
+                and out / "sub" in path.parents}  # fmt: skip
+
+    before = stamps()
+    os.utime(image_folder / "v2.ome.zarr" / "0" / "0.0.0", (begun, begun))
+    shutil.rmtree(out / "sub" / "named otherwise")
+    cut_short = out / "sub" / ".0123456789ab.partial"
+    (cut_short / "0").mkdir(parents=True)
+    os.utime(cut_short, (1, 1))
+    outcome = cleaning(**job)
+    assert (outcome.images, outcome.failed) == (24 + 3, 1)
+    assert not cut_short.exists()
+    after = stamps()
+    assert set(after) == set(before)
+    changed = {path.relative_to(out / "sub").parts[0] for path in after
+               if after[path] != before[path]}  # fmt: skip
+    assert changed == {"named otherwise"}
+    assert len(pq.read_table(out / "manifest.parquet")) == 24 + 3
+
+
+def test_folders_that_are_images_go_from_bucket_to_bucket(
+    model_folder: Path, bucket: tuple[pafs.FileSystem, str], tmp_path: Path
+) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (2, 20, 16), dtype=np.uint8)
+    for version in (2, 3):
+        zarr_images.write(tmp_path / "in" / f"{version}.zarr", values, version=version)
+    pafs.copy_files(str(tmp_path / "in"), "bucket/in", destination_filesystem=bucket[0])
+    there = f"s3://test:test@bucket/{{}}?{bucket[1]}"
+    job = {"model": str(model_folder), "images": there.format("in"), "out": there.format("out")}
+    for overwrite in (False, False, True):
+        outcome = cleaning(**job, overwrite=overwrite)
+        assert (outcome.images, outcome.failed) == (2, 0)
+    cleaning(model=str(model_folder), images=str(tmp_path / "in"), out=tmp_path / "here")
+    pafs.copy_files("bucket/out", str(tmp_path / "out"), source_filesystem=bucket[0])
+    for name in ("2.zarr", "3.zarr"):
+        here, out = tmp_path / "here" / name, tmp_path / "out" / name
+        np.testing.assert_array_equal(zarr_images.pixels(here), zarr_images.pixels(out))
+        assert zarr_images.described(here) == zarr_images.described(out)
 
 
 def test_a_list_of_failures_is_a_list_of_images_to_do(

@@ -1,13 +1,18 @@
 """Files in, files out, without Ray: what a notebook runs is what the batch job runs."""
 
 import io
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 import torch
+import zarr_images
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from snr_ray import configfile as configs
@@ -21,7 +26,15 @@ from snr_ray.network.swap import swap
 from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.stages.fileswap import FileSwapper
-from snr_ray.stages.imagefiles import MANIFEST_SCHEMA, Answer, ImageFile, Row, Stack, Target
+from snr_ray.stages.imagefiles import (
+    MANIFEST_SCHEMA,
+    Answer,
+    ImageFile,
+    Row,
+    Stack,
+    Target,
+    read_files,
+)
 
 
 def png(seed: int, *shape: int) -> bytes:
@@ -57,6 +70,54 @@ def test_result_does_not_depend_on_the_company(model_folder: Path, tmp_path: Pat
     swapper(model_folder, tmp_path / "one", samples=2)(files[3:4])
     for name in ("3.png", "3.png.std.npy"):
         assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@settings(
+    deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    others=st.lists(st.sampled_from("tcz"), unique=True, max_size=2),
+    turned=st.booleans(),
+    version=st.sampled_from([2, 3]),
+    dtype=st.sampled_from(["u1", ">u2", "<i2", "<f4"]),
+    chunks=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_slices_of_ome_zarr_are_cleaned_as_they_are_as_tiff(
+    model_folder: Path,
+    others: list[str],
+    turned: bool,
+    version: int,
+    dtype: str,
+    chunks: int,
+    seed: int,
+) -> None:
+    axes = "".join(others) + ("xy" if turned else "yx")
+    shape = [2] * len(others) + [15, 12]
+    values = np.random.default_rng(seed).integers(0, 256, shape).astype(dtype)
+    trained = load_model(model_folder)
+    lender = [level[0][:1].numpy() for level in trained.codes.donors]  # ids have no say
+    with tempfile.TemporaryDirectory() as place:
+        here, out = Path(place) / "in", Path(place) / "out"
+        zarr_images.write(here / "a.zarr", values, axes, version=version,
+                          chunks=[chunks] * values.ndim)  # fmt: skip
+        slices = values.reshape(-1, 15, 12)
+        for k, slice_ in enumerate(slices):
+            tifffile.imwrite(here / f"{k}.tif", slice_.T if turned else slice_)
+        source = open_source(str(here))
+        files = read_files(source, range(len(source.ids)))
+        target = Target(LocalFolder(out), doubtful="write")
+        rows = FileSwapper(trained, lender).run(files, ImagesConfig(white=255), target)
+        assert [row.get("error") for row in rows] == [None] * (1 + len(slices))
+        row = next(row for row in rows if row["id"] == "a.zarr")
+        assert (row["output"], row["frames"], row["channels"]) == ("a.zarr", len(slices), 1)
+        assert (row["height"], row["width"]) == ((12, 15) if turned else (15, 12))
+        written = zarr_images.pixels(out / "a.zarr")
+        assert (written.shape, written.dtype.kind) == (values.shape, values.dtype.kind)
+        for k, slice_ in enumerate(written.reshape(-1, 15, 12)):
+            tiff = tifffile.imread(out / f"{k}.tif")
+            np.testing.assert_array_equal(slice_.T if turned else slice_, tiff)
+            assert not np.array_equal(slice_, slices[k])
 
 
 def test_grey_model_takes_rgb_channel_by_channel(model_folder: Path, tmp_path: Path) -> None:

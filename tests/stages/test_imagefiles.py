@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import zarr_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -15,6 +16,7 @@ from snr_ray.config import ImagesConfig, InputError
 from snr_ray.folder import LocalFolder
 from snr_ray.images.collection import Source
 from snr_ray.images.headers import n_values
+from snr_ray.images.zarrfolder import pack
 from snr_ray.stages.imagefiles import (
     HELD_PIXELS,
     OWN_NAMES,
@@ -125,6 +127,19 @@ def test_a_doubtful_result_is_not_written_as_if_it_were_clean(tmp_path: Path) ->
     assert not (tmp_path / "fail").exists()
     rows = answered(LocalFolder(tmp_path / "good"), inputs, "fail", doubted=False)
     assert [row["status"] for row in rows] == ["done"] * 2
+
+
+def test_of_a_doubtful_folder_the_largest_level_is_copied(tmp_path: Path) -> None:
+    values = np.full((2, 9, 9), 100, np.uint8)
+    folder = zarr_images.write(tmp_path / "in" / "a.zarr", values, levels=3)
+    inputs = [ImageFile("a.zarr", "a.zarr", "a.zarr", pack(LocalFolder(folder), "a.zarr"))]
+    for doubtful, value in (("copy", 100), ("write", 0)):
+        rows = answered(LocalFolder(tmp_path / doubtful), inputs, doubtful, doubted=True)
+        assert (rows[0]["status"], rows[0]["frames"]) == ("doubtful", 2)
+        result = tmp_path / doubtful / "a.zarr"
+        assert np.unique(zarr_images.pixels(result)).tolist() == [value]
+        datasets = zarr_images.described(result)["multiscales"][0]["datasets"]
+        assert [level["path"] for level in datasets] == ["0"]
 
 
 def test_a_full_disk_is_no_failure_of_an_image(tmp_path: Path) -> None:

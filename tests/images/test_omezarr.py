@@ -1,0 +1,374 @@
+"""OME-Zarr images: slice by slice, back with axes, units, transformations, chunks and numbers."""
+
+import builtins
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.fs as pafs
+import pytest
+import zarr
+import zarr_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from zarr_images import describe, described, multiscales, pixels, write
+
+from snr_ray.config import ImagesConfig, InputError
+from snr_ray.folder import LocalFolder
+from snr_ray.images.formats import encode, open_file, output_name
+from snr_ray.images.headers import n_values
+from snr_ray.images.sources import open_source
+from snr_ray.images.zarrfolder import is_archive, pack, unpack, write_image
+
+WINDOW = (-1000.0, 400.0)
+WHITE = 4095.0
+DTYPES = ("u1", "<u2", ">u2", "<i2", ">i4", "<u4", "<f2", "<f4", "<f8", "<i8")
+
+
+@st.composite
+def images(draw: st.DrawFn) -> dict[str, Any]:
+    """Axes in any order, a shape, chunks that need not divide it, shards, numbers."""
+    others = draw(st.lists(st.sampled_from("tcz"), unique=True, max_size=3))
+    axes = draw(st.permutations([*others, "y", "x"]))
+    shape = [draw(st.integers(1, 3 if a in others else 9)) for a in axes]
+    chunks = [draw(st.integers(1, 1 + n)) for n in shape]
+    version = draw(st.sampled_from([2, 3]))
+    made: dict[str, Any] = {"axes": "".join(axes), "version": version, "chunks": chunks}
+    if version == 3 and draw(st.booleans()):
+        made["shards"] = [2 * c for c in chunks]
+    if draw(st.booleans()):
+        made["compressors"] = None
+    made["path"] = draw(st.sampled_from(["0", "s0", "scale0/image"]))
+    made["levels"] = draw(st.integers(1, 3))
+    dtype = np.dtype(draw(st.sampled_from(DTYPES)))
+    seed = draw(st.integers(0, 2**32 - 1))
+    values = np.random.default_rng(seed).integers(0, 256 if dtype == "u1" else 4096, shape)
+    return made | {"values": values.astype(dtype)}
+
+
+def slices_of(values: np.ndarray, axes: str) -> list[np.ndarray]:
+    """What lies along y and x, in the order of the array, found the slow way."""
+    y, x = axes.index("y"), axes.index("x")
+    others = [n for k, n in enumerate(values.shape) if k not in (y, x)]
+    found = []
+    for place in np.ndindex(*others):
+        index: list[Any] = list(place)
+        for k in sorted((y, x)):
+            index.insert(k, slice(None))
+        part = values[tuple(index)]
+        found.append(part if y < x else part.T)
+    return found
+
+
+def halved(frames: list[np.ndarray]) -> list[np.ndarray]:
+    return [frame * np.float32(0.5) + np.float32(0.25) for frame in frames]
+
+
+@settings(deadline=None, max_examples=60)
+@given(images())
+def test_a_result_has_all_of_its_input_but_values_which_are_those_of_slices_as_tiff(
+    made: dict[str, Any],
+) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = write(Path(place) / "in" / "a.ome.zarr", **made)
+        source = open_source(str(folder))
+        name, data = source.file(0)
+        opened = open_file(data, name, white=WHITE)
+        slices = slices_of(made["values"], made["axes"])
+        assert n_values(data, name) == made["values"].size
+        frames = [frame.pixels for frame in opened.frames]
+        expected = []
+        for slice_, frame in zip(slices, frames, strict=True):
+            native = slice_.astype(slice_.dtype.newbyteorder("="))
+            span = (0.0, 255.0 if native.dtype == np.uint8 else WHITE)
+            np.testing.assert_array_equal(frame[0], native.astype(np.float32) / span[1])
+            tiff = open_file(
+                encode(frame, "a.tif", depth=native.dtype, span=span), "a.tif", white=WHITE
+            )
+            written = open_file(
+                tiff.encode(halved([f.pixels for f in tiff.frames]), "a.tif"), "a.tif", white=WHITE
+            )
+            expected.append(written.frames[0].pixels[0] * span[1])
+        out = Path(place) / "out"
+        result = opened.encode(halved(frames), name)
+        assert result == opened.encode(halved(frames), name)
+        write_image(LocalFolder(out), name, result)
+        after, before = out / "a.ome.zarr", folder
+        path = made["path"]
+        for got, want in zip(slices_of(pixels(after, path), made["axes"]), expected, strict=True):
+            np.testing.assert_allclose(got.astype(np.float64), want, rtol=1e-6, atol=1e-6)
+        for file in ("zarr.json", ".zarray"):  # shape, chunks, shards, codecs and kind of numbers
+            here, there = before / path / file, after / path / file
+            assert here.exists() == there.exists()
+            assert not here.exists() or here.read_bytes() == there.read_bytes()
+        old, new = described(before), described(after)
+        old["multiscales"][0]["datasets"] = old["multiscales"][0]["datasets"][:1]
+        del old["multiscales"][0]["type"]
+        assert new == old
+        tops = {entry.name for entry in after.iterdir() if entry.is_dir()}
+        assert tops == {path.split("/")[0]}
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_hounsfield_units_are_cut_to_their_window(version: int, tmp_path: Path) -> None:
+    values = np.linspace(-1024, 900, 4 * 9 * 12).round().reshape(4, 9, 12).astype(np.int16)
+    folder = write(tmp_path / "ct.zarr", values, version=version, chunks=(1, 9, 12))
+    source = open_source(str(tmp_path))
+    frames = source.pictures(0, ImagesConfig(window=WINDOW))
+    cut = np.clip(values, *WINDOW)
+    np.testing.assert_allclose(frames[2].pixels[0], (cut[2] + 1000) / 1400, atol=1e-6)
+    name, data = source.file(0)
+    opened = open_file(data, name, window=WINDOW)
+    write_image(LocalFolder(tmp_path / "out"), name, opened.encode(
+        [frame.pixels for frame in opened.frames], name))  # fmt: skip
+    np.testing.assert_array_equal(pixels(tmp_path / "out" / "ct.zarr"), cut)
+    with pytest.raises(InputError, match=r"int16 pixels have no agreed white, and ct\.zarr"):
+        source.read(0)
+    with pytest.raises(InputError, match=r"must hold one image, but ct\.zarr holds 4; split it"):
+        source.read(0, ImagesConfig(window=WINDOW))
+    assert zarr.open_group(str(folder), mode="r").metadata.zarr_format == version
+
+
+def test_the_same_bytes_each_time_and_the_file_that_makes_it_an_image_last(tmp_path: Path) -> None:
+    values = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    for version, last in ((2, ".zattrs"), (3, "zarr.json")):
+        folder = LocalFolder(write(tmp_path / f"{version}.zarr", values, version=version))
+        data = pack(folder, "a.zarr")
+        assert is_archive(data)
+        assert data == pack(folder, "a.zarr")
+        assert list(unpack(data))[-1] == last
+        file = open_file(data, "a.zarr")
+        assert list(unpack(file.encode([f.pixels for f in file.frames], "a.zarr")))[-1] == last
+    assert output_name("x/a.ome.zarr", tensors=False, file=True) == "x/a.ome.zarr"
+
+
+def small(folder: Path, version: int = 2, fill: int = 5) -> Path:
+    return write(folder, np.full((2, 6, 7), fill, np.uint8), version=version, chunks=(1, 3, 7))
+
+
+def test_a_folder_that_is_an_image_is_one_and_not_looked_into(tmp_path: Path) -> None:
+    small(tmp_path / "a.zarr")
+    small(tmp_path / "b.ome.zarr", 3)
+    small(tmp_path / "deep" / "plain name", 3)
+    (tmp_path / "deep" / "named.ZARR").mkdir()
+    (tmp_path / "deep" / "other").mkdir()
+    (tmp_path / "deep" / "other" / "zarr.json").write_text("no JSON")
+    Image.new("L", (8, 8), 9).save(tmp_path / "deep" / "c.png")
+    (tmp_path / "link.zarr").symlink_to("a.zarr")
+    source = open_source(str(tmp_path))
+    assert source.ids == ["a.zarr", "b.ome.zarr", "deep/c.png", "deep/named.ZARR",
+                          "deep/plain name"]  # fmt: skip
+    assert dict(source.left_out.counts) == {
+        ".json files": 1, "links to folders that are listed anyhow": 1}  # fmt: skip
+    assert [len(source.pictures(k, ImagesConfig())) for k in (0, 1, 2, 4)] == [2, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("*.zarr", ["a.zarr", "raw.zarr"]),
+        ("a.zarr", ["a.zarr"]),
+        ("**/*.png", ["sub/x.png"]),
+        ("su*", ["sub/b", "sub/x.png"]),
+        ("raw.zarr/*", ["0", "1"]),
+        ("*/[01]", ["raw.zarr/0", "raw.zarr/1"]),
+        ("**/0", ["raw.zarr/0"]),
+    ],
+)
+def test_globs_choose_images_and_those_of_a_collection(
+    pattern: str, found: list[str], tmp_path: Path, bucket: tuple[pafs.FileSystem, str]
+) -> None:
+    small(tmp_path / "a.zarr")
+    small(tmp_path / "sub" / "b")
+    Image.new("L", (8, 8), 9).save(tmp_path / "sub" / "x.png")
+    describe(tmp_path / "raw.zarr", {"bioformats2raw.layout": 3})
+    for k in range(2):
+        small(tmp_path / "raw.zarr" / str(k), fill=k)
+    assert list(open_source(f"{tmp_path}/{pattern}").ids) == found
+    fs, query = bucket
+    pafs.copy_files(str(tmp_path), "bucket/in", destination_filesystem=fs)
+    assert list(open_source(f"s3://bucket/in/{pattern}?{query}").ids) == found
+
+
+def test_an_image_in_a_bucket_is_read_as_it_is_from_a_disk(
+    bucket: tuple[pafs.FileSystem, str], tmp_path: Path
+) -> None:
+    fs, query = bucket
+    small(tmp_path / "in" / "a.zarr")
+    small(tmp_path / "in" / "sub" / "b", 3, fill=200)
+    Image.new("L", (8, 8), 9).save(tmp_path / "in" / "c.png")
+    pafs.copy_files(str(tmp_path), "bucket", destination_filesystem=fs)
+    here, there = open_source(str(tmp_path / "in")), open_source(f"s3://bucket/in?{query}")
+    assert here.ids == there.ids == ["a.zarr", "c.png", "sub/b"]
+    for k in range(3):
+        assert here.file(k) == there.file(k)
+        assert here.stamp(k).split("-")[0] == there.stamp(k).split("-")[0]
+    assert not there.left_out.counts
+    alone = open_source(f"s3://bucket/in/sub/b?{query}")
+    assert alone.file(0)[1] == here.file(2)[1]
+    fs.delete_dir("bucket/in/sub/b")
+    with pytest.raises(InputError, match="is gone"):
+        there.file(2)
+
+
+def test_an_image_that_is_named_itself_is_meant_alone(tmp_path: Path) -> None:
+    small(tmp_path / "a.zarr")
+    small(tmp_path / "b.zarr")
+    alone = open_source(f"{tmp_path}/a.zarr/")
+    assert alone.ids == ["a.zarr"]
+    assert alone.home == open_source(str(tmp_path)).home
+    assert alone.stamp(0) == open_source(str(tmp_path)).stamp(0)
+
+
+def test_a_changed_chunk_changes_the_stamp(tmp_path: Path) -> None:
+    small(tmp_path / "a.zarr")
+    source = open_source(str(tmp_path))
+    before = source.stamp(0)
+    chunk = tmp_path / "a.zarr" / "0" / "1.1.0"
+    os.utime(chunk, (2e9, 2e9))
+    assert source.stamp(0) != before
+    chunk.unlink()
+    assert len({before, source.stamp(0)}) == 2
+    shutil.rmtree(tmp_path / "a.zarr")
+    assert source.stamp(0) == ""
+    with pytest.raises(InputError, match=r"a\.zarr is gone"):
+        source.read(0)
+
+
+def _axes(*names: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        own = multiscales("zyx", ["0"])
+        own["multiscales"][0]["axes"] = [{"name": name} for name in names]
+        describe(folder, own)
+
+    return change
+
+
+def _own(own: Any) -> Callable[[Path], None]:
+    return lambda folder: describe(folder, own)
+
+
+def _first(**changes: Any) -> Callable[[Path], None]:
+    return _own({"multiscales": [multiscales("zyx", ["0"])["multiscales"][0] | changes]})
+
+
+def _array(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "0" / ".zarray"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+BAD: list[tuple[Callable[[Path], Any], str]] = [
+    (_own({}), r"must say what it is by `multiscales`.* but a\.zarr has none; write it again"),
+    (_own([]), r"must say what it is by `multiscales`"),
+    (_own({"multiscales": []}), r"must say what it is by `multiscales`"),
+    (_own({"multiscales": [3]}), r"must list its `datasets`, but those of a\.zarr do not"),
+    (_first(datasets=[]), r"must list its `datasets`, but those of a\.zarr do not"),
+    (_first(datasets=[{"path": "../b"}]), r"must name folders in it, but a\.zarr names '\.\./b'"),
+    (_first(datasets=[{"path": "/0"}]), r"must name folders in it, but a\.zarr names '/0'"),
+    (_first(datasets=[{}]), r"must name folders in it, but a\.zarr names None"),
+    (_first(datasets=[{"path": "9"}]), r"must hold the array .* but a\.zarr has none in '9'; copy"),
+    (_first(axes=None), r"must name its axes, as NGFF 0\.4 and 0\.5 do, but a\.zarr does not"),
+    (_first(axes=["z", "y", "x"]), r"must name its axes"),
+    (_axes("z", "r", "x"), r"an axis y and an axis x, but those of a\.zarr are z, r, x; name them"),
+    (_axes("y", "y", "x"), r"an axis y and an axis x, but those of a\.zarr are y, y, x"),
+    (_axes(), r"an axis y and an axis x, but those of a\.zarr are none"),
+    (_axes("y", "x"), r"has axes y, x and the shape \[2, 6, 7\]; write it again"),
+    (_own({"plate": {}}), r"is a plate; give the images in it, as a\.zarr/\*/\*/\*\."),
+    (_own({"well": {}}), r"is a well of a plate; give the images in it, as a\.zarr/\*\."),
+    (_own({"bioformats2raw.layout": 3}), r"is a collection of them .* as a\.zarr/\*\."),
+    (_own({"labels": ["cells"]}), r"but a\.zarr holds labels; give the image that they are of"),
+    (_own(multiscales("zyx", ["0"]) | {"image-label": {}}), r"but a\.zarr holds labels"),
+    (_array(compressor={"id": "nope"}), r"a codec that zarr does not know \(.*nope"),
+    (_array(filters=[{"id": "nope"}]), r"a codec that zarr does not know \(.*nope"),
+    (_array(shape=[2, 60000, 70000]), r"which its [\d,]+ bytes cannot hold; copy the image again"),
+    (_array(chunks=[9, 99999, 99999]), r"which its [\d,]+ bytes cannot hold; copy the image again"),
+    (_array(shape=[0, 6, 7]), r"must have pixels along each of its axes, .* \[0, 6, 7\]"),
+    (_array(dtype="nonsense"), r"a\.zarr cannot be read as an image"),
+    (lambda f: (f / "0" / "1.0.0").write_bytes(b"cut"), r"a\.zarr cannot be read as an image"),
+    (lambda f: (f / "0" / "1.0.0").write_bytes(b""), r"a\.zarr cannot be read as an image"),
+    (lambda f: (f / "0" / ".zarray").write_text("{"), r"a\.zarr cannot be read as an image"),
+    (lambda f: (f / "0" / ".zarray").unlink(), r"must hold the array .* has none in '0'"),
+    (lambda f: (f / ".zattrs").write_text("{"), r"has metadata that is not JSON \(.*write the im"),
+    (lambda f: (f / ".zattrs").write_bytes(b"\xff"), r"has metadata that is not JSON"),
+    (lambda f: (f / ".zattrs").unlink(), r"must say what it is by `multiscales`"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "said"), BAD, ids=[str(k) for k in range(len(BAD))])
+def test_what_cannot_be_read_has_its_sentence(
+    change: Callable[[Path], Any], said: str, tmp_path: Path
+) -> None:
+    change(small(tmp_path / "a.zarr"))
+    source = open_source(str(tmp_path))
+    assert source.ids == ["a.zarr"]
+    with pytest.raises(InputError, match=said):
+        source.pictures(0, ImagesConfig())
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("dtype", [bool, np.complex64])
+def test_only_numbers_that_are_grey_values_are_read(
+    version: int, dtype: type, tmp_path: Path
+) -> None:
+    write(tmp_path / "a.zarr", np.zeros((4, 5), dtype), "yx", version=version, levels=1)
+    with pytest.raises(InputError, match=r"must hold numbers, but a\.zarr holds (bool|complex64)"):
+        open_source(str(tmp_path)).read(0)
+
+
+def test_one_of_zarr_3_that_is_damaged_has_its_sentence(tmp_path: Path) -> None:
+    folder = small(tmp_path / "a.zarr", 3)
+    array = folder / "0" / "zarr.json"
+    good = array.read_text()
+    array.write_text(good.replace('"zstd"', '"nope"'))
+    source = open_source(str(tmp_path))
+    with pytest.raises(InputError, match=r"a codec that zarr does not know \(.*nope"):
+        source.pictures(0, ImagesConfig())
+    array.write_text(good)
+    (folder / "0" / "c" / "1" / "0" / "0").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"a\.zarr cannot be read as an image"):
+        source.pictures(0, ImagesConfig())
+    describe(folder, {"plate": {}}, 3)
+    with pytest.raises(InputError, match="is a plate"):
+        source.pictures(0, ImagesConfig())
+
+
+def test_a_file_that_is_named_as_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.zarr").write_bytes(b"PK\x03\x04 an archive of another kind")
+    with pytest.raises(InputError, match=r"must be a folder, but a\.zarr is a file; unpack it"):
+        open_source(str(tmp_path)).read(0)
+
+
+def test_without_zarr_a_sentence_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(tmp_path / "a.zarr")
+    source, real = open_source(str(tmp_path)), builtins.__import__
+
+    def without(name: str, *args: Any, **options: Any) -> Any:
+        if name.partition(".")[0] == "zarr":
+            raise ImportError(name)
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(InputError, match=r"needs zarr, and a\.zarr is one; pip install 'snr-ray\["):
+        source.read(0)
+
+
+def test_files_beside_chunks_are_no_part_of_a_result(tmp_path: Path) -> None:
+    folder = small(tmp_path / "a.zarr")
+    (folder / "0" / ".DS_Store").write_bytes(b"x")
+    (folder / "notes.txt").write_bytes(b"x")
+    (folder / ".zmetadata").write_text("{}")
+    names = set(unpack(pack(LocalFolder(folder), "a.zarr")))
+    chunks = {f"0/{z}.{y}.0" for z in range(2) for y in range(2)}
+    assert names == chunks | {"0/.zarray", "0/.zattrs", ".zgroup", ".zattrs"}
+    assert zarr_images.pixels(folder).max() == 5
