@@ -3,6 +3,8 @@
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -161,6 +163,37 @@ def test_a_folder_that_could_not_be_finished_is_not_there(
         place.write_folder("a", files)
     assert "a/.zattrs" not in place.list()
     assert place.local is None or not os.listdir(place.local)
+
+
+WRITES = """
+import sys
+from pathlib import Path
+from snr_ray.folder import open_folder
+place = open_folder(Path(sys.argv[1]))
+for k in range(10**6):
+    place.write_folder("a", {f"{n // 40}/{n}": bytes([k % 256]) * 4096 for n in range(400)})
+    print(k, flush=True)
+"""
+
+
+@pytest.mark.parametrize("after", [0.0, 0.013, 0.031])
+def test_who_is_killed_while_a_folder_is_written_leaves_none_that_is_half(
+    after: float, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", WRITES, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        for _ in range(3):
+            writer.stdout.readline()
+        time.sleep(after)
+        writer.kill()
+    place = open_folder(tmp_path)
+    if place.exists("a"):  # not between the old one and the new
+        names = place.list("a")
+        assert len(names) == 400
+        assert len({place.read(name) for name in names}) == 1
+    place.sweep()
+    assert set(os.listdir(tmp_path)) <= {"a"}
 
 
 def test_a_folder_that_a_kill_left_is_no_file_and_is_swept(tmp_path: Path) -> None:
