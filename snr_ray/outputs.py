@@ -65,10 +65,13 @@ def claim(
     known: dict[str, Any] = json.loads(without_secrets(json.dumps(identity)))
     place = out.local and out.local.resolve()
     inside = bool(place and inputs and inputs in place.parents) and not inputs_alone
-    if inside or (place and place == inputs):
-        where = "inside" if inside else "their folder"
+    above = (place, *place.parents) if place and inputs else ()
+    image = next((p for p in above if inputs in p.parents and _is_image(p)), None)
+    if image or inside or (place and place == inputs):
+        where = "inside" if image or inside else "their folder"
         raise InputError(
-            f"--out must lie outside the images, but {out} is {where} {inputs}; give another --out."
+            f"--out must lie outside the images, but {out} is {where} {image or inputs}; give "
+            "another --out."
         )
     if place and place.exists() and not place.is_dir():
         raise InputError(f"--out must be a folder, but {out} is a file.")
@@ -79,6 +82,11 @@ def claim(
             f"--out must be a folder that can be written, but {out} cannot "
             f"({without_secrets(str(error))})."
         ) from None
+
+
+def _is_image(folder: Path) -> bool:
+    """Whether a folder is an OME-Zarr image, or a part of one, by the names in it."""
+    return any((folder / name).is_file() for name in ("zarr.json", ".zattrs", ".zarray"))
 
 
 def _claim(out: Folder, identity: dict[str, Any], owned: tuple[str, ...], overwrite: bool) -> bool:

@@ -6,8 +6,10 @@ Of the pyramid only the largest level is taken, and the metadata in the archive 
 is in Zarr 2 (`.zattrs`), 0.5 in Zarr 3 (`zarr.json`). Chunks are not decoded here; `omezarr` does.
 """
 
+import contextlib
 import io
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -17,6 +19,7 @@ from typing import Any
 
 from snr_ray.config import InputError
 from snr_ray.folder import Folder
+from snr_ray.images.memory import check_values
 
 SUFFIX = ".zarr"
 ROOTS = ("zarr.json", ".zattrs")
@@ -73,7 +76,8 @@ def pack(folder: Folder, name: str) -> bytes:
         name: used in errors.
 
     Raises:
-        InputError: if it is no image that could be read.
+        InputError: if it is no image that could be read, or larger than a node has memory for;
+            that is known before its chunks are read.
         OSError: if a file cannot be read.
     """
     try:
@@ -89,11 +93,16 @@ def pack(folder: Folder, name: str) -> bytes:
     own = _largest_alone(own, name)
     path = _path(own, name)
     level = [key for key in folder.list(path) if _KEPT.fullmatch(key[len(path) + 1 :])]
-    if not any(f"{path}/{file}" in level for file in ARRAYS):
+    array = next((key for file in ARRAYS if (key := f"{path}/{file}") in level), None)
+    if array is None:
         raise InputError(
             f"An OME-Zarr image must hold the array that its metadata names, but {name} has none "
             f"in {path!r}; copy the image again, with all that is in its folder."
         )
+    values = 0
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # damaged: decoding says how
+        values = math.prod(int(n) for n in json.loads(folder.read(array))["shape"])
+    check_values(values, name)
     above = ["/".join(path.split("/")[:k]) for k in range(1, path.count("/") + 1)]
     groups = [f"{group}/{file}" for group in above for file in (".zgroup", *ROOTS)]
     with ThreadPoolExecutor(READERS) as pool:

@@ -1,12 +1,8 @@
 """How much memory an image will take, known from its header, beside how much a node has."""
 
-import functools
-from pathlib import Path
-
-import psutil
-
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
 from snr_ray.images.headers import n_values
+from snr_ray.images.memory import check_values
 from snr_ray.network.tiles import TILE
 
 NETWORK_BYTES = 40
@@ -14,9 +10,6 @@ NETWORK_BYTES = 40
 measured with 32 channels, on images of 512 and 1024 pixels."""
 LARGE = 2048
 """Height and width of an image that says what the noise operator takes for each pixel."""
-SHARE = 0.5
-"""Of the memory of a node, what one image may take."""
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def bytes_per_value(config: Config, n_views: int | None) -> int:
@@ -34,26 +27,5 @@ def bytes_per_value(config: Config, n_views: int | None) -> int:
 def check_room(data: bytes, name: str, per_value: int) -> None:
     """Raise InputError, before anything is decoded, for an image that a node has no memory for."""
     values = n_values(data, name)
-    if values is None or values < TILE**2:
-        return
-    needed, there = values * (per_value + 16), node_memory()  # decoded, result and both encoded
-    if needed > SHARE * there:
-        raise InputError(
-            f"An image must need at most half of a node's {there / 2**30:.0f} GB of memory, but "
-            f"{name} holds {values / 1e6:,.0f} million values, which take {needed / 2**30:,.0f} "
-            "GB; cut it into smaller images, or use larger nodes."
-        )
-
-
-@functools.cache
-def node_memory() -> int:
-    """Bytes of memory that processes of this machine or container may use."""
-    total = int(psutil.virtual_memory().total)
-    for path in _LIMITS:
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdecimal():
-            total = min(total, int(text))
-    return total
+    if values is not None and values >= TILE**2:
+        check_values(values, name, per_value)

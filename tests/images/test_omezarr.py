@@ -21,6 +21,7 @@ from zarr_images import describe, described, multiscales, pixels, write
 
 from snr_ray.config import ImagesConfig, InputError
 from snr_ray.folder import LocalFolder
+from snr_ray.images import memory
 from snr_ray.images.formats import encode, open_file, output_name
 from snr_ray.images.headers import n_values
 from snr_ray.images.sources import open_source
@@ -289,7 +290,7 @@ BAD: list[tuple[Callable[[Path], Any], str]] = [
     (_own(multiscales("zyx", ["0"]) | {"image-label": {}}), r"but a\.zarr holds labels"),
     (_array(compressor={"id": "nope"}), r"a codec that zarr does not know \(.*nope"),
     (_array(filters=[{"id": "nope"}]), r"a codec that zarr does not know \(.*nope"),
-    (_array(shape=[2, 60000, 70000]), r"which its [\d,]+ bytes cannot hold; copy the image again"),
+    (_array(shape=[2, 6000, 7000]), r"which its [\d,]+ bytes cannot hold; copy the image again"),
     (_array(chunks=[9, 99999, 99999]), r"which its [\d,]+ bytes cannot hold; copy the image again"),
     (_array(shape=[0, 6, 7]), r"must have pixels along each of its axes, .* \[0, 6, 7\]"),
     (_array(dtype="nonsense"), r"a\.zarr cannot be read as an image"),
@@ -312,6 +313,31 @@ def test_what_cannot_be_read_has_its_sentence(
     assert source.ids == ["a.zarr"]
     with pytest.raises(InputError, match=said):
         source.pictures(0, ImagesConfig())
+
+
+def test_one_that_no_node_has_memory_for_is_refused_before_its_chunks_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = small(tmp_path / "a.zarr")
+    chunks, real = [], LocalFolder.read
+
+    def read(self: LocalFolder, name: str) -> bytes:
+        chunks.extend([name] if name.endswith(".0") else [])
+        return real(self, name)
+
+    monkeypatch.setattr(LocalFolder, "read", read)
+    _array(shape=[400, 6000, 7000])(folder)
+    monkeypatch.setattr(memory, "node_memory", lambda: 8 * 2**30)
+    with pytest.raises(InputError, match=r"half of a node's 8 GB .* a\.zarr holds 16,800 million"):
+        open_source(str(folder)).pictures(0, ImagesConfig())
+    assert not chunks
+
+
+def test_one_of_a_single_slice_is_an_image_to_train_on(tmp_path: Path) -> None:
+    values = np.arange(80 * 90).reshape(1, 1, 80, 90) % 251
+    write(tmp_path / "a.zarr", values.astype(np.uint8), "tcyx", chunks=(1, 1, 32, 32))
+    image = open_source(str(tmp_path)).load(0, ImagesConfig(size=64, fit="crop"))
+    np.testing.assert_allclose(image[0], values[0, 0, 8:72, 13:77] / 255, atol=1e-6)
 
 
 @pytest.mark.parametrize("version", [2, 3])

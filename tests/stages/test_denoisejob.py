@@ -21,6 +21,7 @@ from ray._private.state import GlobalState
 
 from snr_ray.cli import main
 from snr_ray.config import Config, InputError
+from snr_ray.images import memory
 from snr_ray.stages import room
 from snr_ray.stages.cleaning import on_gpus
 from snr_ray.stages.denoise import denoise
@@ -113,6 +114,19 @@ def test_folders_that_are_images_are_done_once_and_again_where_one_was_replaced(
     assert len(pq.read_table(out / "manifest.parquet")) == 24 + 3
 
 
+@pytest.mark.parametrize("where", ["a.zarr", "a.zarr/out", "a.zarr/0/out"])
+@pytest.mark.parametrize("images", ["", "a.zarr", "*.zarr"])
+def test_results_never_land_in_a_folder_that_is_an_image(
+    images: str, where: str, model_folder: Path, tmp_path: Path
+) -> None:
+    zarr_images.write(tmp_path / "in" / "a.zarr", np.zeros((2, 9, 9), np.uint8))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=r"--out must lie outside the images, .* is inside"):
+        cleaning(model=str(model_folder), images=str(tmp_path / "in" / images),
+                 out=tmp_path / "in" / where, overwrite=True)  # fmt: skip
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_folders_that_are_images_go_from_bucket_to_bucket(
     model_folder: Path, bucket: tuple[pafs.FileSystem, str], tmp_path: Path
 ) -> None:
@@ -199,13 +213,13 @@ def test_an_image_without_room_in_memory_fails_alone(
 ) -> None:
     Image.new("L", (9000, 9000)).save(image_folder / "huge.png")
     data = (image_folder / "huge.png").read_bytes()
-    monkeypatch.setattr(room, "node_memory", lambda: 8 * 2**30)
+    monkeypatch.setattr(memory, "node_memory", lambda: 8 * 2**30)
     with pytest.raises(InputError, match=r"half of a node's 8 GB .* huge.png holds 81 million"):
         room.check_room(data, "huge.png", 1000)
     room.check_room(data, "huge.png", 0)
     # A photograph of 12 million pixels and three colours does not fit where two megapixels do.
     per_value = room.bytes_per_value(Config(), None)
-    assert 36e6 * per_value > room.SHARE * room.node_memory() > 2e6 * per_value
+    assert 36e6 * per_value > memory.SHARE * memory.node_memory() > 2e6 * per_value
     room.check_room((image_folder / "a" / "00.png").read_bytes(), "00.png", 10**9)
 
 
