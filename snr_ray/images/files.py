@@ -121,8 +121,13 @@ class _Remote:
 
     def stamp(self, index: int) -> str:
         if self.sizes is None or self.times is None:
-            info = self.fs.get_file_info(self.prefix + self.ids[index])
-            return f"{info.size}-{info.mtime_ns}"
+            path = self.prefix + self.ids[index]
+            info = self.fs.get_file_info(path)
+            if info.type != pafs.FileType.Directory:
+                return f"{info.size}-{info.mtime_ns}"
+            infos = self.fs.get_file_info(pafs.FileSelector(path, recursive=True))
+            files = ((file.size or 0, file.mtime_ns or 0) for file in infos if file.is_file)
+            return "{}-{}".format(*zarrfolder.stamp(files))
         return f"{self.sizes[index]}-{self.times[index]}"
 
 

@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -213,6 +214,8 @@ def test_an_image_in_a_bucket_is_read_as_it_is_from_a_disk(
     assert not there.left_out.counts
     alone = open_source(f"s3://bucket/in/sub/b?{query}")
     assert alone.file(0)[1] == here.file(2)[1]
+    assert alone.stamp(0) == there.stamp(2)
+    assert pickle.loads(pickle.dumps(alone)).file(0) == alone.file(0)
     fs.delete_dir("bucket/in/sub/b")
     with pytest.raises(InputError, match="is gone"):
         there.file(2)
