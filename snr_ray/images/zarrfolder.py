@@ -86,7 +86,7 @@ def pack(folder: Folder, name: str) -> bytes:
         raise InputError(
             f"{name} has metadata that is not JSON ({error}); write the image again."
         ) from None
-    if described is None and not folder.list():
+    if described is None and not folder.exists():
         raise FileNotFoundError(name)
     root, whole, own = described or ("", {}, {})
     _check_kind(own, name)

@@ -169,6 +169,8 @@ def test_a_folder_that_is_an_image_is_one_and_not_looked_into(tmp_path: Path) ->
     assert dict(source.left_out.counts) == {
         ".json files": 1, "links to folders that are listed anyhow": 1}  # fmt: skip
     assert [len(source.pictures(k, ImagesConfig())) for k in (0, 1, 2, 4)] == [2, 2, 1, 2]
+    with pytest.raises(InputError, match=r"`multiscales`.* but deep/named\.ZARR has none"):
+        source.read(3)
 
 
 @pytest.mark.parametrize(
