@@ -49,7 +49,7 @@ class Alike:
         return adjoint_of_spec(noisy, self.spec)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mixed:
     """image = share_0 clean + sum over k of share_k noise(clean) of image b's k-th view count.
 

@@ -64,7 +64,7 @@ def _alike(apply: Callable[..., Tensor], images: Tensor, spec: NoiseSpec) -> Ten
     return apply(flat, n_views, n, n, spec.filter, spec.angle_range).reshape(images.shape)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counts:
     """View counts of images, which only their device knows."""
 

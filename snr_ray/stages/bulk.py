@@ -26,8 +26,8 @@ KILLS = 2
 """How often the process of a lone image may be killed before it is given up."""
 STALL_MINUTES = 30.0
 """A job in which nothing was finished for so long is ended."""
-FIRST = 16
-"""So many blocks at the beginning are an eighth as large: what they say is there soon."""
+FIRST, RAMP = 16, 8
+"""So many blocks at the beginning are so many times smaller: what they say is there soon."""
 LOOK_S = 1.0
 """Seconds between looks at the cluster while nothing is finished."""
 _LOST = (
@@ -68,7 +68,7 @@ class Work:
 
 def plan(n_images: int, done: npt.NDArray[np.bool_], per_block: int) -> Iterator[Block]:
     """Blocks of neighbours that are not done; the borders are the same whatever is done."""
-    small = max(1, per_block // 8)
+    small = max(1, per_block // RAMP)
     ramp = min(FIRST * small, n_images)
     starts = itertools.chain(range(0, ramp, small), range(ramp, n_images, per_block))
     for start, stop in itertools.pairwise(itertools.chain(starts, [n_images])):

@@ -9,7 +9,6 @@ it works on those before.
 """
 
 import os
-import queue
 import socket
 import sys
 import time
@@ -25,7 +24,7 @@ from ray import cloudpickle
 
 from snr_ray.config import ImagesConfig, InputError
 from snr_ray.images.collection import Source
-from snr_ray.stages.bulk import Block, Indices, Work
+from snr_ray.stages.bulk import RAMP, Block, Indices, Work
 from snr_ray.stages.cluster import ON_CORES, cpus, gpus
 from snr_ray.stages.imagefiles import (
     HELD_PIXELS,
@@ -45,18 +44,18 @@ from snr_ray.stages.imagefiles import (
 from snr_ray.stages.waiting import SAY_S
 
 if TYPE_CHECKING:  # torch is slow to import, and most of what is here does without
-    import torch
-
     from snr_ray.stages.fileswap import FileSwapper
 
 BLOCKS_PER_CORE = 2
 """Blocks under way for each core: the next is there when one is finished."""
-LOADS_TOGETHER = 2
-"""Stacks that a GPU has at once: one is copied while the other is worked on."""
-GPU_SHARE = 0.5
-"""Of the free memory of a GPU, what the stacks that it has at once may take."""
+QUEUED = 4
+"""Blocks that wait for each GPU at most: what they hold is on its node when their turn comes."""
+GPU_SHARE = 0.25
+"""Of the free memory of a GPU, what a stack may take."""
 GPU_BYTES = 2048
 """Of its memory for each value of an image, at the least."""
+LOOK_AT = 8
+"""Files of which one should be readable."""
 LOOK_S = 5.0
 """Seconds after which the number of cores is asked for anew."""
 STAND_IN = "SNR_RAY_GPU_IS_CPU"
@@ -98,16 +97,14 @@ def on_cores(job: Cleaning, maker: Maker) -> Work:
     return Work(start, _Width(), _failed(job))
 
 
-def on_gpus(job: Cleaning, maker: Maker, n_gpus: int, wait_minutes: float) -> Work:
-    """Blocks through actors with a GPU each.
+def on_gpus(job: Cleaning, maker: Maker, n_gpus: int, wait_minutes: float, per_block: int) -> Work:
+    """Blocks of at most so many images through actors with a GPU each.
 
     Raises:
         InputError: if Ray counts GPUs that torch cannot use, or that others do not give back.
     """
     ref, model = ray.put(job), ray.put(packed(maker))
-    gpu = ray.remote(_Gpu).options(
-        num_gpus=1, num_cpus=0, max_restarts=-1, max_concurrency=LOADS_TOGETHER
-    )
+    gpu = ray.remote(_Gpu).options(num_gpus=1, num_cpus=0, max_restarts=-1)
     actors = [gpu.remote() for _ in range(n_gpus)]
     asked = [actor.problem.remote(ref, model) for actor in actors]
     late = time.monotonic() + 60 * wait_minutes
@@ -132,6 +129,8 @@ def on_gpus(job: Cleaning, maker: Maker, n_gpus: int, wait_minutes: float) -> Wo
         raise InputError(problems[0])
     fitting = min(ray.get([actor.fitting.remote(job.per_value) for actor in actors]))
     ref = ray.put(replace(job, pass_values=fitting))
+    for actor in actors:  # while the first blocks are read
+        actor.warm.remote(ref, model, per_block)
     turn = 0
 
     def start(block: Block) -> "ray.ObjectRef":
@@ -141,7 +140,7 @@ def on_gpus(job: Cleaning, maker: Maker, n_gpus: int, wait_minutes: float) -> Wo
         answers = actors[turn].answer.remote(ref, model, stacks)
         return _write.remote(ref, opened, stacks, answers)
 
-    return Work(start, _Width(more=2 * LOADS_TOGETHER * n_gpus), _failed(job))
+    return Work(start, _Width(more=QUEUED * n_gpus), _failed(job))
 
 
 class _Width:
@@ -233,11 +232,11 @@ def _write(
 
 
 class _Gpu:
-    """Holds a GPU and the model on it."""
+    """Holds a GPU and the model on it. One thread does it all: what cuDNN learns of a shape it
+    keeps for each thread, and two at once were no faster on an H100."""
 
     def __init__(self) -> None:
         self._device = "cpu" if STAND_IN in os.environ else "cuda"
-        self._streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()
 
     def problem(self, job: Cleaning, model: Packed) -> str:
         """Why the GPU cannot be used, "" if it can; then the model is loaded."""
@@ -249,34 +248,43 @@ class _Gpu:
                 f"{socket.gethostname()}; install a torch for its driver, or give --gpus none."
             )
         _swapper(job, model, self._device)
-        if self._device == "cuda":
-            torch.cuda.synchronize()  # the streams of `answer` wait for nothing
         return ""
 
     def fitting(self, per_value: int) -> int:
-        """Values of images that fit in the GPU's memory at once, beside the other loads."""
+        """Values of images that fit in the GPU's memory at once."""
         import torch
 
         if self._device == "cpu":
             return PASS_PIXELS
         free, _ = torch.cuda.mem_get_info()
-        values = GPU_SHARE * free / (LOADS_TOGETHER * max(per_value, GPU_BYTES))
+        values = GPU_SHARE * free / max(per_value, GPU_BYTES)
         return int(np.clip(values, PASS_PIXELS, HELD_PIXELS))
 
-    def answer(self, job: Cleaning, model: Packed, stacks: list[Stack]) -> list[Answer]:
-        """What becomes of stacks. Loads that are there together have a stream each, so that one
-        copies while the other computes; a stream keeps the memory that it had."""
-        import torch
-
-        swapper = _swapper(job, model, self._device)
+    def warm(self, job: Cleaning, model: Packed, per_block: int) -> None:
+        """Answer images like the first that can be read, in stacks as blocks have them: what is
+        compiled or chosen once for a shape takes seconds."""
         if self._device == "cpu":
-            return [swapper.answer(stack) for stack in stacks]
-        try:
-            stream = self._streams.get_nowait()
-        except queue.Empty:
-            stream = torch.cuda.Stream()
-        try:
-            with torch.cuda.stream(stream):
-                return [swapper.answer(stack) for stack in stacks]
-        finally:
-            self._streams.put(stream)
+            return
+        swapper = _swapper(job, model, self._device)
+        files = read_files(job.source, range(min(LOOK_AT, len(job.source.ids))))
+        for _, stacks, _ in open_files(files, job.images, job.per_value, job.pass_values):
+            for stack in stacks[:1]:
+                most = max(1, job.pass_values // stack.pixels[0].size)
+                for n in (per_block // RAMP, per_block):
+                    swapper.answer(_repeated(stack, min(max(1, n), most)))
+                return
+
+    def answer(self, job: Cleaning, model: Packed, stacks: list[Stack]) -> list[Answer]:
+        """What becomes of stacks."""
+        swapper = _swapper(job, model, self._device)
+        return [swapper.answer(stack) for stack in stacks]
+
+
+def _repeated(stack: Stack, n: int) -> Stack:
+    """So many images, all of them the first of a stack."""
+    return replace(
+        stack,
+        pixels=np.repeat(stack.pixels[:1], n, axis=0),
+        ids=list(stack.ids[:1]) * n,
+        owners=list(stack.owners[:1]) * n,
+    )

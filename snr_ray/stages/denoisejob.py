@@ -127,10 +127,12 @@ class Job:
         Raises:
             InputError: if the job cannot go on; all that was done is kept.
         """
-        n_gpus = self._gpus()
+        n_gpus, per_block = self._gpus(), self._per_block()
+        if not n_gpus:
+            return self.drive(on_cores(cleaning, maker), per_block)
+        per_block *= GPU_BLOCK
         wait = self.running.stall_minutes
-        work = on_gpus(cleaning, maker, n_gpus, wait) if n_gpus else on_cores(cleaning, maker)
-        self.drive(work, self._per_block() * (GPU_BLOCK if n_gpus else 1))
+        return self.drive(on_gpus(cleaning, maker, n_gpus, wait, per_block), per_block)
 
     def drive(self, work: bulk.Work, per_block: int) -> None:
         """The same by any work; raises as `run`."""
