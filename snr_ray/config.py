@@ -310,9 +310,9 @@ class TrainConfig:
     use_gpu: bool = False
     """Give each worker one GPU."""
     compile: Literal["auto", True, False] = "auto"
-    """Let torch compile the network and its losses into one graph, which hands a GPU fewer and
-    larger operations; `auto`: on GPUs, in runs of 1000 steps and more, of models of a few view
-    counts. Of a range of them every step would be compiled anew."""
+    """How a step is given to a GPU. `auto`: what it does is captured once for each size of images,
+    and replayed. True: the network and its losses are also compiled into one graph, a minute or so
+    for each size. False: operation by operation."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -417,9 +417,9 @@ class Config:
         )
         views = self.noise.views_per_pixel
         check(
-            self.train.compile is not True or (views is None and not self.model.physics),
-            "train.compile=true does not go with noise.views_per_pixel, whose view counts differ "
-            "from step to step, nor with model.physics; leave it out.",
+            self.train.compile is not True or not self.model.physics,
+            "train.compile=true does not go with model.physics, whose steps ask which rows have "
+            "which noise id; leave it out.",
         )
         check(
             views is not None or not self.train.sizes,

@@ -132,7 +132,8 @@ def _model_folder(tiny: Config, run: Path) -> Path:
     from snr_ray.images.sources import open_source
     from snr_ray.learning.batches import Pairs
     from snr_ray.learning.checkpoint import save_model
-    from snr_ray.learning.fit import Learner, donor_codes
+    from snr_ray.learning.fit import Learner
+    from snr_ray.learning.validation import donor_codes
     from snr_ray.noise.operator import noise_operator, noise_specs
 
     source = open_source("glyphs")
@@ -161,7 +162,7 @@ def _teach(model: "HVAE", pairs: "Pairs", config: Config) -> None:
     """Let noise codes tell the noise and the view count of these images, as well as they can."""
     import torch
 
-    from snr_ray.learning.fit import donor_codes
+    from snr_ray.learning.validation import donor_codes
 
     maker = model.noise_maker
     assert maker is not None

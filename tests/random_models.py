@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from snr_ray.config import Config
-from snr_ray.learning.fit import build_model
+from snr_ray.learning.build import build_model
 from snr_ray.network.hvae import HVAE
 
 

@@ -27,7 +27,9 @@ from snr_ray import __version__
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
 from snr_ray.folder import open_folder, without_secrets
-from snr_ray.learning.fit import BF16_COSTS, LEAST_EXPLAINED, Metrics, build_model
+from snr_ray.learning.build import build_model
+from snr_ray.learning.fit import BF16_COSTS, LEAST_EXPLAINED
+from snr_ray.learning.validation import Metrics
 from snr_ray.metrics import as_json
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.itnet import ItNet

@@ -12,97 +12,37 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from snr_ray.config import Config
+from snr_ray.config import Config, InputError
 from snr_ray.learning.ahead import ahead
 from snr_ray.learning.batches import Batch, Pairs, Share, StepNormal
+from snr_ray.learning.build import build_objective, build_optimizers
 from snr_ray.learning.captured import Captured, is_capturable
-from snr_ray.learning.compiled import Compiled, is_wanted
 from snr_ray.learning.drawing import Drawing, Drawn
 from snr_ray.learning.health import Health
-from snr_ray.learning.losses import Objective, Regression
-from snr_ray.learning.muon import Muon
 from snr_ray.learning.recipe import peak_share
-from snr_ray.metrics import psnr
+from snr_ray.learning.validation import SCORE_BATCH, Metrics, donor_codes, validate
 from snr_ray.network.blocks import PixelLevel
 from snr_ray.network.hvae import HVAE
-from snr_ray.network.itnet import ItNet
-from snr_ray.network.physics import LinearInverse
-from snr_ray.network.swap import N_DONORS, NoiseCodes, collect, swap
+from snr_ray.network.swap import NoiseCodes
 from snr_ray.network.trust import least_explained
-from snr_ray.network.unet import UNet, regress
+from snr_ray.network.unet import UNet
 from snr_ray.noise.operator import noise_operator, noise_specs
 from snr_ray.noise.tensors import Counts, noise_of_each
 from snr_ray.noise.viewrange import ViewRange
 
 LOG_EVERY_STEPS = 25
+BACKEND = "inductor"
+"""What torch.compile makes a step's graph into."""
 OWN = ("capturable",)
 """What of an optimizer is a matter of its device, not of the run."""
-SCORE_BATCH = 256
-SCORE_BOTH_WAYS = 32
-"""Validation images that are also rebuilt and injected with noise: for a curve, not for a table."""
 
 BF16_COSTS = "bf16_costs_psnr"
 LEAST_EXPLAINED = "least_explained_"
 """Metrics of this name and a number of views per pixel bound what `denoise` trusts."""
-
-Metrics = dict[str, float]
-
-
-def build_model(config: Config) -> HVAE | UNet:
-    """An untrained model; the same weights for the same seed."""
-    channels, one_pass = config.images.channels, config.loss.swap_probability > 0
-    inverse = None
-    if config.model.physics:
-        inverse = LinearInverse(len(config.noise.n_views), config.images.size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        if config.model.kind == "unet":
-            return UNet(config.model, channels, inverse)
-        if config.model.kind == "itnet":
-            return ItNet(config.model, channels, noise_specs(config.noise))
-        noise = ViewRange.of(config.noise) or noise_specs(config.noise)
-        return HVAE(config.model, channels, noise, inverse, one_pass=one_pass)
-
-
-def build_objective(config: Config) -> Objective | Regression:
-    """An untrained model in its training objective."""
-    model, n_ids = build_model(config), len(config.noise.n_views)
-    if isinstance(model, UNet):
-        return Regression(model, config.loss, n_ids)
-    if config.noise.views_per_pixel is not None:
-        return Objective(model, config.loss, config.train.versions, told=config.train.told)
-    return Objective(model, config.loss, n_ids)
-
-
-def build_optimizers(objective: Objective | Regression, config: Config) -> list[Optimizer]:
-    """Optimizers that share the weights and sigma of an objective among them."""
-    weights = list(objective.model.parameters())
-    optimizers: list[Optimizer] = []
-    if config.train.optimizer == "muon":
-        layers = [m for m in objective.model.modules() if isinstance(m, nn.Conv2d)]
-        kernels = {id(layer.weight) for layer in layers}
-        optimizers.append(Muon([w for w in weights if id(w) in kernels], lr=config.train.lr))
-        weights = [w for w in weights if id(w) not in kernels]
-    groups: list[dict[str, Any]] = [{"params": weights}]
-    if config.loss.sigma_learned:
-        # Few steps and one scalar each: sigma must move faster than the weights.
-        groups.append({"params": [objective.likelihood.log_sigma], "scale": 5.0})
-    optimizers.append(
-        torch.optim.Adam(
-            groups,
-            lr=config.train.lr,
-            betas=(0.9, 0.99),
-            fused=True,
-            capturable=weights[0].is_cuda,
-        )
-    )
-    return optimizers
 
 
 class Learner:
@@ -122,9 +62,9 @@ class Learner:
         self.share = share or Share()
         self.objective = build_objective(config).to(self.device)
         self.objective.to(memory_format=torch.channels_last)
-        compiles = is_wanted(config, self.device)
         self.average = copy.deepcopy(self.objective.model).eval().requires_grad_(False)
-        self.compiled = Compiled(self.objective) if compiles else None
+        if config.train.compile is True:
+            self.objective.compile(fullgraph=True, dynamic=False, backend=BACKEND)
         self.parallel = wrap(self.objective)
         self.optimizers = build_optimizers(self.objective, config)
         self._rates = [
@@ -132,9 +72,10 @@ class Learner:
             for optimizer in self.optimizers
             for _ in optimizer.param_groups
         ]
+        self.drawing = Drawing(self.objective)
         self.captured: Captured | None = None
         if self.device.type == "cuda" and is_capturable(config) and self.parallel is self.objective:
-            self.captured = Captured(self._step, Drawing(self.objective))
+            self.captured = Captured(self._step, self.drawing)
         self.step = 0
         self.first_loss: Tensor | None = None
         # Counted where the gradients are: the host would have to wait for every step otherwise.
@@ -251,18 +192,20 @@ class Learner:
         """The loss and its parts, of a part of the batch."""
         bf16 = self.config.train.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            if self.compiled is None:
+            if self.config.train.compile is not True:
                 return self.parallel(part, normal, warmup)
-            drawn = normal if isinstance(normal, Drawn) else self.compiled.draw(part, normal)
+            if isinstance(normal, StepNormal):
+                normal = self.drawing(part, normal)
             try:
                 # As a tensor: a graph is made anew for every other number.
-                return self.parallel(part, drawn, torch.as_tensor(warmup, device=self.device))
+                return self.parallel(part, normal, torch.as_tensor(warmup, device=self.device))
             except torch._dynamo.exc.TorchDynamoException as error:
-                if self.config.train.compile != "auto":
-                    raise
-                self.compiled.undo(error)
-                self.compiled = None
-                return self.parallel(part, Drawn(drawn.numbers), warmup)
+                cause = getattr(error, "inner_exception", error)
+                reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+                raise InputError(
+                    f"train.compile=true needs a compiler that torch can use, but got: {reason}; "
+                    "leave it out."
+                ) from error
 
     def _set_rates(self) -> None:
         """On a GPU as tensors: a captured step reads them anew."""
@@ -461,73 +404,3 @@ def over_workers(values: Tensor) -> Tensor:
     values = values.clone()
     dist.all_reduce(values)
     return values / dist.get_world_size()
-
-
-def donor_codes(model: HVAE, pairs: Pairs) -> NoiseCodes:
-    """Noise codes of the first N_DONORS images of a set, clean and under every noise id."""
-    rows = np.arange(min(N_DONORS, len(pairs)))
-    return collect(model, [pairs.take(rows, k) for k in range(len(pairs.noisy) + 1)])
-
-
-def both_ways(model: HVAE, codes: NoiseCodes, pairs: Pairs, rows: npt.NDArray[np.int64]) -> Metrics:
-    """PSNR in dB of the other things that a model does to images, mean over noise ids: of noisy
-    images rebuilt from their own codes, and of clean ones with noise injected, which are scored
-    unclipped."""
-    clean, rebuilt, injected = pairs.take(rows, 0), [], []
-    for noise_id in range(1, len(pairs.noisy) + 1):
-        noisy, ids = pairs.take(rows, noise_id), np.full(len(rows), noise_id)
-        again = swap(model, noisy, None, noise_ids=ids)
-        rebuilt.append(psnr(again, noisy, clip=False).mean())
-        made = swap(model, clean, codes.mean(noise_id))
-        injected.append(psnr(made, noisy, clip=False).mean())
-    return {
-        "recon_noisy_psnr": float(np.mean(rebuilt)),
-        "inject_psnr": float(np.mean(injected)),
-    }
-
-
-def validate(
-    model: HVAE | UNet,
-    codes: NoiseCodes | None,
-    pairs: Pairs,
-    n_views: tuple[int, ...],
-    told: ViewRange | None = None,
-) -> Metrics:
-    """PSNR in dB of cleaned images for each noise id and their mean, under `swap_psnr`.
-
-    Args:
-        model: in eval mode; of a HVAE also reconstructed clean images are scored, and `both_ways`.
-        codes: noise codes of training images; the mean clean code does the swap. None for a U-Net,
-            whose scores are named `unet_psnr`.
-        pairs: validation images.
-        n_views: view count of each noise id, for the names of the metrics.
-        told: of a model of a range; images are then scored told their view count as well, under
-            `told_psnr`.
-    """
-    rows = np.arange(len(pairs))
-    name = "unet_psnr" if codes is None else "swap_psnr"
-    sums: Metrics = {}
-    for start in range(0, len(rows), SCORE_BATCH):
-        part = rows[start : start + SCORE_BATCH]
-        clean = pairs.take(part, 0)
-        scored = {}
-        if isinstance(model, HVAE):
-            scored["recon_clean_psnr"] = psnr(swap(model, clean, None), clean)
-            if codes is not None and start == 0:
-                sums |= both_ways(model, codes, pairs, part[:SCORE_BOTH_WAYS])
-        for noise_id, views in enumerate(n_views, start=1):
-            noisy, ids = pairs.take(part, noise_id), np.full(len(part), noise_id)
-            if isinstance(model, HVAE):
-                assert codes is not None
-                image = swap(model, noisy, codes.mean(0), noise_ids=ids)
-                if told is not None:
-                    known = swap(model, noisy, codes.mean(0), geometry=told.spec(views))
-                    scored[f"told_psnr_{views}"] = psnr(known, clean)
-            else:
-                image = regress(model, noisy, ids)
-            scored[f"{name}_{views}"] = psnr(image, clean)
-        for metric, values in scored.items():
-            sums[metric] = sums.get(metric, 0.0) + float(values.sum()) / len(rows)
-    for total in (name, "told_psnr") if told is not None else (name,):
-        sums[total] = float(np.mean([sums[f"{total}_{views}"] for views in n_views]))
-    return sums

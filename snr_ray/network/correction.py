@@ -27,10 +27,11 @@ SIDE, LEAST = 128, 4
 """Images of at most so many pixels a side have all iterations, larger ones fewer in proportion, but
 so many: an iteration takes as long as the cube of the side, and on slices of 512 pixels four bring
 2.4 and 0.6 dB at 320 and 160 views, eight more 0.2 and 0.1 (shipped/choices.md)."""
-FAR = 0.35
+FAR = 0.25
 """Answers that leave more than this share of what they took away, root mean square, are not
 corrected: that is no error of an answer but other noise, such as that of photons, or a wrong view
-count, and some of it could be fitted. Good answers leave a tenth (shipped/choices.md)."""
+count, and some of it could be fitted. Good answers leave a tenth, and .18
+at most wherever it was looked at (shipped/choices.md)."""
 TINY = 1e-30
 
 

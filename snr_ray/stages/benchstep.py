@@ -4,7 +4,7 @@ import functools
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from snr_ray.stages.cluster import connected
 from snr_ray.stages.dataset import Origin, collect_pairs, open_rows
 
 STEPS = 20
+WARM = 5
+"""Steps before those that are measured: they compile, capture, and set up what is set up once."""
 IMAGES = 1000
 PARTS = ("feed", "forward", "backward", "optimizer")
 MATRIX = {"cpu": 1024, "cuda": 8192}
@@ -70,33 +72,44 @@ def _measure(config: Config, pairs: Pairs, kind: str) -> dict[str, Any]:
     learner = Learner(config, device=device)
     feed = PairFeed(pairs, config.train.batch_size, seed=config.seed, share=Share())
     batches = feed.batches(0)
-    for batch in itertools.islice(batches, 3):  # compiles, and sets up what is set up once
+    for batch in itertools.islice(batches, WARM):
         learner.train_step(batch)
+    whole, feeding = _seconds_per_step(learner, batches, device)
+    learner.captured = None  # what is replayed has no parts
     seconds: dict[str, float] = defaultdict(float)
     learner.parallel = _timed("forward", learner.parallel, seconds, device)  # type: ignore[assignment]
     learner.gradients = _timed("gradients", learner.gradients, seconds, device)  # type: ignore[method-assign]
     learner.update = _timed("optimizer", learner.update, seconds, device)  # type: ignore[method-assign]
-    since = time.perf_counter()
-    for _ in range(STEPS):
-        began = time.perf_counter()
-        batch = next(batches)
-        seconds["feed"] += time.perf_counter() - began
-        learner.train_step(batch)
-    _wait(device)
-    whole = (time.perf_counter() - since) / STEPS
+    stepwise, _ = _seconds_per_step(learner, batches, device)
     seconds["backward"] = seconds.pop("gradients") - seconds["forward"]
-    shares = {name: seconds[name] / STEPS / whole for name in PARTS}
+    shares = {name: seconds[name] / STEPS / stepwise for name in PARTS[1:]}
+    shares = {PARTS[0]: feeding / whole} | shares
     launches, flops = _counts(learner, next(batches))
     rate = _matrix_rate(device, config.train.precision)
     return {
         "images_per_s": config.train.batch_size / whole,
         "ms_per_step": 1000 * whole,
+        "ms_step_by_step": 1000 * stepwise,
         "launches": launches.total,
         **{f"{name}_share": share for name, share in shares.items()},
         "matrix_rate_share": flops / whole / rate,
         "batch_size": config.train.batch_size,
         "weights": sum(p.numel() for p in learner.objective.model.parameters()),
     }
+
+
+def _seconds_per_step(
+    learner: Learner, batches: Iterator[Batch], device: torch.device
+) -> tuple[float, float]:
+    """Of steps, and of making their batches."""
+    feeding, since = 0.0, time.perf_counter()
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        batch = next(batches)
+        feeding += time.perf_counter() - began
+        learner.train_step(batch)
+    _wait(device)
+    return (time.perf_counter() - since) / STEPS, feeding / STEPS
 
 
 def _timed(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from snr_ray.config import Config
-from snr_ray.learning.fit import Metrics
+from snr_ray.learning.validation import Metrics
 from snr_ray.metrics import as_json
 from snr_ray.outputs import Progress, write_atomic
 from snr_ray.scoring.runpage import Array, png, run_page

@@ -36,7 +36,7 @@ from sqlalchemy.exc import OperationalError
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, Lost
 from snr_ray.folder import open_local
-from snr_ray.learning.fit import Metrics
+from snr_ray.learning.validation import Metrics
 from snr_ray.lock import check_free, locked
 from snr_ray.outputs import FILES, claim
 from snr_ray.stages.cluster import connected

@@ -17,11 +17,12 @@ from torch import nn
 
 from snr_ray.learning.batches import PairFeed, Share
 from snr_ray.learning.checkpoint import load_any, save_model
-from snr_ray.learning.fit import Learner, Metrics, fit
+from snr_ray.learning.fit import Learner, fit
 from snr_ray.learning.mixed import MixedFeed
 from snr_ray.learning.restart import load_checkpoint, newest_checkpoint, save_checkpoint
 from snr_ray.learning.shardfeed import ShardFeed
 from snr_ray.learning.speed import seconds_per_image
+from snr_ray.learning.validation import Metrics
 from snr_ray.scoring.runpage import tiles
 from snr_ray.stages.dataset import gather
 from snr_ray.stages.pictures import gather_pictures

@@ -20,9 +20,10 @@ from snr_ray.learning.checkpoint import (
     save_model,
     ship,
 )
-from snr_ray.learning.fit import Learner, Metrics, donor_codes, fit, validate
+from snr_ray.learning.fit import Learner, fit
 from snr_ray.learning.health import Diverged
 from snr_ray.learning.restart import load_checkpoint, save_checkpoint
+from snr_ray.learning.validation import Metrics, donor_codes, validate
 from snr_ray.network.blocks import PIXEL_OFFSET
 from snr_ray.network.swap import swap
 from snr_ray.noise.operator import noise_operator, noise_specs

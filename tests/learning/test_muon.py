@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snr_ray import configfile as configs
-from snr_ray.learning.fit import build_model
+from snr_ray.learning.build import build_model
 from snr_ray.learning.muon import MOMENTUM, RMS, WEIGHT_DECAY, Muon, orthogonal
 
 

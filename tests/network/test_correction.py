@@ -28,7 +28,7 @@ def letters() -> torch.Tensor:
     return torch.from_numpy(np.stack([source.load(row, config) for row in range(0, 4000, 500)]))
 
 
-def answers(clean: torch.Tensor, sigma: float = 0.03) -> torch.Tensor:
+def answers(clean: torch.Tensor, sigma: float = 0.015) -> torch.Tensor:
     """Answers of some network: the truth and a smooth error."""
     error = torch.randn(len(clean), 1, 8, 8, generator=torch.manual_seed(1))
     return clean + sigma * torch.nn.functional.interpolate(error, size=SIZE, mode="bicubic")

@@ -10,7 +10,7 @@ from torch import nn
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
-from snr_ray.learning.fit import build_model
+from snr_ray.learning.build import build_model
 from snr_ray.network.blocks import PIXEL_OFFSET, BottomUp, Gaussian, PixelLevel, Up, kl, standard
 from snr_ray.network.hvae import HVAE, Codes
 from snr_ray.network.noisemaker import Mixed, NoiseMaker

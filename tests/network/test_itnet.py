@@ -10,7 +10,7 @@ from torch import Tensor
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
-from snr_ray.learning.fit import build_model
+from snr_ray.learning.build import build_model
 from snr_ray.network.itnet import ItNet
 from snr_ray.network.noisemaker import Alike
 from snr_ray.network.unet import regress

@@ -10,8 +10,8 @@ from snr_ray import configfile as configs
 from snr_ray.config import Config, ImagesConfig, NoiseConfig
 from snr_ray.images.sources import open_source
 from snr_ray.learning.batches import Pairs
+from snr_ray.learning.build import build_model
 from snr_ray.learning.checkpoint import TrainedModel, TrainedUNet, load_model
-from snr_ray.learning.fit import build_model
 from snr_ray.metrics import psnr
 from snr_ray.network.itnet import ItNet
 from snr_ray.noise.operator import noise_operator, noise_specs
