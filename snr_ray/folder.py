@@ -435,25 +435,6 @@ def open_folder(place: str | Path | Folder) -> Folder:
     return folder
 
 
-def open_local(place: str | Path | Folder, why: str) -> Path:
-    """The folder of a stage that cannot work in a bucket.
-
-    Args:
-        place: what the user named.
-        why: of the refusal, such as "a run appends to its files".
-
-    Raises:
-        InputError: if it is in a bucket.
-    """
-    folder = open_folder(place)
-    if folder.local is None:
-        raise InputError(
-            f"--out must be a folder on a file system, since {why}, but got {folder}; give one "
-            "that all nodes share, and copy the result to the bucket."
-        )
-    return folder.local
-
-
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     """File system and path of a URI.
 
