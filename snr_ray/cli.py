@@ -71,6 +71,7 @@ EXAMPLES = {
 
 EXAMPLES["plan"] = """snr plan --images 1e6 --size 128 --views 30 --model places64
   snr plan --images 1e8 --size 512 --views 90 --nodes 20 --cores 32 --price 1.1
+  snr plan --images 1e6 --size 512 --views 160 --model ct --like 'slices/a*.dcm'
   snr plan --images 1e8 --size 128 --views 30 --rates there.json --gpus 8 --nodes 4"""
 
 DEFAULT_MODEL = "any"
@@ -203,6 +204,7 @@ def _run(args: argparse.Namespace, config: Config) -> int:
             cores=args.cores,
             gpus=args.gpus,
             rates=args.rates,
+            like=args.like,
             price=args.price,
             out=args.out,
         )
@@ -347,7 +349,7 @@ def _parser() -> argparse.ArgumentParser:
             parser_.add_argument(
                 "--out",
                 metavar="FILE",
-                type=Path,
+                type=_here,
                 help="write the JSON here, and a plot of what was measured over time beside it",
             )
             continue
@@ -356,7 +358,8 @@ def _parser() -> argparse.ArgumentParser:
             continue
         default = Path("demo") if name == "demo" else None
         parser_.add_argument(
-            "--out", metavar="DIR", type=_place, default=default, required=default is None,
+            "--out", metavar="DIR", type=_here if default else _place, default=default,
+            required=default is None,
             help="output folder; the same command continues what was interrupted",
         )  # fmt: skip
         parser_.add_argument(
@@ -465,8 +468,11 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     add("--rates", metavar="FILE", type=Path,
         help="rates that an earlier `snr plan --out` wrote, also on another machine; without, a "
              "small job is measured here")  # fmt: skip
+    add("--like", metavar="SRC",
+        help="measure with these images: how many bytes results have depends on what they show "
+             "(default: photographs)")  # fmt: skip
     add("--price", metavar="P", type=float, help="price of a node for an hour")
-    add("--out", metavar="FILE", type=Path, help="write rates and forecast here as JSON")
+    add("--out", metavar="FILE", type=_here, help="write rates and forecast here as JSON")
 
 
 def _count(text: str) -> int:
@@ -482,6 +488,15 @@ def _count(text: str) -> int:
 def _place(text: str) -> Path | str:
     """A path; a URI stays as it was typed, as a Path would lose one of its slashes."""
     return text if ":/" in text else Path(text)
+
+
+def _here(text: str) -> Path:
+    """The same of what cannot be in a bucket."""
+    if ":/" in text:
+        raise argparse.ArgumentTypeError(
+            f"takes a path on this machine, but got {without_secrets(text)!r}; copy the result"
+        )
+    return Path(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:

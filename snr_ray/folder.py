@@ -7,6 +7,7 @@ Folders are small and picklable: tasks on any node get them as they are.
 import abc
 import errno
 import os
+import random
 import re
 import shutil
 import socket
@@ -112,6 +113,11 @@ class Folder(abc.ABC):
         """Whether there is a file or folder of this name."""
 
     @abc.abstractmethod
+    def written(self, name: str) -> float | None:
+        """When a file was written, by the clock of the file system or bucket, which all machines
+        share; None if there is none."""
+
+    @abc.abstractmethod
     def list(self, prefix: str = "") -> list[str]:
         """Sorted names of all files in a subfolder and below; none if there is no such folder."""
 
@@ -209,6 +215,12 @@ class LocalFolder(Folder):
 
     def exists(self, name: str = "") -> bool:
         return os.path.lexists(self._path(name))
+
+    def written(self, name: str) -> float | None:
+        try:
+            return self._path(name).stat().st_mtime
+        except FileNotFoundError:
+            return None
 
     def list(self, prefix: str = "") -> list[str]:
         found = []
@@ -333,12 +345,15 @@ class BucketFolder(Folder):
             claims = self._fs.get_file_info(pafs.FileSelector(self._path(".claims")))
             ages = {info.base_name: info.mtime_ns / 1e9 for info in claims if info.is_file}
             now = ages.pop(mine.rpartition("/")[2])
-            if any(abs(now - other) < CLAIM_S for other in ages.values()) or self.exists(name):
-                return False
-            self.write(name, data)
-            return True
+            alone = all(abs(now - other) >= CLAIM_S for other in ages.values())
+            if alone and not self.exists(name):
+                self.write(name, data)
+                return True
         finally:
             self.remove(mine)
+        if not alone:  # who asks again must not meet the others again
+            time.sleep(random.uniform(0.2, 1.0))
+        return False
 
     def read(self, name: str) -> bytes:
         with self._fs.open_input_stream(self._path(name)) as stream:
@@ -346,6 +361,10 @@ class BucketFolder(Folder):
 
     def exists(self, name: str = "") -> bool:
         return self._fs.get_file_info(self._path(name)).type != pafs.FileType.NotFound
+
+    def written(self, name: str) -> float | None:
+        info = self._fs.get_file_info(self._path(name))
+        return info.mtime_ns / 1e9 if info.is_file else None
 
     def list(self, prefix: str = "") -> list[str]:
         selector = pafs.FileSelector(self._path(prefix), recursive=True, allow_not_found=True)
@@ -356,7 +375,8 @@ class BucketFolder(Folder):
         # Markers of folders and of claims are nothing that a user put here.
         selector = pafs.FileSelector(self._root, allow_not_found=True)
         return all(
-            info.base_name == ".claims" or (not info.is_file and not self.list(info.base_name))
+            info.base_name in (".claims", ".beats")
+            or (not info.is_file and not self.list(info.base_name))
             for info in self._fs.get_file_info(selector)
         )
 
@@ -413,25 +433,6 @@ def open_folder(place: str | Path | Folder) -> Folder:
             f"{without_secrets(str(error))}; look at the name, the region and the credentials."
         ) from None
     return folder
-
-
-def open_local(place: str | Path | Folder, why: str) -> Path:
-    """The folder of a stage that cannot work in a bucket.
-
-    Args:
-        place: what the user named.
-        why: of the refusal, such as "a run appends to its files".
-
-    Raises:
-        InputError: if it is in a bucket.
-    """
-    folder = open_folder(place)
-    if folder.local is None:
-        raise InputError(
-            f"--out must be a folder on a file system, since {why}, but got {folder}; give one "
-            "that all nodes share, and copy the result to the bucket."
-        )
-    return folder.local
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:

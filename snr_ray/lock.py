@@ -2,9 +2,10 @@
 
 The holder's file says who it is, and is touched every few seconds. A holder on this machine is
 gone when its process is; one elsewhere when its file was not touched for a minute by the clock of
-the file system, which all machines share.
+the file system or the bucket, which all machines share.
 """
 
+import abc
 import json
 import os
 import signal
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from snr_ray.config import InputError, RunError
+from snr_ray.folder import Folder, open_folder
+from snr_ray.hashing import fingerprint
 
 LOCK = ".lock"
 BEAT_S = 5.0
@@ -29,11 +32,11 @@ STALE_BEATS = 12
 
 
 @contextmanager
-def locked(folder: Path, stage: str) -> Iterator[None]:
+def locked(folder: Path | Folder, stage: str) -> Iterator[None]:
     """Hold an existing folder; whoever else asks for it meanwhile is told who has it.
 
     Args:
-        folder: what must not have two drivers.
+        folder: what must not have two drivers; also in a bucket.
         stage: of the holder, for the sentence that others read.
 
     Raises:
@@ -41,20 +44,22 @@ def locked(folder: Path, stage: str) -> Iterator[None]:
         RunError: at the end, if another driver took the folder because this one had stood still.
     """
     mine = _me(stage)
-    path = _take(folder, mine)
+    files = _files(folder)
+    name = _take(files, mine)
     lost, done = threading.Event(), threading.Event()
 
     def beat() -> None:
         while not done.wait(BEAT_S):
-            if _chain(folder)[-1][1].get("key") != mine["key"]:
-                lost.set()
-                os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C: stages know how to stop
-                return
             with suppress(OSError):
-                os.utime(path)
+                if _chain(files)[-1][1].get("key") != mine["key"]:
+                    lost.set()
+                    os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C: stages know how to stop
+                    return
+                files.touch(name, mine["key"])
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
+    holder: dict[str, Any] = {}
     try:
         yield
     except KeyboardInterrupt:
@@ -63,86 +68,201 @@ def locked(folder: Path, stage: str) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        chain = _chain(folder)
-        holder = chain[-1][1]
-        if holder.get("key") == mine["key"]:
-            for file, _ in chain:  # the first of them first: without it the others mean nothing
-                file.unlink(missing_ok=True)
+        with suppress(OSError):  # of a bucket that is gone: others wait until it is stale
+            chain = _chain(files)
+            holder = chain[-1][1]
+            if holder.get("key") == mine["key"]:
+                # The first of them first: without it the others mean nothing.
+                for file, owner in chain:
+                    files.remove(file, owner["key"])
     if lost.is_set():
         raise RunError(
-            f"{folder} was taken over by {_who(holder)}, because this process had shown no "
+            f"{files} was taken over by {_who(holder)}, because this process had shown no "
             f"sign of life for {BEAT_S * STALE_BEATS:.0f} seconds; what it did until then is kept."
         )
 
 
-def check_free(folder: Path) -> None:
+def check_free(folder: Path | Folder) -> None:
     """Raise InputError if a driver that lives holds the folder; for before anything is removed."""
-    path, holder = _chain(folder)[-1]
+    files = _files(folder)
+    name, holder = _chain(files)[-1]
     if holder:
-        _wait_for_death(path)
+        _wait_for_death(files, name)
 
 
-def _take(folder: Path, mine: dict[str, Any]) -> Path:
-    """Write my file: the first, or the one after that of a dead holder. Returns its path.
+class _Files(abc.ABC):
+    """Lock files by their names, where the folder is; `str()` is the folder."""
+
+    @abc.abstractmethod
+    def read(self, name: str) -> dict[str, Any]:
+        """What the holder wrote, only a key while it writes; {} where there is no file."""
+
+    @abc.abstractmethod
+    def create(self, name: str, mine: dict[str, Any]) -> bool:
+        """Write a lock file, if there is none; of several at once at most one does it."""
+
+    @abc.abstractmethod
+    def touch(self, name: str, key: str) -> None:
+        """Give a sign of life of the holder with this key."""
+
+    @abc.abstractmethod
+    def touched(self, name: str) -> float | None:
+        """When the last sign of life was, by `clock`; None where there is no file."""
+
+    @abc.abstractmethod
+    def clock(self) -> float:
+        """Now, by the clock of the file system or bucket."""
+
+    @abc.abstractmethod
+    def remove(self, name: str, key: str) -> None:
+        """Remove the file of the holder with this key."""
+
+
+class _OnDisk(_Files):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def read(self, name: str) -> dict[str, Any]:
+        try:
+            text, file = (self.folder / name).read_text(), (self.folder / name).stat().st_ino
+        except OSError:
+            return {}
+        return _parsed(text) or {"key": f"file-{file}"}
+
+    def create(self, name: str, mine: dict[str, Any]) -> bool:
+        try:
+            handle = os.open(self.folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return False
+        with os.fdopen(handle, "w") as file:
+            json.dump(mine, file)
+            file.flush()
+            os.fsync(file.fileno())
+        return True
+
+    def touch(self, name: str, key: str) -> None:
+        os.utime(self.folder / name)
+
+    def touched(self, name: str) -> float | None:
+        try:
+            return (self.folder / name).stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+    def clock(self) -> float:
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=f"{LOCK}.") as file:
+            return os.stat(file.name).st_mtime
+
+    def remove(self, name: str, key: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+
+class _InBucket(_Files):
+    """A lock object is written once, as `Folder.create` does; signs of life are objects of their
+    own, since writing the first again could put it in the place of another holder's."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def read(self, name: str) -> dict[str, Any]:
+        try:
+            data = self.folder.read(name)
+        except FileNotFoundError:
+            return {}
+        except OSError:
+            if self.folder.exists(name):
+                raise
+            return {}  # it went between two requests
+        return _parsed(data.decode(errors="replace")) or {"key": fingerprint(data)}
+
+    def create(self, name: str, mine: dict[str, Any]) -> bool:
+        return self.folder.create(name, json.dumps(mine))
+
+    def touch(self, name: str, key: str) -> None:
+        self.folder.write(_beat(key), "")
+
+    def touched(self, name: str) -> float | None:
+        taken = self.folder.written(name)
+        if taken is None:
+            return None
+        return max(taken, self.folder.written(_beat(self.read(name).get("key", ""))) or 0.0)
+
+    def clock(self) -> float:
+        name = _beat(uuid.uuid4().hex)
+        self.folder.write(name, "")
+        try:
+            return self.folder.written(name) or 0.0
+        finally:
+            self.folder.remove(name)
+
+    def remove(self, name: str, key: str) -> None:
+        self.folder.remove(name)
+        self.folder.remove(_beat(key))
+
+
+def _files(folder: Path | Folder) -> _Files:
+    place = open_folder(folder)
+    return _InBucket(place) if place.local is None else _OnDisk(place.local)
+
+
+def _beat(key: str) -> str:
+    return f".beats/{key}"
+
+
+def _take(files: _Files, mine: dict[str, Any]) -> str:
+    """Write my file: the first, or the one after that of a dead holder. Returns its name.
 
     Nobody removes a dead holder's file, which by then may be another's: who takes over writes a
-    file that is named after the dead holder's key, and the file system lets only one do so. It
-    counts while every file before it is there; a key is never used twice.
+    file that is named after the dead holder's key, and only one can do so. It counts while every
+    file before it is there; a key is never used twice.
     """
     while True:
-        path, holder = _chain(folder)[-1]
+        name, holder = _chain(files)[-1]
         if holder:
-            _wait_for_death(path)
-            path = _after(path, holder)
-        if _create(path, mine):
-            if _chain(folder)[-1][1].get("key") == mine["key"]:
-                return path
-            path.unlink(missing_ok=True)  # the holders before it were gone by then
+            _wait_for_death(files, name)
+            name = _after(holder)
+        if files.create(name, mine):
+            if _chain(files)[-1][1].get("key") == mine["key"]:
+                return name
+            files.remove(name, mine["key"])  # the holders before it were gone by then
 
 
-def _chain(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+def _chain(files: _Files) -> list[tuple[str, dict[str, Any]]]:
     """The files of the folder's holders: dead ones, then who has it now, {} where nobody does."""
-    chain = [(folder / LOCK, _read(folder / LOCK))]
-    while chain[-1][1] and (after := _read(path := _after(*chain[-1]))):
-        chain.append((path, after))
+    chain = [(LOCK, files.read(LOCK))]
+    while (last := chain[-1][1]) and (after := files.read(_after(last))):
+        chain.append((_after(last), after))
     return chain
 
 
-def _after(path: Path, holder: dict[str, Any]) -> Path:
+def _after(holder: dict[str, Any]) -> str:
     """The file of whoever took the folder over from a holder."""
-    return path.with_name(f"{LOCK}.{holder['key']}")
+    return f"{LOCK}.{holder['key']}"
 
 
-def _create(path: Path, mine: dict[str, Any]) -> bool:
-    """Write a lock file, if there is none."""
-    try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        return False
-    with os.fdopen(handle, "w") as file:
-        json.dump(mine, file)
-        file.flush()
-        os.fsync(file.fileno())
-    return True
-
-
-def _wait_for_death(path: Path) -> None:
+def _wait_for_death(files: _Files, name: str) -> None:
     """Return once the holder is dead or its file gone. Raises InputError if it lives."""
-    first, told = _touched(path), False
-    while (touched := _touched(path)) is not None:
-        holder = _read(path)
+    first, told = files.touched(name), False
+    while (touched := files.touched(name)) is not None:
+        holder = files.read(name)
         here = holder.get("machine") == _machine()
         if here and not _lives(holder["pid"], holder["begun"]):
             return
         if here or touched != first:
             raise InputError(
-                f"{path.parent} is in use by {_who(holder)}; wait until that has ended, stop it, "
+                f"{files} is in use by {_who(holder)}; wait until that has ended, stop it, "
                 "or give another --out."
             )
-        if _clock(path.parent) - touched > BEAT_S * STALE_BEATS:
+        if files.clock() - touched > BEAT_S * STALE_BEATS:
             return
         if not told:
-            print(f"Asking whether {_who(holder)} still works in {path.parent} ...",
+            print(f"Asking whether {_who(holder)} still works in {files} ...",
                   file=sys.stderr)  # fmt: skip
             told = True
         time.sleep(BEAT_S / 10)
@@ -169,29 +289,11 @@ def _who(holder: dict[str, Any]) -> str:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """What the holder wrote, only a key while it writes; {} where there is no file."""
-    try:
-        text, file = path.read_text(), path.stat().st_ino
-    except OSError:
-        return {}
+def _parsed(text: str) -> dict[str, Any]:
     with suppress(ValueError):
         if isinstance(found := json.loads(text), dict) and "key" in found:
             return found
-    return {"key": f"file-{file}"}
-
-
-def _touched(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return None
-
-
-def _clock(folder: Path) -> float:
-    """Now, by the clock of the file system."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{LOCK}.") as file:
-        return os.stat(file.name).st_mtime
+    return {}
 
 
 def _machine() -> str:

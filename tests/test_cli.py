@@ -85,6 +85,21 @@ def test_wrong_usage_exits_with_two(argv: list[str], capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
+    "argv",
+    [["demo"], ["bench", "radon"], ["plan", "--images", "9", "--size", "64", "--views", "9"]],
+)
+def test_what_cannot_be_in_a_bucket_is_refused_by_name(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*argv, "--out", "s3://key:hush@bucket/x"])
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "--out: takes a path on this machine, but got 's3://bucket/x'; copy the result" in said
+    assert "hush" not in said
+
+
+@pytest.mark.parametrize(
     ("argv", "sentence"),
     [
         (["simulate", "--images", "nowhere", "--out", "o"], "SRC must be a path that exists"),

@@ -10,17 +10,19 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import pyarrow.fs as pafs
 import pytest
 
 from snr_ray import lock
 from snr_ray.config import InputError, RunError
+from snr_ray.folder import Folder, open_folder
 from snr_ray.lock import LOCK, check_free, locked
 
 HOLD = """
 import sys, time
-from pathlib import Path
+from snr_ray.folder import open_folder
 from snr_ray.lock import locked
-with locked(Path(sys.argv[1]), "train"):
+with locked(open_folder(sys.argv[1]), "train"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -28,11 +30,11 @@ with locked(Path(sys.argv[1]), "train"):
 
 def _dead_holders(folder: Path, n: int) -> None:
     """Locks of n drivers of this machine, each of which took over from the one before, and died."""
-    path = folder / LOCK
+    name = LOCK
     for at in range(n):
         mine = lock._me("train") | {"key": str(at), "begun": "1"}
-        path.write_text(json.dumps(mine))
-        path = lock._after(path, mine)
+        (folder / name).write_text(json.dumps(mine))
+        name = lock._after(mine)
 
 
 def _held_elsewhere(folder: Path) -> None:
@@ -117,15 +119,15 @@ def test_who_lost_the_folder_stops(
 
     def work() -> None:
         with locked(tmp_path, "sweep"):
-            path = tmp_path / LOCK
-            mine = json.loads(path.read_text())
+            mine = json.loads((tmp_path / LOCK).read_text())
             other = mine | {"key": "other", "host": "node7", "stage": "train"}
-            (lock._after(path, mine) if how == "after it" else path).write_text(json.dumps(other))
+            name = lock._after(mine) if how == "after it" else LOCK
+            (tmp_path / name).write_text(json.dumps(other))
             time.sleep(5)
 
     with pytest.raises(RunError, match="taken over by snr train on node7"):
         work()
-    assert lock._chain(tmp_path)[-1][1]["key"] == "other"
+    assert lock._chain(lock._files(tmp_path))[-1][1]["key"] == "other"
 
 
 def test_of_many_at_once_one_gets_it(tmp_path: Path) -> None:
@@ -163,3 +165,92 @@ def test_a_holder_killed_before_it_wrote_its_name_is_waited_for_then_followed(
         with pytest.raises(InputError, match="in use by snr train"), locked(tmp_path, "train"):
             pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def run(bucket: tuple[pafs.FileSystem, str]) -> Folder:
+    """A run folder in a bucket."""
+    return open_folder(f"s3://bucket/run?{bucket[1]}")
+
+
+def test_a_bucket_has_one_holder_until_it_ends_or_is_killed(run: Folder) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(InputError, match=rf"s3://.*process {holder.pid}"), locked(run, "train"):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    holder.stdout.close()
+    with locked(run, "train"), pytest.raises(InputError, match=f"process {os.getpid()}"):
+        check_free(run)
+    assert run.empty()
+    assert not run.list()
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_holder_of_a_bucket_elsewhere_keeps_it_while_it_gives_signs_of_life(
+    run: Folder, monkeypatch: pytest.MonkeyPatch, lives: bool
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_S", 0.3)  # a bucket tells times by the second
+    far = lock._me("sweep") | {"machine": "far", "host": "node7"}
+    files, done = lock._files(run), threading.Event()
+    assert files.create(LOCK, far)
+
+    def beat() -> None:
+        while not done.wait(0.3):
+            files.touch(LOCK, far["key"])
+
+    thread = threading.Thread(target=beat if lives else lambda: None)
+    thread.start()
+    try:
+        if lives:
+            with pytest.raises(InputError, match="snr sweep on node7"), locked(run, "train"):
+                pass
+        else:
+            with locked(run, "train"), pytest.raises(InputError, match="snr train on"):
+                check_free(run)
+            assert not run.list()
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_who_lost_a_bucket_stops(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_S", 0.1)
+
+    def work() -> None:
+        with locked(run, "sweep"):
+            mine = json.loads(run.read(LOCK))
+            other = mine | {"key": "other", "host": "node7", "stage": "train"}
+            assert run.create(lock._after(mine), json.dumps(other))
+            time.sleep(5)
+
+    with pytest.raises(RunError, match="taken over by snr train on node7"):
+        work()
+
+
+def test_of_many_at_once_at_most_one_holds_a_bucket(run: Folder) -> None:
+    held, most, entered = [0], [0], [0]
+
+    def ask(together: threading.Barrier) -> None:
+        together.wait()
+        with suppress(InputError), locked(run, "train"):
+            held[0] += 1
+            entered[0] += 1
+            most[0] = max(most[0], held[0])
+            time.sleep(0.05)
+            held[0] -= 1
+
+    for dead in [False, True] * 2:
+        if dead:
+            assert run.create(LOCK, json.dumps(lock._me("train") | {"key": "0", "begun": "1"}))
+        together = threading.Barrier(4)
+        threads = [threading.Thread(target=ask, args=(together,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not run.list()
+    assert most == [1]
+    assert entered[0] >= 4

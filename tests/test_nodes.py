@@ -26,10 +26,11 @@ from nodes import RAY, REPOSITORY, Cable, Nodes, cable, cluster, ended, until
 from PIL import Image
 
 from snr_ray.config import Config
+from snr_ray.folder import open_folder
 from snr_ray.hashing import hash64
 from snr_ray.images.sources import open_source
 from snr_ray.noise.operator import NoiseSpec, noise_operator
-from snr_ray.stages.runlog import read_metrics
+from snr_ray.stages.runlog import metrics_of, read_metrics
 
 pytestmark = pytest.mark.ray
 
@@ -295,9 +296,10 @@ def test_a_node_whose_packets_are_dropped_is_given_up(wire: Cable, tmp_path: Pat
 def test_a_bucket_is_storage_enough_for_several_nodes(
     bucket: tuple[pafs.FileSystem, str], tmp_path: Path
 ) -> None:
-    """Data and scans of a bucket; a denoising job from it to it that loses a node."""
+    """Data, a run and scans in a bucket; a denoising job from it to it that loses a node."""
     store, query = bucket
-    small, scans, whole, run = ("--config", "smoke"), *(tmp_path / x for x in ("in", "out", "run"))
+    small, scans, whole = ("--config", "smoke"), tmp_path / "in", tmp_path / "out"
+    run = open_folder(f"s3://bucket/run?{query}")
     write_scans(scans, 1500)
     for folder in ("a", "b"):
         store.create_dir(f"bucket/scans/{folder}")
@@ -322,7 +324,9 @@ def test_a_bucket_is_storage_enough_for_several_nodes(
         nodes.lose(nodes.members[1])
         nodes.add("cpu")
         ended(job)
-    assert (run / "model" / "model.safetensors").is_file()
+    steps = [row["step"] for row in metrics_of(run) if "swap_psnr" in row]
+    assert steps == [10, 20, 30, 40]
+    assert run.exists("model/model.safetensors")
     assert cleaned() == {
         str(path.relative_to(whole)): path.read_bytes() for path in whole.rglob("*.png")
     }

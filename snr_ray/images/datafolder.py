@@ -23,7 +23,6 @@ from snr_ray.config import Config, ImagesConfig, InputError
 from snr_ray.folder import Folder, open_folder
 from snr_ray.images.collection import SPLITS
 from snr_ray.noise.operator import noise_specs, spec_hash
-from snr_ray.outputs import write_atomic
 
 Array = npt.NDArray[np.float32]
 Failure = dict[str, str]
@@ -187,8 +186,3 @@ def failures_bytes(failures: Iterable[Failure]) -> bytes:
     """failures.parquet: one row per failed image with id, stage and reason."""
     rows = sorted(failures, key=lambda failure: failure["id"])
     return parquet_bytes(pa.Table.from_pylist(rows, FAILURES_SCHEMA))
-
-
-def write_failures(path: Path, failures: Iterable[Failure]) -> None:
-    """Write `failures_bytes` to a file."""
-    write_atomic(path, failures_bytes(failures))

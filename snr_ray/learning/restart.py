@@ -28,8 +28,12 @@ class DamagedState(ValueError):
     """A state that was cut short or changed on disk; its text says how that shows."""
 
 
-def save_checkpoint(folder: Path, learner: Learner) -> None:
-    """Write the state of a learner and its config to a new folder in `folder`; older ones go."""
+def save_checkpoint(folder: Path, learner: Learner) -> Path:
+    """Write the state of a learner and its config to a new folder in `folder`; older ones go.
+
+    Returns:
+        The new folder.
+    """
     final = folder / f"step-{learner.step:09d}"
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -44,6 +48,7 @@ def save_checkpoint(folder: Path, learner: Learner) -> None:
     os.replace(partial, final)
     _sync(folder)
     tidy(folder)
+    return final
 
 
 def tidy(folder: Path) -> None:

@@ -66,10 +66,14 @@ class Work:
     """The table of an image that cannot be done: `killed` or `error`, and the reason."""
 
 
+def ramp_of(per_block: int) -> int:
+    """Images of the small blocks at the beginning of a job."""
+    return FIRST * max(1, per_block // RAMP)
+
+
 def plan(n_images: int, done: npt.NDArray[np.bool_], per_block: int) -> Iterator[Block]:
     """Blocks of neighbours that are not done; the borders are the same whatever is done."""
-    small = max(1, per_block // RAMP)
-    ramp = min(FIRST * small, n_images)
+    small, ramp = max(1, per_block // RAMP), min(ramp_of(per_block), n_images)
     starts = itertools.chain(range(0, ramp, small), range(ramp, n_images, per_block))
     for start, stop in itertools.pairwise(itertools.chain(starts, [n_images])):
         left = start + np.flatnonzero(~done[start:stop])

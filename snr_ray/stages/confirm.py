@@ -16,10 +16,10 @@ from scipy import stats
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, RunError
-from snr_ray.outputs import write_atomic
+from snr_ray.folder import Folder
 from snr_ray.stages.dataset import Origin
 from snr_ray.stages.objectives import OBJECTIVES, SWAP, Goals
-from snr_ray.stages.runlog import read_metrics
+from snr_ray.stages.runlog import metrics_of
 from snr_ray.stages.trial import slots_of, start_run
 
 RUNS = "confirm"
@@ -85,7 +85,7 @@ def read_confirmation(out: Path) -> Confirmation | None:
 
 
 def confirm(
-    best: Config, given: Config, goals: Goals, origin: Origin, out: Path, n_seeds: int
+    best: Config, given: Config, goals: Goals, origin: Origin, out: Folder, n_seeds: int
 ) -> Confirmation:
     """Train two configs with seeds that the search did not use, and compare the first objective.
 
@@ -97,7 +97,7 @@ def confirm(
     seeds = [given.seed + k for k in range(1, n_seeds + 1)]
     # Named by what they train: with more trials another config may be the best.
     jobs = {
-        (side, seed): (_of_seed(config, seed), out / RUNS / f"{_name(config)}-seed{seed}")
+        (side, seed): (_of_seed(config, seed), out.join(f"{RUNS}/{_name(config)}-seed{seed}"))
         for seed in seeds
         for side, config in (("best", best), ("given", given))
     }
@@ -115,7 +115,7 @@ def confirm(
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[-1]
             raise RunError(f"--confirm: {jobs[key][1]} failed: {reason}") from None
-        rows = [row for row in read_metrics(jobs[key][1] / "metrics.jsonl") if SWAP in row]
+        rows = [row for row in metrics_of(jobs[key][1]) if SWAP in row]
         if not rows or goals.first.metric not in rows[-1]:
             raise RunError(
                 f"--confirm: {jobs[key][1]} has no {goals.first.title} that is a number."
@@ -126,7 +126,7 @@ def confirm(
               flush=True)  # fmt: skip
     values = {side: [ended[side, seed] for seed in seeds] for side in ("best", "given")}
     found = Confirmation(goals.first.name, seeds, values["best"], values["given"])
-    write_atomic(out / CONFIRMED, json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+    out.write(CONFIRMED, json.dumps(dataclasses.asdict(found), indent=2) + "\n")
     return found
 
 

@@ -55,6 +55,11 @@ CURVE_POINTS = 200
 """Points of the curve of images over time, at most."""
 
 
+def images_per_block(values: float, passes: int = 1) -> int:
+    """Images of a block, of so many values each."""
+    return int(np.clip(PASS_PIXELS / max(values, 1), 1, MOST_IMAGES) / passes) or 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Running:
     """How a job runs; nothing here changes what it writes."""
@@ -207,8 +212,7 @@ class Job:
                 name, data = source.file(index)
                 sizes.append(n_values(data, name) or PASS_PIXELS)
         typical = float(np.median(sizes)) if sizes else PASS_PIXELS
-        passes = max(1, self.samples)
-        return int(np.clip(PASS_PIXELS / max(typical, 1), 1, MOST_IMAGES) / passes) or 1
+        return images_per_block(typical, max(1, self.samples))
 
     def _write_failures(self) -> int:
         """Failures of this run, and of those before that were not tried now."""

@@ -1,13 +1,15 @@
 """How long a job of many images will take, and what it needs: from rates measured here, or given.
 
 Small real jobs run on this machine, as a user would start them, with few and with ever more
-images: the difference of the first and the last is the rate, the rest is the start. Other machines
-are this one times their cores, which is said; a file of rates that `snr plan --out` wrote on one of
-them is better.
+images: the difference of the first and the last is the rate, the rest is the start. The first has
+the small blocks that a job of denoise begins with, and what the others have more are full ones on
+all cores, as a long job has them. Other machines are this one times their cores, which is said; a
+file of rates that `snr plan --out` wrote on one of them is better.
 """
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -25,19 +27,28 @@ from ray._private.utils import get_num_cpus
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
+from snr_ray.folder import open_folder
+from snr_ray.images.collection import Source
 from snr_ray.images.samples import crop_photo, photo_ids
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.outputs import write_atomic
+from snr_ray.stages.bulk import ramp_of
 from snr_ray.stages.cluster import connected, cpus
+from snr_ray.stages.denoisejob import images_per_block
+from snr_ray.stages.imagefiles import OWN_NAMES
+from snr_ray.stages.inputs import open_images
 
 Stage = Literal["denoise", "simulate"]
 MEASURE_S = 20.0
 """So much longer than the first job the last one takes at least."""
 FIRST_IMAGES, TIMES = 8, 8
-"""Images of the first job, and how many times as many each next one has."""
+"""Images of the first job of simulate, and how many times as many each next one has at most."""
+FULL_BLOCKS = 2
+"""Full blocks of each core in the second job of denoise."""
 MOST_IMAGES = 8 * 8**4
-LOOK_S = 0.5
+"""No further job is run where the last had so many images."""
+LOOK_S = 1.0
 """Seconds between looks at the memory of a job."""
 
 
@@ -56,10 +67,12 @@ class Rates:
     driver_bytes: float
     """Memory of the driver and of Ray's own processes on the head."""
     worker_bytes: float
-    """Memory of the worker of one core."""
+    """Memory of the worker of one core that it shares with no other."""
     images_per_s_per_gpu: float | None = None
     """Given only: no machine without GPUs can know it."""
     stage: Stage = "denoise"
+    shared_bytes: float = 0.0
+    """Memory that all workers of a node share, such as the code of libraries."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +101,7 @@ def plan(
     cores: int | None = None,
     gpus: int = 0,
     rates: Path | None = None,
+    like: str | None = None,
     price: float | None = None,
     out: Path | None = None,
 ) -> int:
@@ -104,6 +118,8 @@ def plan(
         cores: of each; None takes this machine's.
         gpus: of all machines together; needs `rates` with images_per_s_per_gpu.
         rates: JSON that an earlier plan wrote, possibly on another machine; None measures here.
+        like: SRC whose images the measurement takes, over and over: how many bytes a result has
+            depends on what it shows; None makes some of photographs.
         price: of a node for an hour, in any currency.
         out: where to write rates and forecast as JSON.
 
@@ -117,13 +133,17 @@ def plan(
         check(number >= 1, f"{name} must be at least 1, but got {number}.")
     check(gpus >= 0, f"--gpus must not be negative, but got {gpus}.")
     check(stage == "denoise" or not gpus, "simulate uses no GPUs; leave --gpus out.")
+    check(
+        rates is None or like is None,
+        "--like is for a measurement, which --rates spares; leave one of them out.",
+    )
     if rates is None:
         check(gpus == 0, "--gpus needs --rates FILE with images_per_s_per_gpu, measured on one.")
         print(
             f"plan: measuring {stage} of {size}x{size} images on this machine's {here} cores.",
             flush=True,
         )
-        known = measure(config, stage=stage, model=model, size=size, n_views=n_views)
+        known = measure(config, stage=stage, model=model, size=size, n_views=n_views, like=like)
     else:
         known = read_rates(rates, stage, size, n_views, config.images.channels, gpus)
     forecast = forecast_job(known, images=images, nodes=nodes, cores=cores, gpus=gpus, price=price)
@@ -151,26 +171,31 @@ def forecast_job(
     return Forecast(
         hours=hours,
         head_bytes=rates.driver_bytes,
-        node_bytes=cores * rates.worker_bytes,
+        node_bytes=cores * rates.worker_bytes + rates.shared_bytes,
         store_bytes=2.0 * cores * block,
         output_bytes=images * rates.output_bytes,
         price=None if price is None else price * nodes * hours,
     )
 
 
-def measure(config: Config, *, stage: Stage, model: str, size: int, n_views: int) -> Rates:
+def measure(
+    config: Config, *, stage: Stage, model: str, size: int, n_views: int, like: str | None = None
+) -> Rates:
     """Rates of this machine or of the cluster of RAY_ADDRESS, by small jobs on all its cores.
 
     Raises:
-        InputError: for a model, size or view count that does not go.
+        InputError: for a model, size or view count that does not go, or images that cannot be read.
     """
+    source = None if like is None else open_images(like)
     channels = config.images.channels
     if "RAY_ADDRESS" in os.environ:
         with connected(data=False):
             cores = cpus()
     else:
         cores = get_num_cpus()
-    memory, count = _Memory(), FIRST_IMAGES
+    memory = _Memory()
+    first, more = _counts(stage, channels * size**2, cores)
+    count = first
     times: list[tuple[int, float]] = []
     with tempfile.TemporaryDirectory(prefix="snr-plan-") as folder:
         settings = {"images.size": size, "images.limit": None, "noise.n_views": [n_views]}
@@ -187,13 +212,19 @@ def measure(config: Config, *, stage: Stage, model: str, size: int, n_views: int
             times[-1][1] - times[0][1] < MEASURE_S and times[-1][0] < MOST_IMAGES
         ):
             images, out = Path(folder) / f"{count}", Path(folder) / f"{count}-out"
-            _write_images(images, count, size, n_views, channels)
+            if source is None:
+                _write_images(images, count, size, n_views, channels)
+            else:
+                _copy_images(source, images, count)
             since = time.perf_counter()
             _run([stage, *words, "--images", str(images), "--out", str(out)], memory)
             times.append((count, time.perf_counter() - since))
-            count *= TIMES
-        pattern = "*.png" if stage == "denoise" else "*/*.parquet"
-        written = sum(path.stat().st_size for path in out.rglob(pattern))
+            if len(times) > 1:  # as many as it takes, at most TIMES as many
+                longer = max(times[-1][1] - times[0][1], 1e-3)
+                more *= int(np.clip(math.ceil(1.5 * MEASURE_S / longer), 2, TIMES))
+            count = first + more
+        place = open_folder(out)
+        written = sum((out / name).stat().st_size for name in place.list() if _is_result(name))
     (few, brief), (many, longer) = times[0], times[-1]
     rate = (many - few) / max(longer - brief, 1e-3)
     return Rates(
@@ -206,7 +237,17 @@ def measure(config: Config, *, stage: Stage, model: str, size: int, n_views: int
         output_bytes=written / many,
         driver_bytes=float(memory.driver),
         worker_bytes=float(memory.worker),
+        shared_bytes=float(memory.shared),
     )
+
+
+def _counts(stage: Stage, values: int, cores: int) -> tuple[int, int]:
+    """Images of the first job, of so many values each, and how many more the second has."""
+    if stage == "simulate":
+        return FIRST_IMAGES, (TIMES - 1) * FIRST_IMAGES
+    block = images_per_block(values)
+    first = ramp_of(block) if block > 1 else cores  # of one image, all blocks are alike
+    return first, FULL_BLOCKS * cores * block
 
 
 def _run(words: list[str], memory: "_Memory") -> None:
@@ -270,7 +311,11 @@ def table(
     lines = [
         ("images/s of one core", f"{rates.images_per_s_per_core:,.2f}", source),
         ("start", f"{rates.start_s:,.0f} s", source),
-        ("hours", f"{forecast.hours:,.2f}", f"extrapolated: {scaled}"),
+        (
+            "hours",
+            f"{forecast.hours:,.{2 if forecast.hours >= 1 else 4}f}",
+            f"extrapolated: {scaled}",
+        ),
         ("memory of the head", _bytes(forecast.head_bytes), source),
         ("memory of a node's workers", _bytes(forecast.node_bytes), f"{source}, times cores"),
         ("object store of a node", _bytes(forecast.store_bytes), "reckoned: two blocks a core"),
@@ -310,30 +355,49 @@ def _write_images(folder: Path, count: int, size: int, n_views: int, channels: i
         Image.fromarray(out).save(folder / f"{k:06d}.png")
 
 
+def _copy_images(source: Source, folder: Path, count: int) -> None:
+    """Files of a source, over and over, under other names."""
+    folder.mkdir()
+    for k in range(count):
+        name, data = source.file(k % len(source.ids))
+        (folder / f"{k:06d}-{PurePosixPath(name).name}").write_bytes(data)
+
+
+def _is_result(name: str) -> bool:
+    """Whether a file of a job's folder is an image, or a shard of a data folder."""
+    top = PurePosixPath(name).parts[0]
+    return top not in OWN_NAMES and top not in ("manifest.json", "failures.parquet", "plan.json")
+
+
 class _Memory:
     """The most that a driver with Ray's own processes, and any worker, held, in bytes.
 
-    Shared pages count in part (proportional set size) where the system tells that.
+    What processes share, such as the code of libraries, counts once. Proportional shares would do,
+    but for others on this machine, of whom each that uses the same libraries makes them smaller.
     """
 
     def __init__(self) -> None:
-        self.driver = self.worker = 0
+        self.driver = self.worker = self.shared = 0
 
     def look(self, pid: int) -> None:
         """Look at a driver and its children now."""
-        driver = 0
+        driver, shared = 0, 0
         with suppress(psutil.Error):  # it has ended meanwhile
             root = psutil.Process(pid)
             for process in (root, *root.children(recursive=True)):
                 with suppress(psutil.Error):
-                    name, held = process.name(), _held(process)
-                    if name.startswith("ray::") and "IDLE" not in name and "Agent" not in name:
-                        self.worker = max(self.worker, held)
-                    elif not name.startswith("ray::"):
-                        driver += held
-        self.driver = max(self.driver, driver)
+                    name, (own, common) = process.name(), _held(process)
+                    if not name.startswith("ray::") or "Agent" in name:
+                        driver += own
+                        shared = max(shared, common)
+                    elif "IDLE" not in name:
+                        self.worker = max(self.worker, own)
+                        self.shared = max(self.shared, common)
+        self.driver = max(self.driver, driver + shared)
 
 
-def _held(process: psutil.Process) -> int:
+def _held(process: psutil.Process) -> tuple[int, int]:
+    """What a process holds: alone, and with others."""
     memory = process.memory_full_info()
-    return int(getattr(memory, "pss", 0) or memory.rss)
+    own = int(getattr(memory, "uss", memory.rss))
+    return own, max(0, int(memory.rss) - own)

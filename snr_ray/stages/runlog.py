@@ -9,14 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from snr_ray.config import Config
+from snr_ray.folder import Folder
 from snr_ray.learning.validation import Metrics
 from snr_ray.metrics import as_json
 from snr_ray.outputs import Progress, write_atomic
 from snr_ray.scoring.runpage import Array, png, run_page
 from snr_ray.stages.counters import show_training
+from snr_ray.stages.desk import Desk
 from snr_ray.stages.tracker import Tracker
 
 WAITING_S = 30.0
@@ -66,14 +69,26 @@ def read_metrics(path: Path) -> list[Metrics]:
 
     Numbers that were not finite are missing.
     """
-    if not path.is_file():
+    return _rows(path.read_text()) if path.is_file() else []
+
+
+def metrics_of(run: Folder) -> list[Metrics]:
+    """The same of a run folder, also in a bucket."""
+    try:
+        return _rows(run.read("metrics.jsonl").decode())
+    except FileNotFoundError:
         return []
-    rows = [json.loads(line) for line in path.read_text().split("\n") if line.endswith("}")]
+
+
+def _rows(text: str) -> list[Metrics]:
+    rows = [json.loads(line) for line in text.split("\n") if line.endswith("}")]
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
-def write_page(out: Path, ending: str) -> None:
+def write_page(desk: Desk, ending: str) -> None:
     """report.html of a run folder; `ending` says in a sentence how the run stands."""
+    desk.fetch("metrics.jsonl", "pictures.png")
+    out = desk.path
     pictures, settings = out / "pictures.png", out / "config.yaml"
     page = run_page(
         read_metrics(out / "metrics.jsonl"),
@@ -82,14 +97,15 @@ def write_page(out: Path, ending: str) -> None:
         ending,
     )
     write_atomic(out / "report.html", page)
+    desk.keep("report.html")
 
 
 class Watch:
     """Follows metrics.jsonl from the driver and keeps the progress line."""
 
-    def __init__(self, out: Path, config: Config, waiting: Callable[[], str]) -> None:
+    def __init__(self, desk: Desk, config: Config, waiting: Callable[[], str]) -> None:
         """`waiting` says what the workers wait for, or "" if for nothing."""
-        self.path = out / "metrics.jsonl"
+        self.desk, self.path = desk, desk.path / "metrics.jsonl"
         rows = read_metrics(self.path)
         self.seen = len(rows)
         start = int(rows[-1]["step"]) if rows else 0
@@ -109,7 +125,8 @@ class Watch:
 
     def _follow(self) -> None:
         while not self._done.wait(0.5):
-            self._read()
+            if self.desk.soon("metrics"):
+                self._read()
             if self.latest:  # told again and again, or Prometheus forgets it
                 show_training(self.path.parent.name, *self.latest)
             if time.monotonic() - self.told > WAITING_S:
@@ -119,6 +136,11 @@ class Watch:
         self._read()
 
     def _read(self) -> None:
+        with suppress(OSError):  # of a bucket: next time
+            self._tell()
+
+    def _tell(self) -> None:
+        self.desk.fetch("metrics.jsonl")
         rows = read_metrics(self.path)
         if len(rows) < self.seen:  # a restarted worker dropped lines
             self.seen = 0
@@ -127,7 +149,7 @@ class Watch:
             self.told = time.monotonic()
         if any("recon_clean_psnr" in row or "unet_psnr" in row for row in new):
             done = int(rows[-1]["step"])
-            write_page(self.path.parent, f"Step {done:,} of {self.progress.total:,}.")
+            write_page(self.desk, f"Step {done:,} of {self.progress.total:,}.")
         for row in new:
             for name in ("swap_psnr", "unet_psnr"):
                 if name in row:

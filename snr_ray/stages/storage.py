@@ -21,7 +21,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError
 
 from snr_ray.config import InputError, check
-from snr_ray.folder import within
+from snr_ray.folder import Folder, within
 from snr_ray.outputs import write_atomic
 
 JOURNAL = "study.journal"
@@ -181,6 +181,8 @@ class Heart:
             optuna.storages.fail_stale_trials(self.study)
 
 
-def dashboard(out: Path, url: URL | None) -> str:
+def dashboard(out: Folder, url: URL | None) -> str:
     """The command that opens a study in optuna-dashboard."""
-    return f"optuna-dashboard {shown(url) if url else out / JOURNAL}"
+    if url is None and out.local is None:
+        return f"optuna-dashboard {JOURNAL}, of a copy of {out.join(JOURNAL)},"
+    return f"optuna-dashboard {shown(url) if url else out.join(JOURNAL)}"

@@ -35,7 +35,7 @@ from sqlalchemy.exc import OperationalError
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, Lost
-from snr_ray.folder import open_local
+from snr_ray.folder import Folder, open_folder
 from snr_ray.learning.validation import Metrics
 from snr_ray.lock import check_free, locked
 from snr_ray.outputs import FILES, claim
@@ -43,11 +43,13 @@ from snr_ray.stages.cluster import connected
 from snr_ray.stages.confirm import CONFIRMED, RUNS, confirm
 from snr_ray.stages.counters import show_trials
 from snr_ray.stages.dataset import Origin, count_rows, settle
+from snr_ray.stages.desk import Desk
 from snr_ray.stages.objectives import SWAP, Goals
-from snr_ray.stages.runlog import read_metrics
+from snr_ray.stages.runlog import metrics_of
 from snr_ray.stages.simulate import Outcome, simulate
 from snr_ray.stages.storage import (
     DRIVER_FILE,
+    JOURNAL,
     Heart,
     close,
     dashboard,
@@ -76,9 +78,9 @@ from snr_ray.stages.tracker import check_tracker, settings
 from snr_ray.stages.trainsetup import identity
 from snr_ray.stages.trial import slots_of, start_run
 
-OWNED = ("data", "study.journal", "study.journal.lock", DRIVER_FILE, "trials", "best.yaml",
-         "trials.csv", "history.png", "split.png", "front.png", "report.html", RUNS,
-         CONFIRMED)  # fmt: skip
+PAGE = ("best.yaml", CONFIRMED, "trials.csv", "history.png", "split.png", "front.png",
+        "report.html")  # fmt: skip
+OWNED = ("data", JOURNAL, f"{JOURNAL}.lock", DRIVER_FILE, "trials", RUNS, *PAGE)
 POLL_S = 1.0
 
 
@@ -86,7 +88,7 @@ def sweep(
     config: Config,
     *,
     origin: Origin,
-    out: Path | str,
+    out: Path | str | Folder,
     trials: int,
     goals: Goals | None = None,
     storage: str | None = None,
@@ -99,7 +101,8 @@ def sweep(
     Args:
         config: the config as given.
         origin: the images.
-        out: the folder of the sweep; that of this driver, where several share a study.
+        out: the folder of the sweep, also in a bucket; that of this driver, where several share a
+            study.
         trials: how many, over all drivers of the study.
         goals: what is looked for; by default the swap PSNR.
         storage: URL of a PostgreSQL that keeps the study, for several drivers; None: the journal in
@@ -138,7 +141,8 @@ def sweep(
         )
     config = settle(config, origin)
     config = by_rungs(config)
-    out = open_local(out, "trials append to their files while they train")
+    place = open_folder(out)
+    desk = Desk(place)
     for split in ("train", "val"):
         count_rows(config, origin, split)
     space = {f"sweep.{k}": v for k, v in configs.to_dict(config)["sweep"].items()}
@@ -147,38 +151,41 @@ def sweep(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     check_tracker(settings())
     if url is not None:
-        asked = open_storage(out, url)
+        asked = open_storage(desk.path, url)
         check_same(asked, name, shared)
         close(asked)
-    check_free(out)
-    claim(out, known | {"study": name if url else None}, owned=OWNED, overwrite=overwrite)
-    with locked(out, "sweep"):
-        driver = driver_of(out) if url else None
+    check_free(place)
+    claim(place, known | {"study": name if url else None}, owned=OWNED, overwrite=overwrite)
+    with locked(place, "sweep"):
+        desk.fetch(DRIVER_FILE, JOURNAL, "best.yaml", CONFIRMED)
+        driver = driver_of(desk.path) if url else None
+        desk.keep(DRIVER_FILE)
         try:
-            kept = open_storage(out, url)
+            kept = open_storage(desk.path, url)
             study = open_study(kept, config, goals, name=name, identity=shared)
             requeue(study, driver)
-            print(f"sweep: {dashboard(out, url)} shows the study.", flush=True)
+            print(f"sweep: {dashboard(place, url)} shows the study.", flush=True)
             if len(goals.objectives) > 1:
                 print("sweep: every trial runs to its end: of several objectives none can be told "
                       "to be hopeless before.", flush=True)  # fmt: skip
             with connected():
                 if origin.images:  # simulated once, for all trials
-                    simulate(config, images=origin.images, out=out / "data")
-                    origin = Origin(data=out / "data")
+                    data = place.join("data")
+                    simulate(config, images=origin.images, out=data)
+                    origin = Origin(data=data)
                 heart = Heart(kept, study)
-                failed = _Sweep(study, heart, config, goals, origin, out, driver).run(trials)
-                best = _finish(study, config, goals, out, dashboard(out, url))
+                failed = _Sweep(study, heart, config, goals, origin, desk, driver).run(trials)
+                best = _finish(study, config, goals, desk, dashboard(place, url))
                 if seeds:
-                    _confirm(best, config, goals, origin, out, seeds)
-                    _finish(study, config, goals, out, dashboard(out, url))  # its page
+                    _confirm(best, config, goals, origin, desk, seeds)
+                    _finish(study, config, goals, desk, dashboard(place, url))  # its page
         except (OperationalError, optuna.exceptions.StorageInternalError) as error:
             if url is None:
                 raise
             raise Lost(f"{shown(url)} went away ({type(error).__name__})") from None
         done = len(study.get_trials(deepcopy=False, states=FINISHED))
         close(kept)
-    return Outcome(out, done, failed)
+    return Outcome(place.local or place, done, failed)
 
 
 @dataclasses.dataclass
@@ -186,7 +193,9 @@ class _Live:
     """A trial that is running."""
 
     trial: Trial
-    folder: Path
+    name: str
+    """Of its folder."""
+    folder: Folder
     reported: int = 0
 
 
@@ -200,11 +209,11 @@ class _Sweep:
         config: Config,
         goals: Goals,
         origin: Origin,
-        out: Path,
+        desk: Desk,
         driver: str | None,
     ) -> None:
         self.study, self.heart, self.config, self.goals = study, heart, config, goals
-        self.origin, self.out, self.driver = origin, out, driver
+        self.origin, self.desk, self.driver = origin, desk, driver
         self.live: dict[Any, _Live] = {}
         self.failed = 0
 
@@ -226,7 +235,9 @@ class _Sweep:
             ready, _ = ray.wait(list(self.live), num_returns=1, timeout=POLL_S)
             for ref, running in list(self.live.items()):
                 try:
-                    if self.goals.prunes:
+                    # In a bucket they are looked at less often, but always at their end.
+                    now = ref in ready or self.desk.soon(running.name)
+                    if self.goals.prunes and now:
                         _report(running, self.goals)
                     if ref in ready and (how := self._end(ref, running)):
                         done = self._count(*FINISHED)
@@ -242,6 +253,8 @@ class _Sweep:
                           flush=True)  # fmt: skip
                     ray.cancel(ref, force=True)
                     self.live.pop(ref, None)
+            if ready or self.desk.soon(JOURNAL):
+                self.desk.keep(JOURNAL)
         return self.failed
 
     def _count(self, *states: TrialState) -> int:
@@ -253,10 +266,11 @@ class _Sweep:
         trial.set_user_attr("folder", folder)
         if self.driver:
             trial.set_user_attr(DRIVER, self.driver)
-        run = self.out / "trials" / folder
+        run = self.desk.place.join(f"trials/{folder}")
         chosen = suggest(trial, self.config)
+        self.desk.keep(JOURNAL)  # before there is a folder that it must know
         ref = start_run(chosen, self.origin, run, memory)
-        self.live[ref] = _Live(trial, run)
+        self.live[ref] = _Live(trial, folder, run)
         print(f"sweep: trial {trial.number} starts: {_short(trial.params)}", flush=True)
 
     def _end(self, ref: Any, ended: _Live) -> str:
@@ -278,7 +292,7 @@ class _Sweep:
         trial.set_user_attr(MEASURED, measured)
         for bound in self.goals.bounds:
             trial.set_constraint(bound.text, bound.excess(measured))
-        pruned = (ended.folder / "stop").exists() and len(rows) < NINTHS
+        pruned = ended.folder.exists("stop") and len(rows) < NINTHS
         if pruned:
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
@@ -307,44 +321,48 @@ def _report(running: _Live, goals: Goals) -> None:
             continue
         running.trial.report(value, step)
         # All are compared with the config as given; after the last checkpoint nothing is saved.
-        mortal = running.folder.name != GIVEN and step < NINTHS
+        mortal = running.name != GIVEN and step < NINTHS
         if mortal and running.trial.should_prune():
-            (running.folder / "stop").touch()
+            running.folder.write("stop", "")
     # A run that began again from a checkpoint has dropped lines, and has the same again.
     running.reported = max(running.reported, len(rows))
 
 
-def _checkpoints(folder: Path) -> list[Metrics]:
+def _checkpoints(folder: Folder) -> list[Metrics]:
     """What a run came to at each of its checkpoints so far."""
-    return [row for row in read_metrics(folder / "metrics.jsonl") if SWAP in row]
+    return [row for row in metrics_of(folder) if SWAP in row]
 
 
 def _short(params: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:.3g}" for k, v in params.items())
 
 
-def _finish(study: optuna.Study, config: Config, goals: Goals, out: Path, command: str) -> Config:
+def _finish(study: optuna.Study, config: Config, goals: Goals, desk: Desk, command: str) -> Config:
     """best.yaml, the table, the plots and the page of a study; returns its best config."""
     trials = study.get_trials(states=FINISHED)
     if all(trial.state != TrialState.COMPLETE for trial in trials):
         raise InputError("No trial was completed, so there is no best config; run more --trials.")
     front = [trial.number for trial in study.best_trials] if len(goals.objectives) > 1 else []
+    out = desk.path
     best, place = best_of(trials, goals), out / "best.yaml"
     before = configs.load([place]) if place.is_file() else None
     if best is None or config_of(best.params, config) != before:
-        for name in (place, out / CONFIRMED):  # what was confirmed was another
-            name.unlink(missing_ok=True)
+        for old in (place, out / CONFIRMED):  # what was confirmed was another
+            old.unlink(missing_ok=True)
     if best is not None:
         configs.save(config_of(best.params, config), place)
     write_page(out, trials, goals, front, config.sweep, command)
+    for name in ("best.yaml", CONFIRMED):
+        desk.drop(name)
+    desk.keep(*PAGE)
     if goals.prunes:
         saved = 1 - share_run(trials)
         print(f"sweep: {saved:.0%} of the steps were saved by ending trials early.", flush=True)
     if best is None:
         raise InputError(
             f"No trial keeps to {' '.join(bound.text for bound in goals.bounds)}, so there is no "
-            f"best config; {out}/report.html shows how far they are: run more --trials, or give "
-            "another --out with a wider bound."
+            f"best config; {desk.place.join('report.html')} shows how far they are: run more "
+            "--trials, or give another --out with a wider bound."
         )
     if front:
         print(
@@ -356,11 +374,12 @@ def _finish(study: optuna.Study, config: Config, goals: Goals, out: Path, comman
 
 
 def _confirm(
-    best: Config, config: Config, goals: Goals, origin: Origin, out: Path, seeds: int
+    best: Config, config: Config, goals: Goals, origin: Origin, desk: Desk, seeds: int
 ) -> None:
     first = config_of(given(config), config)
     if best == first:
         print("sweep: the config as given is the best, so there is nothing to confirm.", flush=True)
         return
-    found = confirm(best, first, goals, origin, out, seeds)
+    found = confirm(best, first, goals, origin, desk.place, seeds)
+    desk.fetch(CONFIRMED)
     print(f"sweep: {found.sentence()}", flush=True)

@@ -111,15 +111,16 @@ def _experiment(known: Settings) -> tuple[Any, str]:
 class Tracker:
     """The run in MLflow of a run folder."""
 
-    def __init__(self, out: Path, config: Config, known: Settings) -> None:
-        """`known`: `settings` of the driver; with none nothing is written anywhere."""
+    def __init__(self, out: Path, config: Config, known: Settings, *, where: str = "") -> None:
+        """`known`: `settings` of the driver; with none nothing is written anywhere. `where` the run
+        is, if not in `out`."""
         self.client: Any = None
         self.logged = -1
         """Step up to which MLflow, which cannot take back, has the curves."""
         if known.variables:
-            self._do(lambda: self._open(out, config, known))
+            self._do(lambda: self._open(out, config, known, where or str(out)))
 
-    def _open(self, out: Path, config: Config, known: Settings) -> None:
+    def _open(self, out: Path, config: Config, known: Settings, where: str) -> None:
         client, experiment = _experiment(known)
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
@@ -135,7 +136,7 @@ class Tracker:
                 return
             except MlflowException:
                 pass  # of another place, or deleted there
-        run = client.create_run(experiment, run_name=out.name, tags={"folder": str(out)})
+        run = client.create_run(experiment, run_name=out.name, tags={"folder": where})
         self.run = run.info.run_id
         write_atomic(path, f"{self.run}\n")
         tree = configs.to_dict(config)

@@ -14,15 +14,18 @@
 
 The same command again continues from the newest checkpoint that is intact, on any number of
 workers. One driver at a time has the folder. A file RUN/stop ends training at the next checkpoint
-as if it were the last.
+as if it were the last. A run in a bucket is worked on in copies: see `snr_ray.stages.desk`.
 """
 
 import contextlib
 import functools
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.train
@@ -31,14 +34,14 @@ from ray.train import UserCallback
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, RunError
-from snr_ray.folder import open_local
+from snr_ray.folder import Folder, open_folder
 from snr_ray.images.datafolder import Failure
-from snr_ray.learning.checkpoint import model_place
+from snr_ray.learning.checkpoint import WEIGHTS_FILE, model_place
 from snr_ray.learning.restart import newest_checkpoint
 from snr_ray.lock import check_free, locked
 from snr_ray.network.swap import N_DONORS
 from snr_ray.noise.lmmse import FIT_IMAGES
-from snr_ray.outputs import claim, write_atomic
+from snr_ray.outputs import claim
 from snr_ray.stages.cluster import connected
 from snr_ray.stages.dataset import (
     Origin,
@@ -48,6 +51,7 @@ from snr_ray.stages.dataset import (
     open_rows,
     settle,
 )
+from snr_ray.stages.desk import Desk
 from snr_ray.stages.pictures import check_memory, open_pictures
 from snr_ray.stages.runlog import Watch, read_metrics, write_page
 from snr_ray.stages.simulate import Outcome, simulate
@@ -64,6 +68,8 @@ from snr_ray.stages.trainworker import CHECKPOINTS, NodeTorch, work, work_alone
 OWNED = ("config.yaml", "metrics.jsonl", "tensorboard", CHECKPOINTS, "failures.parquet",
          "errors.txt", "report.html", "pictures.png", "model", "stop", "data",
          RUN_FILE)  # fmt: skip
+FINISHED = f"model/{WEIGHTS_FILE}"
+"""The last file of a run."""
 RETRIES = 3
 """How often workers that died, with their node or for memory, are started again."""
 
@@ -72,7 +78,7 @@ def train(
     config: Config,
     *,
     origin: Origin,
-    out: Path | str,
+    out: Path | str | Folder,
     overwrite: bool = False,
     wait: float | None = None,
     progress: bool = True,
@@ -84,7 +90,7 @@ def train(
     Args:
         config: what to train.
         origin: the images.
-        out: the run folder.
+        out: the run folder, also in a bucket.
         overwrite: start afresh whatever an earlier run left there.
         wait: minutes to wait for processors, also for machines to join; None as long as it takes
             for those there are to be free.
@@ -98,7 +104,8 @@ def train(
         RunError: for a run that went wrong; what it had is kept.
     """
     config = settle_start(settle(config, origin))
-    out = open_local(out, "a run appends to its files while it trains")
+    place = open_folder(out)
+    desk = Desk(place)
     counts = {split: count_rows(config, origin, split) for split in ("train", "val")}
     if counts["train"] < config.train.batch_size:
         raise InputError(
@@ -108,27 +115,30 @@ def train(
         )
     if alone:
         check_tracker(settings())
-        check_free(out)
-    claim(out, identity(config, origin), owned=OWNED, overwrite=overwrite)
-    if (out / "model").is_dir():
-        return _outcome(out)
-    with locked(out, "train") if alone else contextlib.nullcontext():
-        configs.save(config, out / "config.yaml")
-        newest, damaged = newest_checkpoint(out / CHECKPOINTS)
+        check_free(place)
+    claim(place, identity(config, origin), owned=OWNED, overwrite=overwrite)
+    if place.exists(FINISHED):
+        return _outcome(desk)
+    with locked(place, "train") if alone else contextlib.nullcontext():
+        configs.save(config, desk.path / "config.yaml")
+        desk.keep("config.yaml")
+        desk.fetch("metrics.jsonl", "pictures.png", CHECKPOINTS)
+        newest, damaged = newest_checkpoint(desk.path / CHECKPOINTS)
         if damaged:
             goes_on = f"goes on from {newest}" if newest else "begins anew, as none is intact"
-            print(f"train: damaged: {'; '.join(damaged)}. Training {goes_on}.", file=sys.stderr)
+            said = f"train: damaged: {'; '.join(damaged)}. Training {goes_on}."
+            print(said.replace(str(desk.path), desk.name), file=sys.stderr)
         with connected():
             if not here:
                 wait_for_room(config, wait, tell=progress)
-            _train(config, origin, out, counts, progress=progress, here=here)
-    return _outcome(out)
+            _train(config, origin, desk, counts, progress=progress, here=here)
+    return _outcome(desk)
 
 
 def _train(
     config: Config,
     origin: Origin,
-    out: Path,
+    desk: Desk,
     counts: dict[str, int],
     *,
     progress: bool,
@@ -141,11 +151,13 @@ def _train(
         check_memory(config, counts["train"])
     in_memory = mixed or fits_in_memory(config, counts["train"])
     if not in_memory and origin.images:
-        print(f"The images do not fit in memory; they go to {out / 'data'}.", file=sys.stderr)
-        simulate(config, images=origin.images, out=out / "data")
-        origin = Origin(data=out / "data")
+        data = desk.place.join("data")
+        print(f"The images do not fit in memory; they go to {data}.", file=sys.stderr)
+        simulate(config, images=origin.images, out=data)
+        origin = Origin(data=data)
         counts = {split: count_rows(config, origin, split) for split in counts}
-        failed["all"] = pq.read_table(out / "data" / "failures.parquet").to_pylist()
+        table = pq.read_table(pa.BufferReader(data.read("failures.parquet")))
+        failed["all"] = table.to_pylist()
     datasets = {"val": open_rows(config, origin, "val", config.train.val_images).materialize()}
     if mixed:
         datasets["train"] = open_pictures(config, origin, "train").materialize()
@@ -153,20 +165,20 @@ def _train(
         datasets["train"] = open_rows(config, origin, "train").materialize()
     failed |= {split: failed_images(rows) for split, rows in datasets.items()}
     counts["val"] = min(counts["val"], config.train.val_images)
-    check_images(out, config, origin, counts, failed)
+    check_images(desk.place, config, origin, counts, failed)
     if mixed:
         datasets["donors"] = open_rows(config, origin, "train", N_DONORS).materialize()
     if config.model.physics:
         datasets["physics"] = open_rows(config, origin, "train", FIT_IMAGES).materialize()
     job = {
         "config": config,
-        "out": out,
+        "desk": desk,
         "origin": name,
         "start": config.train.start and model_place(config.train.start),
         "data": None if in_memory else origin.folder,
         "tracker": settings(),
     }
-    watch = Watch(out, config, functools.partial(waiting_for, config)) if progress else None
+    watch = Watch(desk, config, functools.partial(waiting_for, config)) if progress else None
     ending = f"Interrupted; the same command continues: {name}"
     try:
         if here:
@@ -180,14 +192,15 @@ def _train(
     finally:
         if watch:
             watch.stop()
-        write_page(out, ending)
+        write_page(desk, ending)
 
 
 def _fit_on_ray(job: dict[str, Any], datasets: dict[str, Any]) -> None:
-    config, out = job["config"], job["out"]
+    config, place = job["config"], job["desk"].place
     # Ray's own list of checkpoints, of runs of snr_ray 0.1.0: it has none now, and one that is
     # damaged, or of another Ray, would end the run.
-    (out / CHECKPOINTS / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    place.remove(f"{CHECKPOINTS}/checkpoint_manager_snapshot.json")
+    store, root = place.filesystem()
     scaling = ray.train.ScalingConfig(
         num_workers=config.train.num_workers,
         use_gpu=config.train.use_gpu,
@@ -203,24 +216,29 @@ def _fit_on_ray(job: dict[str, Any], datasets: dict[str, Any]) -> None:
         scaling_config=scaling,
         run_config=ray.train.RunConfig(
             name=CHECKPOINTS,
-            storage_path=str(out),
+            storage_path=root,
+            storage_filesystem=None if place.local else store,
             failure_config=ray.train.FailureConfig(max_failures=RETRIES),
             callbacks=[EndAtOnce()],
         ),
     )
+    answer = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
     except SystemExit:  # Ray Train's answer to an interrupt
         raise KeyboardInterrupt from None
     except ray.train.TrainingFailedError as error:
-        raise _why(error, out) from None
+        raise _why(error, place) from None
     except (ray.exceptions.ActorDiedError, ray.exceptions.OutOfMemoryError) as error:
-        write_atomic(out / "errors.txt", f"{error}\n")
+        place.write("errors.txt", f"{error}\n")
         raise RunError(
             "Training has ended because the process that leads it was killed, most often for lack "
-            f"of memory on this machine (all that is known is in {out / 'errors.txt'}); the same "
-            "command continues from the last checkpoint."
+            f"of memory on this machine (all that is known is in {place.join('errors.txt')}); the "
+            "same command continues from the last checkpoint."
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, answer)  # Ray Train leaves its own behind
 
 
 class EndAtOnce(UserCallback):
@@ -238,7 +256,7 @@ def _cause(error: BaseException) -> BaseException:
     return getattr(error, "_base_exc", error)
 
 
-def _why(error: Exception, out: Path) -> Exception:
+def _why(error: Exception, place: Folder) -> Exception:
     """A failed training in one sentence; Ray's own words go to a file."""
     causes = [
         getattr(error, "controller_failure", None),
@@ -250,16 +268,18 @@ def _why(error: Exception, out: Path) -> Exception:
             if isinstance(cause, (InputError, RunError)):
                 return cause
             cause = getattr(cause, "controller_failure", None)
-    write_atomic(out / "errors.txt", f"{error}\n")
+    place.write("errors.txt", f"{error}\n")
     last = f"{type(causes[0]).__name__}: {causes[0]}" if causes else str(error)
     lines = last.strip().splitlines() or [last]
     return RunError(
         f"Training failed {RETRIES + 1} times, the last time by {lines[0]} (all of it is in "
-        f"{out / 'errors.txt'}); the same command continues from the last checkpoint."
+        f"{place.join('errors.txt')}); the same command continues from the last checkpoint."
     )
 
 
-def _outcome(out: Path) -> Outcome:
-    failed = pq.read_metadata(out / "failures.parquet").num_rows
-    rows = read_metrics(out / "metrics.jsonl")
-    return Outcome(out, int(rows[-1]["step"]) if rows else 0, failed)
+def _outcome(desk: Desk) -> Outcome:
+    failed = pq.read_metadata(pa.BufferReader(desk.place.read("failures.parquet"))).num_rows
+    desk.fetch("metrics.jsonl")
+    rows = read_metrics(desk.path / "metrics.jsonl")
+    where = desk.place.local or desk.place
+    return Outcome(where, int(rows[-1]["step"]) if rows else 0, failed)

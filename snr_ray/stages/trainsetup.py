@@ -3,7 +3,6 @@
 import socket
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,9 +11,9 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
-from snr_ray.folder import without_secrets
+from snr_ray.folder import Folder, without_secrets
 from snr_ray.hashing import fingerprint
-from snr_ray.images.datafolder import Failure, write_failures
+from snr_ray.images.datafolder import Failure, failures_bytes
 from snr_ray.learning.checkpoint import WEIGHTS_FILE, load_any, model_path
 from snr_ray.network.hvae import HVAE
 from snr_ray.outputs import FILES
@@ -95,7 +94,7 @@ def identity(config: Config, origin: Origin) -> dict[str, Any]:
 
 
 def check_images(
-    out: Path,
+    out: Folder,
     config: Config,
     origin: Origin,
     counts: dict[str, int],
@@ -113,7 +112,8 @@ def check_images(
     Raises:
         InputError: if what is left does not fill a batch, or leaves nothing to validate on.
     """
-    write_failures(out / "failures.parquet", [row for rows in failed.values() for row in rows])
+    rows = [row for rows in failed.values() for row in rows]
+    out.write("failures.parquet", failures_bytes(rows))
     batch = config.train.batch_size
     for split, least, what in (
         ("train", batch, f"one batch of images (train.batch_size = {batch})"),
@@ -125,7 +125,7 @@ def check_images(
                 f"Training needs at least {what}, but of the {counts[split]} images in the {split} "
                 f"split of {origin.name}, {len(bad)} cannot be read, the first ({bad[0]['id']}) "
                 f"because: {bad[0]['reason'].rstrip('.')}. All reasons are in "
-                f"{out / 'failures.parquet'}."
+                f"{out.join('failures.parquet')}."
             )
 
 

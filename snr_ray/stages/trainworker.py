@@ -1,6 +1,7 @@
 """What every training worker runs, between the driver and the learner."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ray.train.torch.config import TorchConfig, _TorchBackend
 from torch import nn
 
 from snr_ray.learning.batches import PairFeed, Share
-from snr_ray.learning.checkpoint import load_any, save_model
+from snr_ray.learning.checkpoint import WEIGHTS_FILE, load_any, save_model
 from snr_ray.learning.fit import Learner, fit
 from snr_ray.learning.mixed import MixedFeed
 from snr_ray.learning.restart import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -27,7 +28,7 @@ from snr_ray.scoring.runpage import tiles
 from snr_ray.stages.dataset import gather
 from snr_ray.stages.pictures import gather_pictures
 from snr_ray.stages.runlog import RunLog
-from snr_ray.stages.tracker import Tracker
+from snr_ray.stages.tracker import RUN_FILE, Tracker
 
 CHECKPOINTS = "checkpoints"
 
@@ -81,11 +82,13 @@ def train_at(place: Place, job: dict[str, Any]) -> None:
 
     Args:
         place: where.
-        job: `config`; `out`, the run folder; `origin`, the command for the model card; `start`, the
-            model folder to begin from, or None; `data`, the data folder, or None where the images
-            are in memory; `tracker`, the settings of MLflow.
+        job: `config`; `desk`, of the run folder; `origin`, the command for the model card;
+            `start`, the model folder to begin from, or None; `data`, the data folder, or None where
+            the images are in memory; `tracker`, the settings of MLflow.
     """
-    config, out, share = job["config"], job["out"], place.share
+    config, desk, share = job["config"], job["desk"], place.share
+    out = desk.path
+    desk.fetch(CHECKPOINTS, "metrics.jsonl", RUN_FILE)
     torch.set_num_threads(config.train.cpus_per_worker)
     val, _ = gather(place.tables("val"), config)
     feed: PairFeed | ShardFeed | MixedFeed
@@ -110,14 +113,19 @@ def train_at(place: Place, job: dict[str, Any]) -> None:
         learner.start_from(load_any(job["start"], learner.device).model)
     run_log = None
     if share.rank == 0:
-        run_log = RunLog(out, learner.step, Tracker(out, config, job["tracker"]))
+        tracker = Tracker(out, config, job["tracker"], where=str(desk.place))
+        run_log = RunLog(out, learner.step, tracker)
+        desk.keep(RUN_FILE)
 
     def log(metrics: Metrics) -> None:
         if run_log:
             run_log.write(metrics)
+            if desk.soon("metrics"):
+                with contextlib.suppress(OSError):  # they go with the next checkpoint at the latest
+                    desk.keep("metrics.jsonl")
 
     def save(last: bool) -> bool:
-        stop = _from_rank_zero(share, (out / "stop").exists())
+        stop = _from_rank_zero(share, desk.place.exists("stop"))
         if run_log:
             codes, metrics = learner.validate(donors, val)
             row = {"step": learner.step, **metrics}
@@ -125,18 +133,29 @@ def train_at(place: Place, job: dict[str, Any]) -> None:
                 row["seconds_per_image"] = seconds_per_image(learner.average, codes, val)
             run_log.write(row)
             run_log.picture(*tiles(learner.average, codes, val, config.noise.n_views), learner.step)
-            save_checkpoint(out / CHECKPOINTS, learner)
+            desk.keep("metrics.jsonl", "pictures.png", "tensorboard")
+            state = save_checkpoint(out / CHECKPOINTS, learner)
+            desk.keep(f"{CHECKPOINTS}/{state.name}")
+            desk.drop(CHECKPOINTS, functools.partial(_is_older, state.name))
             if last or stop:
                 metrics |= learner.least_explained(codes, val)
                 metrics |= learner.bf16_costs(donors, val, metrics)
                 origin = job["origin"]
                 save_model(out / "model", config, learner.average, codes, metrics, origin)
+                desk.keep("model", last=f"model/{WEIGHTS_FILE}")
         # All wait here until the state is on disk: none is a step ahead when a worker dies.
         place.meet(learner.step)
         return stop
 
     with run_log or contextlib.nullcontext():
         fit(learner, feed.batches(learner.step), log=log, checkpoint=save)
+
+
+def _is_older(state: str, file: str) -> bool:
+    """Whether a file of a run is part of a state before this one: Ray keeps its own beside them,
+    and a worker that was given up may be behind the one that took its place."""
+    step = file.split("/")[1]
+    return step.startswith("step-") and step < state
 
 
 def _from_rank_zero(share: Share, value: T) -> T:

@@ -2,12 +2,12 @@
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from snr_ray.config import Config
+from snr_ray.folder import Folder
 from snr_ray.stages.cluster import OFF_HEAD, cpus, may_have
 from snr_ray.stages.dataset import Origin
 from snr_ray.stages.tracker import Settings, settings
@@ -19,7 +19,7 @@ TRIAL_ON_TRAIN_BYTES = 1_300 * 2**20
 """Memory of one of several workers beside these: its driver, and five processes of Ray Train."""
 
 
-def start_run(config: Config, origin: Origin, out: Path, memory: int) -> Any:
+def start_run(config: Config, origin: Origin, out: Folder, memory: int) -> Any:
     """Start, or continue, a run in a folder; returns what `ray.wait` takes.
 
     `memory`: in bytes, as `slots_of` says.
@@ -28,19 +28,19 @@ def start_run(config: Config, origin: Origin, out: Path, memory: int) -> Any:
     # that read its images found none.
     alone = config.train.num_workers == 1
     there = {"num_cpus": 0, "num_gpus": int(alone and config.train.use_gpu), "memory": memory}
-    return _train_trial.options(**there).remote(config, origin, str(out), settings())
+    return _train_trial.options(**there).remote(config, origin, out, settings())
 
 
 # On any node, not all on the one that this process is on. A trial whose node is lost is tried again
 # and continues from its checkpoint; what fails of itself is not.
 @ray.remote(max_retries=3, scheduling_strategy="SPREAD", **OFF_HEAD)
-def _train_trial(config: Config, origin: Origin, folder: str, tracker: Settings) -> None:
+def _train_trial(config: Config, origin: Origin, folder: Folder, tracker: Settings) -> None:
     """One trial, in a task of its own: that of a single worker runs in it, those of several hold
     the resources of a larger one. `tracker`: the driver's settings of MLflow."""
     os.environ.update(tracker.variables)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     here = config.train.num_workers == 1
-    train(config, origin=origin, out=Path(folder), progress=False, alone=False, here=here)
+    train(config, origin=origin, out=folder, progress=False, alone=False, here=here)
 
 
 def slots_of(config: Config) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """The simulate stage: rows equal the operator, readable without Ray, exactly once, resumable."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,6 @@ from snr_ray.learning.shardfeed import ShardFeed
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.stages.dataset import Origin, collect_pairs, count_rows, open_rows, settle
 from snr_ray.stages.simulate import simulate
-from snr_ray.stages.sweep import sweep
-from snr_ray.stages.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 
@@ -254,14 +251,3 @@ def test_a_node_without_the_mount_writes_nothing_there(tiny: Config, tmp_path: P
         ):
             simulate(tiny, images="glyphs", out=out)
     assert out.list() == [JOB, "plan.json"]
-
-
-@pytest.mark.parametrize("stage", [train, sweep])
-def test_stages_that_append_to_files_refuse_buckets_by_name(
-    stage: Callable[..., object], tiny: Config, bucket: tuple[pafs.FileSystem, str]
-) -> None:
-    more = {"trials": 1} if stage is sweep else {}
-    with pytest.raises(
-        InputError, match=r"must be a folder on a file system, since .*s3://bucket/"
-    ):
-        stage(tiny, origin=Origin(images="glyphs"), out=f"s3://a:b@bucket/run?{bucket[1]}", **more)

@@ -12,6 +12,7 @@ from stages.postgres import free_port
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
+from snr_ray.folder import open_folder
 from snr_ray.stages import sweep as module
 from snr_ray.stages.confirm import confirm, read_confirmation
 from snr_ray.stages.dataset import Origin
@@ -70,14 +71,14 @@ def test_killed_sweep_resumes_its_trial_and_ends_with_a_usable_config(
 def _confirms(given: Config, out: Path) -> None:
     """Two configs with two seeds each on the data of a sweep, and again, which trains nothing."""
     other = configs.replace(given, {"model.noise_channels": [1, 1]})
-    found = confirm(other, given, Goals(), Origin(data=out / "data"), out, 2)
+    found = confirm(other, given, Goals(), Origin(data=out / "data"), open_folder(out), 2)
     assert found.seeds == [1, 2]
     assert len({*found.best, *found.given}) == 4
     assert read_confirmation(out) == found
     runs = sorted((out / "confirm").iterdir())
     assert [configs.load([run / "config.yaml"]).seed for run in runs] == [1, 2, 1, 2]
     before = [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs]
-    assert confirm(other, given, Goals(), Origin(data=out / "data"), out, 2) == found
+    assert confirm(other, given, Goals(), Origin(data=out / "data"), open_folder(out), 2) == found
     assert [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs] == before
 
 

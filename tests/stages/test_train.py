@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError
+from snr_ray.folder import open_folder
 from snr_ray.hashing import hash64
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.learning.fit import BF16_COSTS, Learner
@@ -246,14 +247,14 @@ def test_too_few_images_that_can_be_read_are_a_sentence(tiny: Config, tmp_path: 
     counts, origin = {"train": 30 + tiny.train.batch_size - 1, "val": 4}, Origin(images="scans")
     few = r"one batch of images .* in the train .*30 cannot .*\(0\.tif\) because: It"
     with pytest.raises(InputError, match=few):
-        check_images(tmp_path, tiny, origin, counts, {"train": bad, "val": []})
+        check_images(open_folder(tmp_path), tiny, origin, counts, {"train": bad, "val": []})
     assert pq.read_table(tmp_path / "failures.parquet").num_rows == 30
     with pytest.raises(
         InputError, match="one image to validate on, but of the 4 images in the val"
     ):
-        check_images(tmp_path, tiny, origin, counts, {"train": [], "val": bad[:4]})
+        check_images(open_folder(tmp_path), tiny, origin, counts, {"train": [], "val": bad[:4]})
     counts["train"] += 1
-    check_images(tmp_path, tiny, origin, counts, {"train": bad, "val": bad[:3]})
+    check_images(open_folder(tmp_path), tiny, origin, counts, {"train": bad, "val": bad[:3]})
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
