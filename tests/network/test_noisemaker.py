@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from snr_ray.network.noisemaker import NoiseMaker
+from snr_ray.network.noisemaker import Alike, NoiseMaker
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 
 SPECS = [NoiseSpec(8, "hann", 120.0), NoiseSpec(5, "hann", 120.0)]
@@ -76,3 +76,10 @@ def test_gradients_and_adjoint_are_those_of_the_linear_map(shares: list[float]) 
         difference = ((noise(clean + step) - noise(clean)) * way).sum()
     assert float((gradient * step).sum()) == pytest.approx(float(difference), rel=1e-3)
     torch.testing.assert_close(noise.adjoint(way), gradient)
+
+
+def test_the_adjoint_of_one_geometry_is_that_of_the_operator() -> None:
+    noise = Alike(NoiseSpec(12))
+    x, y = torch.randn(2, 3, 1, 24, 24, generator=torch.manual_seed(0))
+    there, back = (noise(x) * y).sum((1, 2, 3)), (x * noise.adjoint(y)).sum((1, 2, 3))
+    torch.testing.assert_close(there, back, rtol=1e-4, atol=1e-4)
