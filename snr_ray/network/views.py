@@ -9,8 +9,7 @@ On an image of 512 pixels that takes seconds for each count, so halves and doubl
 confuse and noise codes do not, are left out where both agree.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +22,7 @@ from snr_ray.noise.operator import NoiseSpec
 from snr_ray.noise.spokes import spokes, view_counts
 
 Array = npt.NDArray[np.float32]
+Counts = npt.NDArray[np.int64]
 
 SMALLEST_SIDE = 8
 """Height and width that images need at least."""
@@ -51,10 +51,19 @@ class Likely:
     """Counts that are also likely, in no order."""
 
 
-def likely(images: Sequence[Array]) -> Likely:
-    """Likely view counts of images [C, H, W] of one size that have the same count."""
-    counts = view_counts(*images[0].shape[1:])
-    found = np.sum([spokes(image) for image in images], axis=0)  # [floors, counts]
+Explains = Callable[[Counts, int], npt.NDArray[np.float64]]
+"""rows of images, a count -> how well it explains each of them, in dB."""
+
+
+def likely(images: Array) -> list[Likely]:
+    """Likely view counts of each of the images [B, C, H, W]."""
+    counts = view_counts(*images.shape[2:])
+    many = counts >= FEW * max(images.shape[2:])
+    return [_likely(found, counts, many) for found in spokes(images)]
+
+
+def _likely(found: npt.NDArray[np.float64], counts: Counts, many: npt.NDArray[np.bool_]) -> Likely:
+    """By the log-likelihoods of one image, [floors, counts]."""
     order = np.argsort(found, axis=1)
     lead = np.take_along_axis(found, order[:, -1:], 1)[:, 0]
     if len(counts) > 1:
@@ -62,7 +71,6 @@ def likely(images: Sequence[Array]) -> Likely:
     firsts, clearest = counts[order[:, -1]], int(lead.argmax())
     others_lead = max(lead[firsts != firsts[clearest]], default=0.0)
     ahead = bool(lead[clearest] > SURE and others_lead < max(SURE, AGAINST * lead[clearest]))
-    many = counts >= FEW * max(images[0].shape[1:])
     past = np.argsort(np.where(many, found, -np.inf), axis=1)
     others = {int(k) for places in (order, past) for k in counts[places[:, -CANDIDATES:]].ravel()}
     others |= {half for k in firsts for half in (int(k) // 2, 2 * int(k))} & set(counts.tolist())
@@ -70,24 +78,34 @@ def likely(images: Sequence[Array]) -> Likely:
     return Likely(int(firsts[clearest]), sure, sorted(others))
 
 
-def find_views(
-    images: Sequence[Array], explains: Callable[[int], float], guess: int | None = None
-) -> int:
-    """View count of images [C, H, W] of one size that have the same count, or of one image.
+def find_views(images: Array, explains: Explains, guesses: Counts | None = None) -> Counts:
+    """View count of each image [B], by itself.
 
     Args:
-        images: float32, noisy, at least SMALLEST_SIDE high and wide.
-        explains: how well the images are explained by what they are cleaned to when told a count,
-            in dB; it is asked for a few counts where the spectrum is not sure.
-        guess: what the noise codes say, which is another count to ask about.
+        images: [B, C, H, W] float32, noisy, at least SMALLEST_SIDE high and wide.
+        explains: how well images are explained by what they are cleaned to when told a count; it
+            is asked for a few counts, of those images of which the spectrum is not sure.
+        guesses: what the noise codes say, [B], which is another count to ask about; 0 is none.
     """
     seen = likely(images)
-    if seen.sure:
-        return seen.best
+    rows = [[] if one.sure else _asked(one, 0 if guesses is None else int(guesses[k]))
+            for k, one in enumerate(seen)]  # fmt: skip
+    found = np.array([one.best for one in seen], np.int64)
+    best = np.full(len(images), -np.inf)
+    for n_views in sorted({n_views for asked in rows for n_views in asked}):
+        its = np.array([k for k, asked in enumerate(rows) if n_views in asked])
+        decibels = explains(its, n_views)
+        better = decibels > best[its]
+        best[its[better]], found[its[better]] = decibels[better], n_views
+    return found
+
+
+def _asked(seen: Likely, guess: int) -> list[int]:
+    """Counts of an image that the solver is asked about."""
     asked = {seen.best, *seen.others} | ({guess} if guess else set())
     if guess and _near(seen.best, guess):
         asked = {n_views for n_views in asked if _near(n_views, guess)}
-    return max(sorted(asked), key=explains)
+    return sorted(asked)
 
 
 def _near(n_views: int, guess: int) -> bool:
@@ -96,20 +114,20 @@ def _near(n_views: int, guess: int) -> bool:
 
 def explaining(
     model: HVAE, codes: list[Tensor], images: Array, geometry: Callable[[int], NoiseSpec | None]
-) -> Callable[[int], float]:
-    """What `find_views` asks: the mean over images [B, C, H, W] of how well a count explains them.
+) -> Explains:
+    """What `find_views` asks of a model.
 
     Args:
         model: one that `unrolls`.
         codes: clean noise codes per level, [1, C_noise, h, w].
-        images: noisy ones.
+        images: noisy ones [B, C, H, W].
         geometry: what to tell the solver of a count.
     """
 
-    @functools.cache
-    def explains(n_views: int) -> float:
-        result = exchange(model, images, codes, geometry=geometry(n_views), explain=True)
-        assert result.explained is not None
-        return float(result.explained.mean())
+    def explains(rows: Counts, n_views: int) -> npt.NDArray[np.float64]:
+        told = geometry(n_views)
+        explained = exchange(model, images[rows], codes, geometry=told, explain=True).explained
+        assert explained is not None
+        return explained
 
     return explains

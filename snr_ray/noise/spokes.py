@@ -9,6 +9,10 @@ stationary time series, Arkiv för Matematik 2 (1953)), times a level of each ri
 directions the image itself prefers.
 """
 
+import functools
+import itertools
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter1d
@@ -35,6 +39,8 @@ DIRECTION_WIDTH = 12.0
 FREQUENCIES = 24_000
 """That all counts are tried on; the best are tried again on all of them."""
 FINALISTS = 12
+KEPT_BYTES = 32 * 2**20
+"""Memory for what is computed of the spokes of many counts, and kept of sizes where it is all."""
 
 
 def view_counts(height: int, width: int) -> Counts:
@@ -43,78 +49,142 @@ def view_counts(height: int, width: int) -> Counts:
     return np.arange(FEWEST_VIEWS, max(FEWEST_VIEWS, most) + 1)
 
 
-def spokes(image: Array) -> Values:
-    """Log-likelihood of each count of `view_counts`, under each of FLOORS: [floors, counts].
+@dataclass(frozen=True)
+class _Frequencies:
+    """Half of the frequencies of images of one size, ring by ring."""
+
+    places: Counts
+    """In the flat spectrum, [F]."""
+    radius: Values
+    """Cycles per pixel."""
+    angle: Values
+    """As that of a view, in [0, pi)."""
+    across: Values
+    """Frequencies per cycle per pixel across a spoke."""
+
+    def some(self, chosen: Counts) -> "_Frequencies":
+        """Those of ascending places in the arrays."""
+        values = (part[chosen] for part in (self.radius, self.angle, self.across))
+        return _Frequencies(self.places[chosen], *values)
+
+    def rings(self, n: int) -> Counts:
+        """Which of n rings each lies in, ascending."""
+        return ((self.radius - LOWEST) / (HIGHEST - LOWEST) * n).astype(int)
+
+
+def spokes(images: Array) -> Values:
+    """Log-likelihood of each count of `view_counts`, under each of FLOORS: [B, floors, counts].
 
     Args:
-        image: noisy, [C, H, W] float32, clipped or not, at least 8 pixels high and wide.
+        images: noisy, [B, C, H, W] float32, clipped or not, at least 8 pixels high and wide.
     """
-    power, radius, angle, width = _spectrum(image)
-    counts = view_counts(*image.shape[1:])
-    some = np.arange(len(power))
-    if len(power) > FREQUENCIES:
-        some = np.random.default_rng(0).choice(len(power), FREQUENCIES, replace=False)
-    found = np.stack([_fit(power, radius, angle, width, some, k) for k in counts], axis=1)
-    if len(power) > FREQUENCIES:  # the best again, on all of them
-        found *= len(power) / FREQUENCIES
-        best = {k for row in found for k in counts[np.argsort(row)[-FINALISTS:]].tolist()}
+    height, width = images.shape[2:]
+    counts, all_ = view_counts(height, width), _frequencies(height - 2, width - 2)
+    power = _spectra(images, all_)
+    n = len(all_.places)
+    if n <= FREQUENCIES:
+        return _fit(power, all_, counts, (height, width))
+    chosen = np.sort(np.random.default_rng(0).choice(n, FREQUENCIES, replace=False))
+    found = _fit(power[:, chosen], all_.some(chosen), counts) * (n / FREQUENCIES)
+    whole = np.full_like(found, -np.inf)
+    for one, its, spectrum in zip(whole, found, power, strict=True):  # the best again, on all
+        best = {k for row in its for k in counts[np.argsort(row)[-FINALISTS:]].tolist()}
         best |= {k for n in best for k in (n // 2, 2 * n)} & set(counts.tolist())
-        whole = np.full_like(found, -np.inf)
-        for k in best:
-            whole[:, k - counts[0]] = _fit(power, radius, angle, width, np.arange(len(power)), k)
-        found = whole
-    return found
+        again = np.array(sorted(best))
+        one[:, again - counts[0]] = _fit(spectrum[None], all_, again)[0]
+    return whole
 
 
-def _spectrum(image: Array) -> tuple[Values, Values, Values, Values]:
-    """Of half of the frequencies: power, less what the image prefers; radius in cycles per pixel,
-    angle as that of a view in [0, pi), and the frequencies per cycle per pixel across a spoke."""
-    from scipy.signal.windows import tukey  # slow to import, and few look at spectra
-
-    # The Laplacian evens out a spectrum that falls steeply, or its foot would cover the spokes.
-    x = 4.0 * image[:, 1:-1, 1:-1] - image[:, :-2, 1:-1] - image[:, 2:, 1:-1]
-    x -= image[:, 1:-1, :-2] + image[:, 1:-1, 2:]
-    height, width = x.shape[1:]
-    fade = tukey(height + 2, TAPER)[1:-1, None] * tukey(width + 2, TAPER)[1:-1]
-    spectrum = np.square(np.abs(np.fft.fft2((x - x.mean((1, 2), keepdims=True)) * fade))).sum(0)
+@functools.lru_cache(maxsize=8)
+def _frequencies(height: int, width: int) -> _Frequencies:
     fy, fx = np.meshgrid(np.fft.fftfreq(height), np.fft.fftfreq(width), indexing="ij")
     radius = np.hypot(fx, fy)
     half = (radius > LOWEST) & (radius < HIGHEST) & ((fx > 0) | ((fx == 0) & (fy > 0)))
-    power, radius = spectrum[half] + 1e-12, radius[half]
-    angle = np.arctan2(-fy[half], fx[half]) % np.pi
+    places = np.flatnonzero(half)
+    places = places[np.argsort(radius.ravel()[places], kind="stable")]
+    angle = np.arctan2(-fy.ravel()[places], fx.ravel()[places]) % np.pi
     across = np.hypot(width * np.sin(angle), height * np.cos(angle))
-    return power / _preferred(power, radius, angle), radius, angle, across
+    return _Frequencies(places, radius.ravel()[places], angle, across)
 
 
-def _preferred(power: Values, radius: Values, angle: Values) -> Values:
-    """Mean power around each frequency, by ring and wide sector."""
-    ring = ((radius - LOWEST) / (HIGHEST - LOWEST) * RINGS).astype(int)
-    cell = ring * SECTORS + (angle / np.pi * SECTORS).astype(int) % SECTORS
-    level = np.bincount(ring, power, RINGS) / np.maximum(np.bincount(ring, minlength=RINGS), 1)
+def _spectra(images: Array, at: _Frequencies) -> Values:
+    """Power of images [B, C, H, W], less what each prefers: [B, F]."""
+    from scipy.signal.windows import tukey  # slow to import, and few look at spectra
+
+    # The Laplacian evens out a spectrum that falls steeply, or its foot would cover the spokes.
+    x = 4.0 * images[..., 1:-1, 1:-1] - images[..., :-2, 1:-1] - images[..., 2:, 1:-1]
+    x -= images[..., 1:-1, :-2] + images[..., 1:-1, 2:]
+    height, width = x.shape[2:]
+    fade = tukey(height + 2, TAPER)[1:-1, None] * tukey(width + 2, TAPER)[1:-1]
+    spectra = np.fft.fft2((x - x.mean((2, 3), keepdims=True)) * fade)
+    power = (spectra.real**2 + spectra.imag**2).sum(1).reshape(len(x), -1)[:, at.places] + 1e-12
+    return power / _preferred(power, at)
+
+
+def _preferred(power: Values, at: _Frequencies) -> Values:
+    """Mean power around each frequency, by ring and wide sector: [B, F]."""
+    ring = at.rings(RINGS)
+    cell = ring * SECTORS + (at.angle / np.pi * SECTORS).astype(int) % SECTORS
+    level = _sums(power, ring, RINGS) / np.maximum(np.bincount(ring, minlength=RINGS), 1)
 
     def smooth(weights: Values) -> Values:
-        sums = np.bincount(cell, weights, RINGS * SECTORS).reshape(RINGS, SECTORS)
-        along = gaussian_filter1d(sums, DIRECTION_WIDTH * SECTORS / 180, axis=1, mode="wrap")
-        return np.asarray(gaussian_filter1d(along, 0.15 * RINGS, axis=0, mode="nearest")).ravel()
+        sums = _sums(weights, cell, RINGS * SECTORS).reshape(-1, RINGS, SECTORS)
+        along = gaussian_filter1d(sums, DIRECTION_WIDTH * SECTORS / 180, axis=2, mode="wrap")
+        around = gaussian_filter1d(along, 0.15 * RINGS, axis=1, mode="nearest")
+        return np.asarray(around).reshape(len(weights), -1)
 
-    around = (smooth(power / level[ring]) + 1e-3) / (smooth(np.ones_like(power)) + 1e-3)
-    return level[ring] * around[cell]
+    around = (smooth(power / level[:, ring]) + 1e-3) / (smooth(np.ones_like(power[:1])) + 1e-3)
+    return level[:, ring] * around[:, cell]
+
+
+def _sums(values: Values, group: Counts, n: int) -> Values:
+    """Sums of values [B, F] by their group [F]: [B, n]."""
+    shifted = (np.arange(len(values))[:, None] * n + group).ravel()
+    sums = np.bincount(shifted, values.ravel(), len(values) * n)
+    return np.asarray(sums, np.float64).reshape(-1, n)
 
 
 def _fit(
-    power: Values, radius: Values, angle: Values, across: Values, some: Counts, n_views: int
+    power: Values, at: _Frequencies, counts: Counts, size: tuple[int, int] | None = None
 ) -> Values:
-    """Log-likelihood under each of FLOORS: [floors]."""
-    power, radius, angle, across = (part[some] for part in (power, radius, angle, across))
-    step = np.pi / n_views
-    off = angle - np.round(angle / step) * step
-    reach = radius * across / SPOKE_WIDTH
-    near = sum(np.exp(-np.square(reach * np.sin(off + k * step))) for k in (-1, 0, 1))
-    ring = ((radius - LOWEST) / (HIGHEST - LOWEST) * 2 * RINGS).astype(int)
-    members = np.maximum(np.bincount(ring, minlength=2 * RINGS), 1)
-    found = []
-    for floor in FLOORS:
-        mean = near + floor
-        level = np.bincount(ring, power / mean, 2 * RINGS) / members
-        found.append(-np.log(level[ring]).sum() - np.log(mean).sum())
-    return np.array(found)
+    """Log-likelihoods [B, floors, counts] of power [B, F]; `size` of the images where counts and
+    frequencies are all of theirs, and what is computed of them is kept."""
+    ring, rings = at.rings(2 * RINGS), 2 * RINGS
+    ends = np.searchsorted(ring, np.arange(rings + 1))
+    members = np.diff(ends)
+    power = power.astype(np.float32)
+    found = np.empty((len(power), len(FLOORS), len(counts)))
+    together = max(1, KEPT_BYTES // (4 * len(FLOORS) * len(ring)))
+    for k in range(0, len(counts), together):
+        some = counts[k : k + together]
+        whole = size is not None and len(some) == len(counts)
+        inverse, logs = _of_size(*size) if whole and size else _inverse_means(at, some)
+        level = np.empty((len(power), rings, len(FLOORS) * len(some)), np.float32)
+        for r, (first, last) in enumerate(itertools.pairwise(ends)):
+            np.matmul(power[:, first:last], inverse[first:last], out=level[:, r])
+        level /= np.maximum(members, 1)[:, None]
+        level[:, members == 0] = 1
+        fits = -np.einsum("brc,r->bc", np.log(level), members.astype(float)) - logs
+        found[..., k : k + together] = fits.reshape(len(power), len(FLOORS), len(some))
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _of_size(height: int, width: int) -> tuple[Array, Values]:
+    """As of `_inverse_means`, of all counts of a size: up to KEPT_BYTES each."""
+    return _inverse_means(_frequencies(height - 2, width - 2), view_counts(height, width))
+
+
+def _inverse_means(at: _Frequencies, counts: Counts) -> tuple[Array, Values]:
+    """One over the mean power [F, floors counts] of spokes of each count above each floor, for a
+    ring of level 1, and the sum of the logarithms of the means [floors counts]."""
+    reach = at.radius * at.across / SPOKE_WIDTH
+    inverse = np.empty((len(reach), len(FLOORS), len(counts)), np.float32)
+    logs = np.empty((len(FLOORS), len(counts)))
+    for k, n_views in enumerate(counts.tolist()):
+        step = np.pi / n_views
+        off = at.angle - np.round(at.angle / step) * step
+        near = sum(np.exp(-np.square(reach * np.sin(off + j * step))) for j in (-1, 0, 1))
+        for f, floor in enumerate(FLOORS):
+            inverse[:, f, k], logs[f, k] = 1 / (near + floor), np.log(near + floor).sum()
+    return inverse.reshape(len(reach), -1), logs.ravel()

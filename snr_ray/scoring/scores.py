@@ -134,13 +134,9 @@ class Scorer:
 
     def find(self, noisy: Array) -> Labels:
         """View counts of noisy images [B, C, H, W], each found by itself: [B]."""
-        trained, found = self.trained, []
-        guesses = trained.guess_views(noisy)
-        for image, guess in zip(noisy, guesses, strict=True):
-            codes = trained.codes.mean(0)
-            explains = explaining(trained.model, codes, image[None], trained.geometry)
-            found.append(find_views([image], explains, int(guess) or None))
-        return np.array(found, np.int64)
+        trained = self.trained
+        explains = explaining(trained.model, trained.codes.mean(0), noisy, trained.geometry)
+        return find_views(noisy, explains, trained.guess_views(noisy))
 
     def score(self, method: Method, case: Case) -> None:
         """Add the rows of a method: of the model in question, and of those beside it."""

@@ -212,10 +212,11 @@ def _detect_views(trained: TrainedModel, source: Source, config: Config) -> int:
             f"--views detect needs images of at least {SMALLEST_SIDE} pixels a side, but "
             f"{source.ids[index]} has {image.shape[1]}x{image.shape[2]}; say how many there are.",
         )
-        explains = explaining(trained.model, trained.codes.mean(0), image[None], trained.geometry)
-        guess = int(trained.guess_views(image[None])[0])
-        n_views = find_views([image], explains, guess or None)
-        found[source.ids[index]], decibels = n_views, explains(n_views)
+        alone = image[None]
+        explains = explaining(trained.model, trained.codes.mean(0), alone, trained.geometry)
+        n_views = int(find_views(alone, explains, trained.guess_views(alone))[0])
+        found[source.ids[index]] = n_views
+        decibels = float(explains(np.zeros(1, np.int64), n_views)[0])
         if len(found) == DETECT_IMAGES:
             break
     if not found:

@@ -172,9 +172,11 @@ class FileSwapper:
         counts, clean = trained.guess_views(images), trained.codes.mean(0)
         if min(images.shape[2:]) < SMALLEST_SIDE:
             return None
-        for k in np.flatnonzero(counts):
-            explains = explaining(trained.model, clean, images[k : k + 1], trained.geometry)
-            counts[k] = find_views([images[k]], explains, int(counts[k]))
+        rows = np.flatnonzero(counts)
+        if len(rows):
+            noisy = images[rows]
+            explains = explaining(trained.model, clean, noisy, trained.geometry)
+            counts[rows] = find_views(noisy, explains, counts[rows])
         return counts
 
     def _sample(

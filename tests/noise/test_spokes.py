@@ -17,7 +17,7 @@ def _photos(n: int, size: int, channels: int = 1) -> np.ndarray:
 
 def _found(noisy: np.ndarray) -> list[int]:
     counts = view_counts(*noisy.shape[2:])
-    return [int(counts[spokes(image).max(0).argmax()]) for image in noisy]
+    return [int(counts[found.max(0).argmax()]) for found in spokes(noisy)]
 
 
 @pytest.mark.parametrize(("size", "n_views"), [(32, 7), (48, 17), (64, 10), (64, 39), (90, 30)])
@@ -35,8 +35,16 @@ def test_so_do_those_of_a_file_of_8_bits_colour_and_uneven_sides() -> None:
 
 def test_scale_and_offset_of_the_pixels_change_nothing() -> None:
     noisy = noise_operator(NoiseSpec(13), 48, 48)(_photos(2, 48))
-    for image in noisy:
-        np.testing.assert_allclose(spokes(image), spokes(1000 * image + 7), rtol=1e-3)
+    np.testing.assert_allclose(spokes(noisy), spokes(1000 * noisy + 7), rtol=1e-3, atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(20, 33), (64, 64), (240, 200)])
+def test_company_changes_nothing(shape: tuple[int, int]) -> None:
+    noisy = np.random.default_rng(0).random((3, 2, *shape), dtype=np.float32)
+    together = spokes(noisy)
+    assert together.shape[::2] == (3, len(view_counts(*shape)))
+    for image, expected in zip(noisy, together, strict=True):
+        np.testing.assert_allclose(spokes(image[None])[0], expected, rtol=1e-4, atol=0.02)
 
 
 def test_counts_are_those_that_can_be_told_apart() -> None:
