@@ -10,7 +10,8 @@ from skimage import data
 
 from snr_ray.configfile import shipped_models
 from snr_ray.images.sources import open_source
-from snr_ray.learning.checkpoint import load_model, model_path
+from snr_ray.learning.checkpoint import load_model
+from snr_ray.learning.modelfolder import model_path
 from snr_ray.metrics import psnr
 from snr_ray.network.swap import exchange, swap
 from snr_ray.network.trust import doubtful

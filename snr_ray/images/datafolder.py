@@ -22,7 +22,7 @@ from snr_ray import configfile as configs
 from snr_ray.config import Config, ImagesConfig, InputError
 from snr_ray.folder import Folder, open_folder
 from snr_ray.images.collection import SPLITS
-from snr_ray.noise.operator import noise_specs, spec_hash
+from snr_ray.noise.spec import noise_specs, spec_hash
 
 Array = npt.NDArray[np.float32]
 Failure = dict[str, str]

@@ -6,10 +6,8 @@ An image is a function of its id alone, so it is the same on every machine and i
 import functools
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-import skimage.data
 from PIL import Image, ImageDraw, ImageFont
 
 from snr_ray.hashing import hash64
@@ -95,6 +93,8 @@ def group(name: str) -> str:
 
 
 def _fonts() -> Path:
+    import matplotlib  # slow to import, and images of users do without
+
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
@@ -104,6 +104,8 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def _photo_file(name: str) -> Path:
+    import skimage.data
+
     folder = Path(skimage.data.__file__).parent
     return next(p for p in sorted(folder.glob(f"{name}.*")) if p.suffix in (".png", ".jpg"))
 

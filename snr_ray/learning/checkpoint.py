@@ -4,51 +4,51 @@ A model folder holds `model.safetensors` (weights and donors' noise codes), `con
 `metrics.json` and `README.md`. Nothing is ever unpickled.
 """
 
-import atexit
-import dataclasses
-import functools
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from snr_ray import __version__
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
-from snr_ray.folder import open_folder, without_secrets
 from snr_ray.learning.build import build_model
-from snr_ray.learning.fit import BF16_COSTS, LEAST_EXPLAINED
-from snr_ray.learning.validation import Metrics
+from snr_ray.learning.modelfolder import (
+    BF16_COSTS,
+    LEAST_EXPLAINED,
+    WEIGHTS_FILE,
+    Knowledge,
+    ModelFolder,
+    read_metrics,
+    read_model,
+)
 from snr_ray.metrics import as_json
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.itnet import ItNet
 from snr_ray.network.swap import NoiseCodes, detect, read_views
 from snr_ray.network.unet import UNet
 from snr_ray.network.viewcount import ViewCountMaker
-from snr_ray.noise.operator import NoiseSpec, noise_specs
-from snr_ray.noise.viewrange import ViewRange
+
+if TYPE_CHECKING:
+    from snr_ray.learning.validation import Metrics
 
 Array = npt.NDArray[np.float32]
 
-WEIGHTS_FILE = "model.safetensors"
 WEIGHTS = "model."
 DONORS = "donors."
 BF16_DB = 0.02
 
 
 @dataclass(frozen=True)
-class TrainedModel:
+class TrainedModel(Knowledge):
     """A model folder in memory; `model` is in eval mode."""
 
     config: Config
@@ -60,43 +60,6 @@ class TrainedModel:
     bf16: bool = False
     """Whether bfloat16 costs less than BF16_DB of what the model cleans, as was measured on
     validation images when it was trained."""
-
-    def noise_id(self, n_views: int) -> int:
-        """Noise id of a view count. Raises InputError if the model was not trained on it."""
-        if n_views not in self.config.noise.n_views:
-            known = ", ".join(map(str, self.config.noise.n_views))
-            raise InputError(
-                f"The view count must be one that the model was trained on ({known}), "
-                f"but got {n_views}."
-            )
-        return self.config.noise.n_views.index(n_views) + 1
-
-    @property
-    def views(self) -> ViewRange | None:
-        """The range of view counts that the model was trained on; None of one of a few counts."""
-        return ViewRange.of(self.config.noise)
-
-    @property
-    def views_per_pixel(self) -> tuple[float, float]:
-        """The least and the most views per pixel of the longer side that the model has seen."""
-        if self.views is not None:
-            return self.views.low, self.views.high
-        counts, size = self.config.noise.n_views, self.config.images.size
-        return min(counts) / size, max(counts) / size
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """The smallest and the largest side of the images that the model was trained on."""
-        sizes = self.config.train.sizes or (self.config.images.size,)
-        return min(sizes), max(sizes)
-
-    def knows(self, n_views: int, height: int, width: int) -> bool:
-        """Whether images of a size and view count are within what the model was trained on: of a
-        range, any size of as many views per pixel as it has seen, to the nearest whole count."""
-        if self.views is None:
-            return n_views in self.config.noise.n_views
-        least, most = self.views.counts(max(height, width))
-        return least <= n_views <= most
 
     def guess_views(self, images: Array) -> npt.NDArray[np.int64]:
         """View count of each of images [B, C, H, W] by its noise code, 0 of clean ones: [B].
@@ -131,22 +94,6 @@ class TrainedModel:
             return codes
         return maker.moved(codes, n_views, max(height, width))
 
-    @property
-    def can_be_told(self) -> bool:
-        """Whether the view count of noisy images helps: with model.physics one of those that the
-        model was trained on, with model.unrolled any."""
-        return self.config.model.physics or self.model.unrolls
-
-    def geometry(self, n_views: int) -> NoiseSpec | None:
-        """What to tell the unrolled solver of images of a view count; None where there is none.
-
-        Raises InputError if it is below 1.
-        """
-        check(n_views >= 1, f"A view count must be at least 1, but got {n_views}.")
-        if not self.model.unrolls:
-            return None
-        return noise_specs(dataclasses.replace(self.config.noise, n_views=(n_views,)))[0]
-
 
 @dataclass(frozen=True)
 class TrainedUNet:
@@ -161,7 +108,7 @@ def save_model(
     config: Config,
     model: HVAE | UNet,
     codes: NoiseCodes | None,
-    metrics: Metrics,
+    metrics: "Metrics",
     origin: str,
 ) -> None:
     """Write a model folder; it appears complete or not at all, replacing an older one.
@@ -204,7 +151,7 @@ def ship(folder: Path, report: Path, target: Path) -> None:
     shutil.copy(folder / "config.yaml", target)
     scored = json.loads((report / "metrics.json").read_text())
     least = {f"{LEAST_EXPLAINED}{known:.4g}": v for known, v in trained.least_explained.items()}
-    costs = {name: v for name, v in _metrics(folder).items() if name == BF16_COSTS}
+    costs = {name: v for name, v in read_metrics(folder).items() if name == BF16_COSTS}
     (target / "metrics.json").write_text(as_json(scored | least | costs, indent=2) + "\n")
     scores = (report / "metrics.md").read_text().replace("# ", "## ")
     (target / "README.md").write_text((folder / "README.md").read_text() + "\n" + scores)
@@ -217,11 +164,16 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Traine
         InputError: if the folder is missing, is not a model folder, its weights do not fit its
             config, or it holds a U-Net.
     """
-    trained = load_any(folder, device)
+    return hierarchical(read_model(folder), device)
+
+
+def hierarchical(folder: ModelFolder, device: torch.device | None = None) -> TrainedModel:
+    """A model with codes of the contents of its folder; raises as `load_model`."""
+    trained = built(folder, device)
     if isinstance(trained, TrainedUNet):
         raise InputError(
             f"A model with noise and content codes (model.kind=hvae) is needed, but "
-            f"{model_path(folder)} holds a supervised "
+            f"{folder.path} holds a supervised "
             f"{'ItNet, a' if isinstance(trained.model, ItNet) else 'U-Net, the'} baseline; `snr "
             "evaluate --beside` scores it."
         )
@@ -230,8 +182,17 @@ def load_model(folder: str | Path, device: torch.device | None = None) -> Traine
 
 def load_any(folder: str | Path, device: torch.device | None = None) -> TrainedModel | TrainedUNet:
     """Read a model folder of either kind; raises as `load_model`."""
-    path = model_path(folder)
-    config, model, tensors = _read(path)
+    return built(read_model(folder), device)
+
+
+def built(folder: ModelFolder, device: torch.device | None = None) -> TrainedModel | TrainedUNet:
+    """A model of the contents of its folder.
+
+    Raises:
+        InputError: if the weights do not fit the config.
+    """
+    config, path = folder.config, folder.path
+    model, tensors = _network(folder)
     if isinstance(model, UNet):
         return TrainedUNet(config, model)
     n_levels, n_ids = len(config.model.channels), len(config.noise.n_views) + 1
@@ -252,7 +213,7 @@ def load_any(folder: str | Path, device: torch.device | None = None) -> TrainedM
     place = device or torch.device("cpu")
     model = model.to(place).to(memory_format=torch.channels_last)
     codes = NoiseCodes([level.to(place) for level in kept])
-    measured = _metrics(path)
+    measured = folder.metrics
     least = {
         float(name.removeprefix(LEAST_EXPLAINED)): value
         for name, value in measured.items()
@@ -261,65 +222,9 @@ def load_any(folder: str | Path, device: torch.device | None = None) -> TrainedM
     return TrainedModel(config, model, codes, least, measured.get(BF16_COSTS, BF16_DB) < BF16_DB)
 
 
-def model_path(folder: str | Path) -> Path:
-    """The model folder that the user named; a name of `shipped_models` where there is no folder.
-
-    One in a bucket is copied to this machine, for as long as the process lives.
-
-    Raises:
-        InputError: if the bucket cannot be read or holds no model there.
-    """
-    if "://" in str(folder):
-        return _fetched(str(folder))
-    if str(folder) in configs.shipped_models() and not Path(folder).exists():
-        return Path(str(resources.files("snr_ray") / "shipped" / str(folder)))
-    return Path(folder)
-
-
-def model_place(folder: str | Path) -> str:
-    """What tasks on any node open as the same model: an absolute path, or the URI."""
-    return str(folder) if "://" in str(folder) else str(model_path(folder).absolute())
-
-
-@functools.cache
-def _fetched(uri: str) -> Path:
-    place = open_folder(uri)
-    top = Path(tempfile.mkdtemp(prefix="snr-model-"))
-    atexit.register(shutil.rmtree, top, ignore_errors=True)
-    folder = top.joinpath(*place.filesystem()[1].strip("/").split("/"))  # names the model
-    folder.mkdir(parents=True)
-    for name in (WEIGHTS_FILE, "config.yaml", "metrics.json"):
-        try:
-            (folder / name).write_bytes(place.read(name))
-        except OSError as error:
-            if name != "metrics.json":
-                raise InputError(
-                    f"A model folder holds {name}, but {place} cannot give it "
-                    f"({without_secrets(str(error))}); `snr train` writes one as RUN/model."
-                ) from None
-    return folder
-
-
-def _read(path: Path) -> tuple[Config, HVAE | UNet, dict[str, Tensor]]:
-    """Config, network in eval mode and all tensors of a model folder, checked."""
-    missing = [n for n in (WEIGHTS_FILE, "config.yaml") if not (path / n).is_file()]
-    if missing:
-        inner = path / "model"
-        hint = (
-            f"did you mean {inner}?"
-            if (inner / WEIGHTS_FILE).is_file()
-            else "`snr train` writes one as RUN/model, and "
-            f"{', '.join(configs.shipped_models())} come with snr_ray."
-        )
-        raise InputError(f"A model folder holds {missing[0]}, but {path} does not; {hint}")
-    try:
-        config = configs.load_saved(path / "config.yaml")
-    except InputError as error:
-        raise InputError(f"{path / 'config.yaml'}: {error}") from None
-    try:
-        tensors = load_file(path / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}/model.safetensors cannot be read ({error}).") from None
+def _network(folder: ModelFolder) -> tuple[HVAE | UNet, dict[str, Tensor]]:
+    """Network in eval mode and all tensors of a model folder, checked."""
+    config, path, tensors = folder.config, folder.path, load(folder.weights)
     model = build_model(config)
     weights = {k[len(WEIGHTS) :]: v for k, v in tensors.items() if k.startswith(WEIGHTS)}
     expected: dict[str, Any] = model.state_dict()
@@ -335,24 +240,10 @@ def _read(path: Path) -> tuple[Config, HVAE | UNet, dict[str, Tensor]]:
     if broken:
         raise InputError(f"Weights must be finite, but {path} has NaN or infinity in {broken[0]}.")
     model.load_state_dict({k: v.float() for k, v in weights.items()})
-    return config, model.eval().requires_grad_(False), tensors
+    return model.eval().requires_grad_(False), tensors
 
 
-def _metrics(path: Path) -> dict[str, Any]:
-    """metrics.json of a model folder; nothing where it has none."""
-    if not (path / "metrics.json").is_file():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads((path / "metrics.json").read_text())
-    except ValueError as error:
-        raise InputError(
-            f"{path / 'metrics.json'} must be JSON, but cannot be read ({error}); remove it, or "
-            "copy the model anew."
-        ) from None
-    return found
-
-
-def _card(config: Config, model: HVAE | UNet, metrics: Metrics, origin: str) -> str:
+def _card(config: Config, model: HVAE | UNet, metrics: "Metrics", origin: str) -> str:
     n_weights = sum(p.numel() for p in model.parameters())
     size, colour = config.images.size, "grey" if config.images.channels == 1 else "RGB"
     rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in metrics.items())

@@ -23,6 +23,7 @@ from snr_ray.learning.build import build_objective, build_optimizers
 from snr_ray.learning.captured import Captured, is_capturable
 from snr_ray.learning.drawing import Drawing, Drawn
 from snr_ray.learning.health import Health
+from snr_ray.learning.modelfolder import BF16_COSTS, LEAST_EXPLAINED
 from snr_ray.learning.recipe import peak_share
 from snr_ray.learning.validation import SCORE_BATCH, Metrics, donor_codes, validate
 from snr_ray.network.blocks import PixelLevel
@@ -39,10 +40,6 @@ BACKEND = "inductor"
 """What torch.compile makes a step's graph into."""
 OWN = ("capturable",)
 """What of an optimizer is a matter of its device, not of the run."""
-
-BF16_COSTS = "bf16_costs_psnr"
-LEAST_EXPLAINED = "least_explained_"
-"""Metrics of this name and a number of views per pixel bound what `denoise` trusts."""
 
 
 class Learner:

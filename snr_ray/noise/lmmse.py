@@ -5,7 +5,6 @@ clean training images --covariance--> ImagePrior --one noise operator--> Lmmse, 
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
 from snr_ray.config import InputError
 from snr_ray.noise.operator import RadonNoise
@@ -61,6 +60,9 @@ class ImagePrior:
 
 def _best_weight(x: Array64) -> float:
     """The weight of the grid under which every HELD_OUT-th of images [B, H, W] is most likely."""
+    # Slow to import, and whoever only has a model does without.
+    from scipy.linalg import LinAlgError, cholesky, solve_triangular
+
     held = np.arange(len(x)) % HELD_OUT == 0
     if held.all():
         return STATIONARY_WEIGHTS[-1]

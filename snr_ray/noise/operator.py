@@ -11,17 +11,14 @@ large would be 2e-5 off: half the range is subtracted before the sums, and its r
 float64, added after the filter, where sums are small again.
 """
 
-import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from snr_ray.config import FILTERS, VIEWS_PER_PIXEL, InputError, NoiseConfig, check
-from snr_ray.hashing import fingerprint
+from snr_ray.config import VIEWS_PER_PIXEL, InputError, check
+from snr_ray.noise.blocks import block_of, block_width, n_bins_of, working_bytes
 from snr_ray.noise.filters import filtered
 from snr_ray.noise.rays import (
     back_project,
@@ -33,14 +30,23 @@ from snr_ray.noise.rays import (
     project_transposed,
     tiles,
 )
-from snr_ray.noise.sums import FEW, LANES, MAX_BLOCK, Block, block_width, scratch
+from snr_ray.noise.spec import NoiseSpec, noise_specs, spec_hash
+from snr_ray.noise.sums import Block, scratch
+
+__all__ = [
+    "NoiseSpec",
+    "RadonNoise",
+    "n_bins_of",
+    "noise_operator",
+    "noise_specs",
+    "spec_hash",
+    "working_bytes",
+]
 
 Array = npt.NDArray[np.float32]
 
 MIN_SIZE = 4
 """Smaller images have no rays to speak of."""
-BLOCK_BYTES = 64 * 2**20
-"""Memory for the pixels of the images that go through the loops together, if more than one."""
 KEPT_BYTES = 2**20
 """An operator keeps what it can compute again up to so many bytes."""
 OFFSET = 0.5
@@ -48,55 +54,6 @@ OFFSET = 0.5
 ATTENUATION = 4.0
 """Line integral of a white image along its longer side, where photons are counted: e^-4 of them
 arrive. It is that of 20 cm of water at 70 keV (0.19 per cm; Hubbell and Seltzer, NIST XCOM)."""
-
-
-@dataclass(frozen=True, slots=True)
-class NoiseSpec:
-    """Every setting the noise depends on. The rest is fixed: circle=False, linear interpolation,
-    no clipping. The original method is `NoiseSpec(n_views)`.
-
-    Raises:
-        InputError: if a setting has no meaning.
-    """
-
-    n_views: int
-    filter: str = "ramp"
-    angle_range: float = 180.0
-    """Degrees that the views are spread over; less than 180 is a limited-angle scan."""
-    photons: int = 0
-    """Photons that leave the source per detector bin and view; 0 counts none (no noise)."""
-
-    def __post_init__(self) -> None:
-        check(self.n_views >= 1, f"n_views must be at least 1, but got {self.n_views}.")
-        check(
-            self.filter in FILTERS,
-            f"filter must be one of {', '.join(FILTERS)}, but got {self.filter!r}.",
-        )
-        check(
-            0 < self.angle_range <= 180,
-            f"angle_range must be above 0 and at most 180 degrees, but got {self.angle_range:g}.",
-        )
-        check(self.photons >= 0, f"photons must not be negative, but got {self.photons}.")
-
-    @property
-    def theta(self) -> npt.NDArray[np.float64]:
-        """Projection angles [A] in degrees, in [0, angle_range), the end point excluded."""
-        return np.arange(self.n_views) * self.angle_range / self.n_views
-
-
-def noise_specs(config: NoiseConfig) -> list[NoiseSpec]:
-    """Noise specs of a run in the order of their noise ids; entry k has noise id k + 1."""
-    return [
-        NoiseSpec(n_views, config.filter, config.angle_range, config.photons)
-        for n_views in config.n_views
-    ]
-
-
-def spec_hash(noise: list[NoiseSpec], size: int) -> str:
-    """Key of a simulated data set: changes with anything its noise depends on."""
-    fixed = {"circle": False, "interpolation": "linear", "clip": False}
-    text = json.dumps([dataclasses.asdict(spec) | fixed for spec in noise] + [size], sort_keys=True)
-    return fingerprint(text)
 
 
 class RadonNoise:
@@ -191,7 +148,7 @@ class RadonNoise:
     @property
     def block(self) -> int:
         """Images that go through the loops together."""
-        return _block(self.height, self.width)
+        return block_of(self.height, self.width)
 
     def project(self, images: npt.NDArray[np.floating]) -> Array:
         """Sinograms [..., N, A] of images [..., H, W]: N detector bins, A angles. Noise-free."""
@@ -313,22 +270,3 @@ class RadonNoise:
 def noise_operator(spec: NoiseSpec, height: int, width: int) -> RadonNoise:
     """The operator of one spec and shape: a few kB each, at most 256 MB in all."""
     return RadonNoise(spec, height, width)
-
-
-def working_bytes(height: int, width: int, n_views: int, n_images: int = 1) -> int:
-    """Memory in bytes, about, to make the noise of so many images of a shape: what the loops and
-    the filter hold at a time, and the images that go in and come out."""
-    block, bins = block_width(min(n_images, _block(height, width))), n_bins_of(height, width)
-    kept = 2 * 4 * n_views * bins
-    return 4 * (height * width * (block + 2 * n_images) + 2 * n_views * bins * block) + kept
-
-
-def n_bins_of(height: int, width: int) -> int:
-    """Detector bins of a view: the diagonal of a square image holds its rays."""
-    return int(np.ceil(np.sqrt(2) * max(height, width)))
-
-
-def _block(height: int, width: int) -> int:
-    """Images of a block: a whole number of vectors, or as many as fit, or a single one."""
-    fits = BLOCK_BYTES // (4 * height * width)
-    return next(n for n in (MAX_BLOCK, LANES, FEW, 1) if n <= max(1, fits))

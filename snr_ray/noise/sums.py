@@ -18,14 +18,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-Block = npt.NDArray[np.float32]
+from snr_ray.noise.blocks import FEW, LANES
 
-LANES = 16
-"""Images of one vector; the widest registers there are hold 16 float32 numbers."""
-FEW = 4
-"""Images of a short vector: a batch of a few pays for no more than it has."""
-MAX_BLOCK = 4 * LANES
-"""Images of a block: weights and the sums of so many stay in registers."""
+Block = npt.NDArray[np.float32]
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,14 +34,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     except RuntimeError:  # no place to keep it
         kept = numba.njit(**options)(function)
     return kept
-
-
-def block_width(n: int) -> int:
-    """Columns of a block for n images: n filled up to vectors."""
-    if n == 1:
-        return 1
-    unit = FEW if n <= LANES - FEW else LANES
-    return -(-n // unit) * unit
 
 
 def _windows(width: int, n_vectors: int, lanes: int, spread: bool):  # type: ignore[no-untyped-def]

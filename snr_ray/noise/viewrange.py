@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snr_ray.config import NoiseConfig
-from snr_ray.noise.operator import NoiseSpec
+from snr_ray.noise.spec import NoiseSpec
 
 
 @dataclass(frozen=True)

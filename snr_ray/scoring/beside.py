@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from snr_ray.config import Config, InputError, NoiseConfig
-from snr_ray.learning.checkpoint import load_any, model_path, model_place
+from snr_ray.learning.checkpoint import load_any
+from snr_ray.learning.modelfolder import model_path, model_place
 from snr_ray.scoring.cases import TASKS
 from snr_ray.scoring.methods import METHODS
 from snr_ray.scoring.scores import Row

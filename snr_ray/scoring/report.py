@@ -20,7 +20,6 @@ from snr_ray.folder import Folder
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.formats import open_file
 from snr_ray.images.zarrfolder import contents
-from snr_ray.scoring.cases import TASKS
 
 Array = npt.NDArray[np.float32]
 
@@ -75,6 +74,8 @@ def evaluation_table(metrics: dict[str, Any]) -> str:
         else "The model is blind to the view count."
     )
     of = "the test split" if metrics.get("split", "test") == "test" else "the source, all of it"
+    from snr_ray.scoring.cases import TASKS  # needs torch, which the page of a job does without
+
     lines = [
         f"# {metrics['model']} on {metrics['source']}",
         "",

@@ -34,6 +34,7 @@ from snr_ray.config import Config, ImagesConfig, InputError
 from snr_ray.folder import LocalFolder
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.sources import open_source
+from snr_ray.learning.modelfolder import read_model
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.stages.benchjob import BARE_TIMEOUT_S
 from snr_ray.stages.bulk import Block, Indices, Work
@@ -52,6 +53,7 @@ from snr_ray.stages.imagefiles import (
 )
 from snr_ray.stages.manifest import Manifest
 from snr_ray.stages.retrylist import asked_for
+from snr_ray.stages.swappermaker import SwapperMaker
 
 
 @dataclass(frozen=True)
@@ -364,12 +366,7 @@ def _played_job(images: Path, out: Path, start: Any) -> float:
 
 
 def _gpu_job(images: Path, out: Path, model: str, start: Any) -> float:
-    from snr_ray.learning.checkpoint import load_model
-    from snr_ray.stages.fileswap import SwapperMaker
-
-    trained = load_model(model)
-    pool = [level.numpy() for level in trained.codes.mean(0)]
-    return _rate(through_gpu(images, out, SwapperMaker(trained, pool, {})))
+    return _rate(through_gpu(images, out, SwapperMaker(read_model(model), "mean", {})))
 
 
 def through_gpu(images: Path, out: Path, maker: Maker) -> list[tuple[float, int]]:

@@ -18,15 +18,15 @@ to a folder with an underscore after that name.
 """
 
 import contextlib
+import functools
 import json
 import uuid
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, check
@@ -34,19 +34,20 @@ from snr_ray.folder import JOB, Folder, open_folder
 from snr_ray.hashing import fingerprint
 from snr_ray.images.collection import Source
 from snr_ray.images.sources import open_source
-from snr_ray.learning.checkpoint import TrainedModel, load_model, model_path
-from snr_ray.network.swap import noise_code
-from snr_ray.network.views import SMALLEST_SIDE, explaining, find_views
+from snr_ray.learning.modelfolder import Knowledge, is_shipped, read_model
 from snr_ray.outputs import claim
 from snr_ray.stages.cleaning import Cleaning
 from snr_ray.stages.cluster import connected
 from snr_ray.stages.denoisejob import Job, Running
-from snr_ray.stages.fileswap import SwapperMaker
 from snr_ray.stages.imagefiles import OWN_NAMES, Doubtful, Target, check_output_names
 from snr_ray.stages.manifest import Manifest
+from snr_ray.stages.outcome import Outcome
 from snr_ray.stages.retrylist import asked_for
 from snr_ray.stages.room import bytes_per_value
-from snr_ray.stages.simulate import Outcome
+from snr_ray.stages.swappermaker import LENT, SwapperMaker
+
+if TYPE_CHECKING:  # torch is slow to import, and a driver needs it for a few questions only
+    from snr_ray.learning.checkpoint import TrainedModel
 
 Array = npt.NDArray[np.float32]
 
@@ -101,19 +102,27 @@ def denoise(
     if samples < 0:
         raise InputError(f"--samples must not be negative, but got {samples}.")
     running = running or Running()
-    trained = load_model(model)
+    trained = read_model(model)
+
+    @functools.cache
+    def network() -> "TrainedModel":
+        from snr_ray.learning.checkpoint import hierarchical
+
+        return hierarchical(trained)
+
+    if not is_shipped(model):
+        network()  # says what is wrong with it
     if n_views is not None:
         _check_views(trained, n_views, inject)
-    side = trained.config.images.size
-    lenders = trained.donors(inject or 0, side, side)
+    trained.check_noise(inject or 0)
     config = _as_trained(config, trained)
     folder = open_folder(out)
     asked = asked_for(images)
     source = asked.source
     check_output_names(source, samples=samples > 0)
-    pool = _pool(trained, donor, lenders, config)
-    told = _detect_views(trained, source, config) if n_views == "detect" else n_views
-    weights = fingerprint((model_path(model) / "model.safetensors").read_bytes())
+    pool = donor if donor in LENT else _pool(network(), donor, config)
+    told = _detect_views(network(), source, config) if n_views == "detect" else n_views
+    weights = fingerprint(trained.weights)
     _check_format(folder, overwrite=overwrite)
     identity = {
         "stage": "denoise",
@@ -170,9 +179,7 @@ def _check_format(out: Folder, *, overwrite: bool) -> None:
         )
 
 
-def _check_views(
-    trained: TrainedModel, n_views: int | Literal["detect"], inject: int | None
-) -> None:
+def _check_views(trained: Knowledge, n_views: int | Literal["detect"], inject: int | None) -> None:
     """Raise InputError where --views does not go with the model or the task."""
     physics = trained.config.model.physics
     if inject is not None or not trained.can_be_told:
@@ -192,12 +199,14 @@ def _check_views(
         )
 
 
-def _detect_views(trained: TrainedModel, source: Source, config: Config) -> int:
+def _detect_views(trained: "TrainedModel", source: Source, config: Config) -> int:
     """The view count that explains the first readable images of a source best, said aloud.
 
     Raises:
         InputError: if they are not of one view count, or none can be read.
     """
+    from snr_ray.network.views import SMALLEST_SIDE, explaining, find_views
+
     found: dict[str, int] = {}
     decibels, reason = 0.0, ""
     for index in range(len(source.ids)):
@@ -235,7 +244,7 @@ def _detect_views(trained: TrainedModel, source: Source, config: Config) -> int:
     return n_views
 
 
-def _as_trained(config: Config, trained: TrainedModel) -> Config:
+def _as_trained(config: Config, trained: Knowledge) -> Config:
     """The config with the Hounsfield window of the model, where it names no other; said aloud."""
     window = trained.config.images.window
     if window is None or config.images.window is not None:
@@ -244,13 +253,10 @@ def _as_trained(config: Config, trained: TrainedModel) -> Config:
     return configs.replace(config, {"images.window": list(window)})
 
 
-def _pool(trained: TrainedModel, donor: str, known: list[Tensor], config: Config) -> list[Array]:
-    """Noise codes to take donors from, per level: [n_donors, C_noise, h, w]; `known` are those of
-    the model folder."""
-    if donor == "mean":
-        return [level.mean(0, keepdim=True).numpy() for level in known]
-    if donor == "random":
-        return [level.numpy() for level in known]
+def _pool(trained: "TrainedModel", donor: str, config: Config) -> list[Array]:
+    """Noise codes of the images of a source, per level: [n_donors, C_noise, h, w]."""
+    from snr_ray.network.swap import noise_code
+
     try:
         lenders = open_source(donor)
     except InputError as error:

@@ -24,7 +24,7 @@ from snr_ray.images.collection import Texts
 from snr_ray.images.datafolder import FAILURES_SCHEMA
 from snr_ray.images.headers import n_values
 from snr_ray.images.zarrfolder import is_image
-from snr_ray.learning.checkpoint import TrainedModel
+from snr_ray.learning.modelfolder import Knowledge
 from snr_ray.outputs import Progress
 from snr_ray.scoring.report import JobPage, denoise_report
 from snr_ray.stages import bulk, manifest, retrylist
@@ -40,7 +40,7 @@ from snr_ray.stages.imagefiles import (
     no_room,
 )
 from snr_ray.stages.manifest import Manifest, Summary
-from snr_ray.stages.simulate import Outcome
+from snr_ray.stages.outcome import Outcome
 
 MOST_IMAGES = 256
 """Images of a block at most; fewer where they are large."""
@@ -225,7 +225,7 @@ class Job:
             tables.append(before.filter(pc.invert(tried)))
         return retrylist.write_failures(self.out, tables, self.asked.text)
 
-    def finish(self, title: str, trained: TrainedModel, *, files_per_image: int) -> Outcome:
+    def finish(self, title: str, trained: Knowledge, *, files_per_image: int) -> Outcome:
         """Write what is to be read at the end, and say what there is to say.
 
         Raises:
@@ -266,7 +266,7 @@ class Job:
                 )
         return Outcome(self.out, summary.images, n_failed, summary.doubtful)
 
-    def _say(self, summary: Summary, trained: TrainedModel) -> None:
+    def _say(self, summary: Summary, trained: Knowledge) -> None:
         its = trained.config.images
         if summary.odd_sizes and its.crop is None:
             print(

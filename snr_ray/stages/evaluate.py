@@ -37,9 +37,8 @@ from snr_ray.learning.checkpoint import (
     TrainedUNet,
     load_any,
     load_model,
-    model_path,
-    model_place,
 )
+from snr_ray.learning.modelfolder import model_path, model_place
 from snr_ray.metrics import as_json
 from snr_ray.network.swap import detect, swap
 from snr_ray.noise.lmmse import FIT_IMAGES, LMMSE_PIXELS
@@ -54,7 +53,7 @@ from snr_ray.scoring.report import calibration, evaluation_table, grid
 from snr_ray.scoring.scores import Scorer
 from snr_ray.stages.cluster import ON_CORES, connected, shared
 from snr_ray.stages.dataset import Origin, collect_pairs, count_rows, gather, open_rows
-from snr_ray.stages.simulate import Outcome
+from snr_ray.stages.outcome import Outcome
 from snr_ray.stages.waiting import patience
 
 Array = npt.NDArray[np.float32]

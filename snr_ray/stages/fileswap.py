@@ -6,8 +6,7 @@ Runs without Ray: what a test or a notebook runs is what the batch job runs.
 import functools
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -210,20 +209,22 @@ class FileSwapper:
         return np.stack(means), np.stack(deviations)
 
 
-@dataclass(frozen=True)
-class SwapperMaker:
-    """What makes a FileSwapper of a job on any machine and device."""
+def lent_codes(trained: TrainedModel, donor: str, inject: int | None) -> list[Array]:
+    """Noise codes that a model folder lends, per level: [n_donors, C_noise, h, w], or their mean
+    alone."""
+    side = trained.config.images.size
+    known = trained.donors(inject or 0, side, side)
+    if donor == "mean":
+        return [level.mean(0, keepdim=True).numpy() for level in known]
+    return [level.numpy() for level in known]
 
-    trained: TrainedModel
-    pool: Sequence[Array]
-    options: dict[str, Any]
 
-    def __call__(self, device: str) -> FileSwapper:
-        place = torch.device(device)
-        model = self.trained.model.to(place).to(memory_format=torch.channels_last)
-        codes = NoiseCodes([level.to(place) for level in self.trained.codes.donors])
-        trained = replace(self.trained, model=model, codes=codes)
-        return FileSwapper(trained, self.pool, **self.options)
+def on(trained: TrainedModel, device: str) -> TrainedModel:
+    """The same model on a device."""
+    place = torch.device(device)
+    model = trained.model.to(place).to(memory_format=torch.channels_last)
+    codes = NoiseCodes([level.to(place) for level in trained.codes.donors])
+    return replace(trained, model=model, codes=codes)
 
 
 def _parts(stack: Stack, step: int) -> list[Stack]:

@@ -30,7 +30,7 @@ from snr_ray.config import Config, InputError, check
 from snr_ray.folder import open_folder
 from snr_ray.images.collection import Source
 from snr_ray.images.samples import crop_photo, photo_ids
-from snr_ray.learning.checkpoint import load_model
+from snr_ray.learning.modelfolder import read_model
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.outputs import write_atomic
 from snr_ray.stages.bulk import ramp_of
@@ -204,8 +204,8 @@ def measure(
             config = configs.replace(config, settings)
         else:
             words += ["--model", model]
-            trained = load_model(model)
-            if trained.can_be_told and not trained.config.model.physics:
+            its = read_model(model)
+            if its.can_be_told and not its.config.model.physics:
                 words += ["--views", str(n_views)]
         configs.save(config, Path(words[1]))
         while len(times) < 2 or (

@@ -20,7 +20,7 @@ from snr_ray.images.scans import Scan, open_scan
 from snr_ray.noise.fbp import back_project, binned, line_integrals
 from snr_ray.outputs import Progress, claim
 from snr_ray.stages.cluster import ON_CORES, connected, shared
-from snr_ray.stages.simulate import Outcome
+from snr_ray.stages.outcome import Outcome
 
 FEWEST_BINS = 8
 

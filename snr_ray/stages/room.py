@@ -4,6 +4,7 @@ from snr_ray.config import Config
 from snr_ray.images.headers import n_values
 from snr_ray.images.memory import check_values
 from snr_ray.network.tiles import TILE
+from snr_ray.noise.blocks import working_bytes
 
 NETWORK_BYTES = 40
 """Of the network for each value of an image and channel of the stem: 1,000 to 1,200 bytes were
@@ -17,8 +18,6 @@ def bytes_per_value(config: Config, n_views: int | None) -> int:
     is cleaned in tiles, so that its size does not matter."""
     if config.model.decoder == "network":
         return 0
-    from snr_ray.noise.operator import working_bytes  # compiled; tasks that only read do without
-
     views = n_views or max(config.noise.n_views)
     operator = working_bytes(LARGE, LARGE, views) // LARGE**2
     return NETWORK_BYTES * config.model.stem_channels + operator

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +42,7 @@ from snr_ray.outputs import FILES, Progress, claim
 from snr_ray.stages.cluster import ON_CORES, connected, may_have, shared
 from snr_ray.stages.counters import count_bytes, count_images
 from snr_ray.stages.inputs import open_images, split_images
+from snr_ray.stages.outcome import Outcome
 from snr_ray.stages.waiting import patience
 
 SHARD_BYTES = 128 * 2**20
@@ -53,17 +53,6 @@ MIN_SHARD_ROWS = 256
 """Small sets are cut down to this, so that every core gets shards."""
 STREAM_ROWS = 256
 """Rows per task where rows are streamed."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a stage did: where, how many images, and how many of them failed."""
-
-    out: Path | Folder
-    images: int
-    failed: int
-    doubtful: int = 0
-    """Images whose results do not explain them."""
 
 
 def simulate(

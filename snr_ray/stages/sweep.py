@@ -45,8 +45,9 @@ from snr_ray.stages.counters import show_trials
 from snr_ray.stages.dataset import Origin, count_rows, settle
 from snr_ray.stages.desk import Desk
 from snr_ray.stages.objectives import SWAP, Goals
+from snr_ray.stages.outcome import Outcome
 from snr_ray.stages.runlog import metrics_of
-from snr_ray.stages.simulate import Outcome, simulate
+from snr_ray.stages.simulate import simulate
 from snr_ray.stages.storage import (
     DRIVER_FILE,
     JOURNAL,

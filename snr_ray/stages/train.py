@@ -36,7 +36,7 @@ from snr_ray import configfile as configs
 from snr_ray.config import Config, InputError, RunError
 from snr_ray.folder import Folder, open_folder
 from snr_ray.images.datafolder import Failure
-from snr_ray.learning.checkpoint import WEIGHTS_FILE, model_place
+from snr_ray.learning.modelfolder import WEIGHTS_FILE, model_place
 from snr_ray.learning.restart import newest_checkpoint
 from snr_ray.lock import check_free, locked
 from snr_ray.network.swap import N_DONORS
@@ -52,9 +52,10 @@ from snr_ray.stages.dataset import (
     settle,
 )
 from snr_ray.stages.desk import Desk
+from snr_ray.stages.outcome import Outcome
 from snr_ray.stages.pictures import check_memory, open_pictures
 from snr_ray.stages.runlog import Watch, read_metrics, write_page
-from snr_ray.stages.simulate import Outcome, simulate
+from snr_ray.stages.simulate import simulate
 from snr_ray.stages.tracker import RUN_FILE, check_tracker, settings
 from snr_ray.stages.trainsetup import (
     check_images,

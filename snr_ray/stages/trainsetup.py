@@ -14,7 +14,8 @@ from snr_ray.config import Config, InputError, check
 from snr_ray.folder import Folder, without_secrets
 from snr_ray.hashing import fingerprint
 from snr_ray.images.datafolder import Failure, failures_bytes
-from snr_ray.learning.checkpoint import WEIGHTS_FILE, load_any, model_path
+from snr_ray.learning.checkpoint import load_any
+from snr_ray.learning.modelfolder import WEIGHTS_FILE, model_path
 from snr_ray.network.hvae import HVAE
 from snr_ray.outputs import FILES
 from snr_ray.stages.cluster import cpus, gpus, may_have

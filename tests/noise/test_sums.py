@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snr_ray.noise import sums
+from snr_ray.noise import blocks, sums
 
 WIDTHS = {2: (sums.gather2, sums.spread2), 3: (sums.gather3, sums.spread3),
           4: (sums.gather4, sums.spread4)}  # fmt: skip
@@ -45,9 +45,9 @@ def test_sums_equal_numpy(
 
 @pytest.mark.parametrize("n", range(1, 70))
 def test_blocks_are_filled_up_to_vectors(n: int) -> None:
-    width = sums.block_width(n)
-    assert n <= width < n + sums.LANES
-    assert n == 1 or width % sums.FEW == 0
+    width = blocks.block_width(n)
+    assert n <= width < n + blocks.LANES
+    assert n == 1 or width % blocks.FEW == 0
 
 
 def test_scratch_begins_at_a_line_of_the_cache_and_is_kept() -> None:

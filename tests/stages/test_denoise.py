@@ -371,3 +371,22 @@ def test_model_images_and_results_may_be_in_a_bucket(
         assert place.read(path.name) == (tmp_path / "out" / path.name).read_bytes()
     assert b"test:test" not in b"".join(map(place.read, written))
     assert not Path("s3:").exists()
+
+
+def test_a_driver_of_a_shipped_model_imports_little(image_folder: Path, tmp_path: Path) -> None:
+    # Its tasks build the network; importing these takes longer than all else that it does.
+    code = """
+import sys
+from snr_ray.config import Config
+from snr_ray.stages import denoise
+class Connects(Exception): pass
+def connected(**_): raise Connects
+denoise.connected = connected
+try:
+    denoise.denoise(Config(), model=sys.argv[1], images=sys.argv[2], out=sys.argv[3])
+except Connects:
+    print(sorted({"torch", "numba", "scipy", "matplotlib", "skimage"} & set(sys.modules)))
+"""
+    command = [sys.executable, "-c", code, "notmnist", str(image_folder), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

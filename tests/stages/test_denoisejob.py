@@ -240,7 +240,7 @@ from snr_ray.cli import prepare_environment
 prepare_environment()
 import ray
 from snr_ray.config import Config, InputError
-from snr_ray.stages import denoise, denoisejob, fileswap
+from snr_ray.stages import denoise, denoisejob, swappermaker
 model, images, out, log, n_gpus = *map(Path, sys.argv[1:5]), int(sys.argv[5])
 ray.init(address="local", num_cpus=2, num_gpus=n_gpus, include_dashboard=False,
          log_to_driver=False, object_store_memory=200 * 2**20)
@@ -257,7 +257,7 @@ class Slow:
         time.sleep(0.3)
         return self.swapper.answer(stack)
 
-class Maker(fileswap.SwapperMaker):
+class Maker(swappermaker.SwapperMaker):
     def __call__(self, device):
         mark("load")
         return Slow(super().__call__(device))

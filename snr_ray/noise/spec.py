@@ -1,0 +1,60 @@
+"""What noise depends on, in words and numbers; the loops that make it are in `operator`."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from snr_ray.config import FILTERS, NoiseConfig, check
+from snr_ray.hashing import fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseSpec:
+    """Every setting the noise depends on. The rest is fixed: circle=False, linear interpolation,
+    no clipping. The original method is `NoiseSpec(n_views)`.
+
+    Raises:
+        InputError: if a setting has no meaning.
+    """
+
+    n_views: int
+    filter: str = "ramp"
+    angle_range: float = 180.0
+    """Degrees that the views are spread over; less than 180 is a limited-angle scan."""
+    photons: int = 0
+    """Photons that leave the source per detector bin and view; 0 counts none (no noise)."""
+
+    def __post_init__(self) -> None:
+        check(self.n_views >= 1, f"n_views must be at least 1, but got {self.n_views}.")
+        check(
+            self.filter in FILTERS,
+            f"filter must be one of {', '.join(FILTERS)}, but got {self.filter!r}.",
+        )
+        check(
+            0 < self.angle_range <= 180,
+            f"angle_range must be above 0 and at most 180 degrees, but got {self.angle_range:g}.",
+        )
+        check(self.photons >= 0, f"photons must not be negative, but got {self.photons}.")
+
+    @property
+    def theta(self) -> npt.NDArray[np.float64]:
+        """Projection angles [A] in degrees, in [0, angle_range), the end point excluded."""
+        return np.arange(self.n_views) * self.angle_range / self.n_views
+
+
+def noise_specs(config: NoiseConfig) -> list[NoiseSpec]:
+    """Noise specs of a run in the order of their noise ids; entry k has noise id k + 1."""
+    return [
+        NoiseSpec(n_views, config.filter, config.angle_range, config.photons)
+        for n_views in config.n_views
+    ]
+
+
+def spec_hash(noise: list[NoiseSpec], size: int) -> str:
+    """Key of a simulated data set: changes with anything its noise depends on."""
+    fixed = {"circle": False, "interpolation": "linear", "clip": False}
+    text = json.dumps([dataclasses.asdict(spec) | fixed for spec in noise] + [size], sort_keys=True)
+    return fingerprint(text)
