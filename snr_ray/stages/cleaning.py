@@ -201,8 +201,7 @@ def _swapper(job: Cleaning, model: Packed, device: str = "cpu") -> "FileSwapper"
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Without looking for garbage: imports make a million objects and hardly any, and to look at
-    them again and again is a fifth of the time."""
+    """Without looking for garbage: imports make many objects and hardly any of it."""
     on = gc.isenabled()
     gc.disable()
     try:
