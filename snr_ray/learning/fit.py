@@ -70,13 +70,17 @@ class Learner:
             for _ in optimizer.param_groups
         ]
         self.drawing = Drawing(self.objective)
-        self.captured: Captured | None = None
-        if self.device.type == "cuda" and is_capturable(config) and self.parallel is self.objective:
-            self.captured = Captured(self._step, self.drawing)
+        self.captured = self._capturing()
         self.step = 0
         self.first_loss: Tensor | None = None
         # Counted where the gradients are: the host would have to wait for every step otherwise.
         self._skipped, self._in_a_row, self._longest = torch.zeros(3, device=self.device)
+
+    def _capturing(self) -> Captured | None:
+        alone = self.parallel is self.objective
+        if self.device.type == "cuda" and is_capturable(self.config) and alone:
+            return Captured(self._step, self.drawing)
+        return None
 
     @property
     def skipped(self) -> int:
@@ -298,6 +302,7 @@ class Learner:
             optimizer.load_state_dict(saved)
             for group, device_s in zip(optimizer.param_groups, own, strict=True):
                 group.update(device_s)
+        self.captured = self._capturing()  # graphs write to the states that were
         self.step, self.first_loss = state["step"], state.get("first_loss")
         self._skipped.fill_(state["skipped"])
 

@@ -153,7 +153,7 @@ class Stacks:
         return self.updates.index_select(0, self.back)
 
 
-_stacks = functools.lru_cache(maxsize=4)(Stacks)
+_stacks = functools.lru_cache(maxsize=16)(Stacks)
 
 
 def _flat(kernels: list[Tensor]) -> Tensor:

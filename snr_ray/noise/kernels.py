@@ -10,6 +10,7 @@ import functools
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +33,7 @@ def times(
     """`RadonNoise.times` of images [B, H, W] float32 that have their own view counts, [B] int64
     from `least` to `most`; those of 0 stay as they are."""
     images = images.contiguous()
-    cos, sin = _directions(least, most, angle_range, images.device)
+    least, cos, sin = _directions(least, most, angle_range, images.device)
     (n_images, *shape), n_bins = images.shape, n_bins_of(*images.shape[1:])
     sinogram = images.new_empty(n_images, most, n_bins)
     grid = n_images, most, triton.cdiv(n_bins, BLOCK)
@@ -49,7 +50,7 @@ def transposed(
 ) -> Tensor:
     """`RadonNoise.transposed` of the same."""
     images = images.contiguous()
-    cos, sin = _directions(least, most, angle_range, images.device)
+    least, cos, sin = _directions(least, most, angle_range, images.device)
     (n_images, *shape), n_bins = images.shape, n_bins_of(*images.shape[1:])
     sinogram = images.new_empty(n_images, most, n_bins)
     grid = n_images, most, triton.cdiv(n_bins, BLOCK)
@@ -63,20 +64,35 @@ def transposed(
     return out
 
 
-@functools.lru_cache(maxsize=64)
 def _directions(
     least: int, most: int, angle_range: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the views of all counts from one to another, as positions; those of
-    count n come after the n (n - 1) / 2 of lower ones, less the ones that are left out."""
-    counts = np.repeat(np.arange(least, most + 1), np.arange(least, most + 1))
-    views = np.arange(len(counts)) - (counts * (counts - 1) - least * (least - 1)) // 2
-    angles = np.deg2rad(views * angle_range / counts)
+) -> tuple[int, Tensor, Tensor]:
+    """The count that a table begins with, and the cosines and sines of the views of its counts."""
+    if least == most:
+        return least, *_of_one(least, angle_range, device)
+    return 1, *_of_all(1 << (most - 1).bit_length(), angle_range, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _of_one(n_views: int, angle_range: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _positions(np.arange(n_views) * angle_range / n_views, device)
+
+
+@functools.cache  # for ever: captured steps read them, and there are few
+def _of_all(most: int, angle_range: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of all counts up to a power of two; those of count n come after the n (n - 1) / 2 before."""
+    counts = np.repeat(np.arange(1, most + 1), np.arange(1, most + 1))
+    views = np.arange(len(counts)) - counts * (counts - 1) // 2
+    return _positions(views * angle_range / counts, device)
+
+
+def _positions(theta: npt.NDArray[np.float64], device: torch.device) -> tuple[Tensor, Tensor]:
+    angles = np.deg2rad(theta)
     cos, sin = (np.rint(ONE * part(angles)).astype(np.int64) for part in (np.cos, np.sin))
     return torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=32)  # more than a captured run has sizes
 def _filter(n_bins: int, name: str, device: torch.device) -> Tensor:
     """[N, N]: symmetric, so the filter is its own transpose."""
     return torch.from_numpy(filters.matrix(n_bins, name)).to(device)
