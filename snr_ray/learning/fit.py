@@ -38,8 +38,6 @@ from snr_ray.noise.viewrange import ViewRange
 LOG_EVERY_STEPS = 25
 BACKEND = "inductor"
 """What torch.compile makes a step's graph into."""
-OWN = ("capturable",)
-"""What of an optimizer is a matter of its device, not of the run."""
 
 
 class Learner:
@@ -298,10 +296,10 @@ class Learner:
         self.objective.load_state_dict(state["objective"])
         self.average.load_state_dict(state["average"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            own = [{k: g[k] for k in OWN if k in g} for g in optimizer.param_groups]
             optimizer.load_state_dict(saved)
-            for group, device_s in zip(optimizer.param_groups, own, strict=True):
-                group.update(device_s)
+            for group in optimizer.param_groups:
+                if "capturable" in group:  # as this device wants it, not the one of the state
+                    group["capturable"] = self.device.type == "cuda"
         self.captured = self._capturing()  # graphs write to the states that were
         self.step, self.first_loss = state["step"], state.get("first_loss")
         self._skipped.fill_(state["skipped"])
