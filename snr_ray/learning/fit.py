@@ -341,13 +341,17 @@ def fit(
         log: called every LOG_EVERY_STEPS steps with the step, means of what steps return over all
             workers, steps skipped so far and images per second (clean images over all workers).
         checkpoint: called every train.checkpoint_every_steps steps and at the end, with whether
-            this is the end, where the weights are worth keeping; returns True to stop early.
+            this is the end, where the weights are worth keeping; returns True to stop early. At
+            once by a learner that is at the last step: its run broke off before all was written.
 
     Raises:
         Diverged: if the run cannot come to anything any more.
     """
     config = learner.config.train
     health, tally, since = Health(config.lr), Tally(), time.perf_counter()
+    if learner.step >= config.steps:
+        checkpoint(True)
+        return
     if learner.device.type == "cuda":
         batches = ahead(batches)
     while learner.step < config.steps:

@@ -36,6 +36,7 @@ class RunLog:
         self.path = out / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
         self.path.write_text("".join(as_json(row) + "\n" for row in kept))
+        self.known = {(row["step"], *sorted(row)) for row in kept}
         self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         self.tracker = tracker
 
@@ -48,7 +49,9 @@ class RunLog:
         self.writer.close()
 
     def write(self, metrics: Metrics) -> None:
-        """Add one line; `step` says where on the curves it belongs."""
+        """Add one line, once; `step` says where on the curves it belongs."""
+        if (metrics["step"], *sorted(metrics)) in self.known:
+            return  # the run broke off after this line, and before what came next
         with self.path.open("a") as file:
             file.write(as_json(metrics) + "\n")
         for name, value in metrics.items():

@@ -231,6 +231,13 @@ def test_checkpoint_callback_can_stop_early(tiny: Config, pairs: Pairs) -> None:
     assert (learner.step, calls) == (tiny.train.checkpoint_every_steps, [False])
 
 
+def test_a_learner_at_the_end_has_its_result_written(tiny: Config) -> None:
+    learner, calls = Learner(tiny), list[bool]()
+    learner.step = tiny.train.steps
+    fit(learner, iter(()), log=lambda m: None, checkpoint=calls.append)
+    assert calls == [True]
+
+
 def test_model_folder_round_trip(tiny: Config, pairs: Pairs, tmp_path: Path) -> None:
     learner = Learner(tiny)
     codes = donor_codes(learner.average, pairs)

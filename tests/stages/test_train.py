@@ -171,6 +171,17 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
+def test_a_run_killed_after_its_last_state_gets_its_model(
+    tiny: Config, unbroken: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    train(tiny, origin=GLYPHS, out=run)
+    assert (weights(run) == weights(unbroken)).all()
+    assert read_metrics(run / "metrics.jsonl") == read_metrics(unbroken / "metrics.jsonl")
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
 def test_bad_setups_are_refused_before_any_worker_starts(
     tiny: Config, image_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
