@@ -19,6 +19,9 @@ from snr_ray.images.listing import Glob, LeftOut, Listing, list_place
 from snr_ray.images.places import Place, find, printable, shown
 from snr_ray.images.tables import table_source
 
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+"""Files that hold files, which are not looked into."""
+
 
 def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
     """A folder (searched with its subfolders), one file, or a glob; local or by URI.
@@ -44,6 +47,11 @@ def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
             )
         if kind == pafs.FileType.File or _is_image(place):
             file = PurePosixPath(place.root)
+            if file.name.lower().endswith(ARCHIVES):
+                raise InputError(
+                    f"SRC must be images or Parquet files of them, but {name} is an archive; "
+                    "unpack it and give the folder (notMNIST's is read as it is: notmnist:ARCHIVE)."
+                )
             root, alone = str(file.parent), True
             home = home.rpartition("/")[0] or "/"
             listing = _one_file(file.name)

@@ -205,6 +205,13 @@ def test_unusable_source_gets_a_sentence(text: str, sentence: str) -> None:
         open_source(text)
 
 
+@pytest.mark.parametrize("name", ["scans.tar.gz", "SCANS.ZIP", "a.tar"])
+def test_an_archive_is_to_be_unpacked(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=rf"but .*{name} is an archive; unpack it"):
+        open_source(str(tmp_path / name))
+
+
 def test_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"at least one image .*, but .* holds none"):
         open_source(str(tmp_path))
