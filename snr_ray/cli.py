@@ -12,8 +12,8 @@ from typing import Any
 
 from snr_ray import __version__
 from snr_ray import configfile as configs
+from snr_ray.address import open_folder, without_secrets
 from snr_ray.config import FILTERS, Config, InputError, Lost, RunError
-from snr_ray.folder import open_folder, without_secrets
 
 SRC_HELP = """SRC is one of
   glyphs              letters A to J in matplotlib's fonts, made here

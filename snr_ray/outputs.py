@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from snr_ray.address import open_folder, without_secrets
 from snr_ray.config import InputError
-from snr_ray.folder import JOB, Folder, LocalFolder, open_folder, without_secrets
+from snr_ray.folder import JOB, Folder
+from snr_ray.localfolder import LocalFolder
 
 EMPTYING = "emptying"
 """Key of a job.json whose folder still holds what `--overwrite` is about to remove."""

@@ -14,13 +14,14 @@ import pyarrow.fs as pafs
 import pytest
 
 from snr_ray import lock
+from snr_ray.address import open_folder
 from snr_ray.config import InputError, RunError
-from snr_ray.folder import Folder, open_folder
+from snr_ray.folder import Folder
 from snr_ray.lock import LOCK, check_free, locked
 
 HOLD = """
 import sys, time
-from snr_ray.folder import open_folder
+from snr_ray.address import open_folder
 from snr_ray.lock import locked
 with locked(open_folder(sys.argv[1]), "train"):
     print("held", flush=True)

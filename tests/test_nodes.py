@@ -25,8 +25,8 @@ import pytest
 from nodes import RAY, REPOSITORY, Cable, Nodes, cable, cluster, ended, until
 from PIL import Image
 
+from snr_ray.address import open_folder
 from snr_ray.config import Config
-from snr_ray.folder import open_folder
 from snr_ray.hashing import hash64
 from snr_ray.images.sources import open_source
 from snr_ray.noise.operator import NoiseSpec, noise_operator

@@ -8,8 +8,10 @@ from pathlib import Path
 import pyarrow.fs as pafs
 import pytest
 
+from snr_ray.address import open_folder
 from snr_ray.config import InputError
-from snr_ray.folder import JOB, Folder, LocalFolder, open_folder
+from snr_ray.folder import JOB, Folder
+from snr_ray.localfolder import LocalFolder
 from snr_ray.outputs import FILES, Progress, claim
 
 MINE = {"stage": "denoise", "source": "scans"}

@@ -11,13 +11,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs as pafs
 
+from snr_ray.address import ANSWER_S, within
+from snr_ray.bucketfolder import BucketFolder
 from snr_ray.config import InputError
-from snr_ray.folder import ANSWER_S, BucketFolder, Folder, LocalFolder, within
+from snr_ray.folder import Folder
 from snr_ray.images import zarrfolder
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.listing import Glob, LeftOut, Listing, list_place
 from snr_ray.images.places import Place, find, printable, shown
 from snr_ray.images.tables import table_source
+from snr_ray.localfolder import LocalFolder
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
 """Files that hold files, which are not looked into."""

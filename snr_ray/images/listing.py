@@ -22,10 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from snr_ray.folder import BucketFolder, Folder, LocalFolder
+from snr_ray.bucketfolder import BucketFolder
+from snr_ray.folder import Folder
 from snr_ray.images import zarrfolder
 from snr_ray.images.formats import HEAD_BYTES, SUFFIXES, recognise
 from snr_ray.images.places import Place
+from snr_ray.localfolder import LocalFolder
 
 CHUNK = 2**16
 """Names that wait as Python objects before they go into an array."""

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import pyarrow.fs as pafs
 
-from snr_ray.folder import open_uri
+from snr_ray.address import open_uri
 
 WHERE = ("endpoint_override", "blob_storage_authority", "dfs_storage_authority")
 """Parts of a URI's query that say where a bucket is; the others say how to get there."""

@@ -17,8 +17,8 @@ from typing import Any
 from safetensors import SafetensorError, deserialize
 
 from snr_ray import configfile as configs
+from snr_ray.address import open_folder, without_secrets
 from snr_ray.config import Config, InputError, check
-from snr_ray.folder import open_folder, without_secrets
 from snr_ray.noise.spec import NoiseSpec, noise_specs
 from snr_ray.noise.viewrange import ViewRange
 

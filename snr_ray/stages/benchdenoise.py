@@ -31,10 +31,10 @@ import ray
 from PIL import Image
 
 from snr_ray.config import Config, ImagesConfig, InputError
-from snr_ray.folder import LocalFolder
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.sources import open_source
 from snr_ray.learning.modelfolder import read_model
+from snr_ray.localfolder import LocalFolder
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.stages.benchjob import BARE_TIMEOUT_S
 from snr_ray.stages.bulk import Block, Indices, Work

@@ -29,8 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from snr_ray import configfile as configs
+from snr_ray.address import open_folder
 from snr_ray.config import Config, InputError, check
-from snr_ray.folder import JOB, Folder, open_folder
+from snr_ray.folder import JOB, Folder
 from snr_ray.hashing import fingerprint
 from snr_ray.images.collection import Source
 from snr_ray.images.sources import open_source

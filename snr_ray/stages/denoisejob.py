@@ -19,12 +19,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snr_ray.config import ImagesConfig, InputError, check
-from snr_ray.folder import Folder, LocalFolder, discard
+from snr_ray.folder import Folder
 from snr_ray.images.collection import Texts
 from snr_ray.images.datafolder import FAILURES_SCHEMA
 from snr_ray.images.headers import n_values
 from snr_ray.images.zarrfolder import is_image
 from snr_ray.learning.modelfolder import Knowledge
+from snr_ray.localfolder import LocalFolder, discard
 from snr_ray.outputs import Progress
 from snr_ray.scoring.report import JobPage, denoise_report
 from snr_ray.stages import bulk, manifest, retrylist

@@ -26,8 +26,8 @@ from PIL import Image
 from ray._private.utils import get_num_cpus
 
 from snr_ray import configfile as configs
+from snr_ray.address import open_folder
 from snr_ray.config import Config, InputError, check
-from snr_ray.folder import open_folder
 from snr_ray.images.collection import Source
 from snr_ray.images.samples import crop_photo, photo_ids
 from snr_ray.learning.modelfolder import read_model

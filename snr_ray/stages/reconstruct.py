@@ -13,8 +13,9 @@ import numpy as np
 import ray
 import tifffile
 
+from snr_ray.address import open_folder
 from snr_ray.config import InputError, check
-from snr_ray.folder import Folder, open_folder
+from snr_ray.folder import Folder
 from snr_ray.hashing import fingerprint
 from snr_ray.images.scans import Scan, open_scan
 from snr_ray.noise.fbp import back_project, binned, line_integrals

@@ -34,8 +34,9 @@ from optuna.trial import Trial, TrialState
 from sqlalchemy.exc import OperationalError
 
 from snr_ray import configfile as configs
+from snr_ray.address import open_folder
 from snr_ray.config import Config, InputError, Lost
-from snr_ray.folder import Folder, open_folder
+from snr_ray.folder import Folder
 from snr_ray.learning.validation import Metrics
 from snr_ray.lock import check_free, locked
 from snr_ray.outputs import FILES, claim

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from snr_ray import configfile as configs
+from snr_ray.address import within, without_secrets
 from snr_ray.config import Config, InputError
-from snr_ray.folder import within, without_secrets
 from snr_ray.learning.validation import Metrics
 from snr_ray.outputs import write_atomic
 

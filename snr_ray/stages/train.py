@@ -33,8 +33,9 @@ import ray.train.torch
 from ray.train import UserCallback
 
 from snr_ray import configfile as configs
+from snr_ray.address import open_folder
 from snr_ray.config import Config, InputError, RunError
-from snr_ray.folder import Folder, open_folder
+from snr_ray.folder import Folder
 from snr_ray.images.datafolder import Failure
 from snr_ray.learning.modelfolder import WEIGHTS_FILE, model_place
 from snr_ray.learning.restart import newest_checkpoint

@@ -10,8 +10,9 @@ import ray.util
 import torch
 
 from snr_ray import configfile as configs
+from snr_ray.address import without_secrets
 from snr_ray.config import Config, InputError, check
-from snr_ray.folder import Folder, without_secrets
+from snr_ray.folder import Folder
 from snr_ray.hashing import fingerprint
 from snr_ray.images.datafolder import Failure, failures_bytes
 from snr_ray.learning.checkpoint import load_any

@@ -21,12 +21,12 @@ from PIL import Image
 from zarr_images import describe, described, multiscales, pixels, write
 
 from snr_ray.config import ImagesConfig, InputError
-from snr_ray.folder import LocalFolder
 from snr_ray.images import memory
 from snr_ray.images.formats import encode, open_file, output_name
 from snr_ray.images.headers import n_values
 from snr_ray.images.sources import open_source
 from snr_ray.images.zarrfolder import is_archive, pack, unpack, write_image
+from snr_ray.localfolder import LocalFolder
 
 WINDOW = (-1000.0, 400.0)
 WHITE = 4095.0

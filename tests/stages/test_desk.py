@@ -13,8 +13,9 @@ import pyarrow.fs as pafs
 import pytest
 
 from snr_ray import configfile as configs
+from snr_ray.address import open_folder
 from snr_ray.config import Config, InputError
-from snr_ray.folder import Folder, open_folder
+from snr_ray.folder import Folder
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.lock import locked
 from snr_ray.stages import desk as module

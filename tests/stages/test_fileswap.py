@@ -17,10 +17,10 @@ from PIL import Image
 
 from snr_ray import configfile as configs
 from snr_ray.config import ImagesConfig
-from snr_ray.folder import LocalFolder
 from snr_ray.hashing import hash64
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import load_model
+from snr_ray.localfolder import LocalFolder
 from snr_ray.metrics import psnr
 from snr_ray.network.swap import swap
 from snr_ray.network.viewcount import ViewCountMaker

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from snr_ray.config import ImagesConfig, InputError
-from snr_ray.folder import LocalFolder
 from snr_ray.images.collection import Source
 from snr_ray.images.headers import n_values
 from snr_ray.images.zarrfolder import pack
+from snr_ray.localfolder import LocalFolder
 from snr_ray.stages.imagefiles import (
     HELD_PIXELS,
     OWN_NAMES,

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from snr_ray.folder import LocalFolder
 from snr_ray.images.collection import Source
+from snr_ray.localfolder import LocalFolder
 from snr_ray.noise.viewrange import ViewRange
 from snr_ray.stages import manifest
 from snr_ray.stages.imagefiles import MANIFEST_SCHEMA

@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 
 from snr_ray import configfile as configs
+from snr_ray.address import open_folder
 from snr_ray.config import Config, InputError
-from snr_ray.folder import JOB, LocalFolder, open_folder
+from snr_ray.folder import JOB
 from snr_ray.images.collection import SPLITS
 from snr_ray.images.datafolder import DataFolder, tensors
 from snr_ray.images.sources import open_source
 from snr_ray.learning.batches import Share
 from snr_ray.learning.shardfeed import ShardFeed
+from snr_ray.localfolder import LocalFolder
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.stages.dataset import Origin, collect_pairs, count_rows, open_rows, settle
 from snr_ray.stages.simulate import simulate
