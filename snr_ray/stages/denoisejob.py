@@ -46,7 +46,9 @@ from snr_ray.stages.outcome import Outcome
 MOST_IMAGES = 256
 """Images of a block at most; fewer where they are large."""
 GPU_BLOCK = 4
-"""Blocks for a GPU are so many times as large."""
+"""Blocks for a GPU are up to so many times as large."""
+GPU_BLOCKS = 128
+"""As long as a collection has so many: with fewer, some cores would read while others wait."""
 LOOK_AT = 8
 """Images whose headers say how large the images of a collection are."""
 PAGE_IMAGES = 24
@@ -59,6 +61,11 @@ CURVE_POINTS = 200
 def images_per_block(values: float, passes: int = 1) -> int:
     """Images of a block, of so many values each."""
     return int(np.clip(PASS_PIXELS / max(values, 1), 1, MOST_IMAGES) / passes) or 1
+
+
+def gpu_block(per_block: int, n_images: int) -> int:
+    """Images of a block for a GPU, of a collection of so many; `per_block` is that for cores."""
+    return int(np.clip(n_images // GPU_BLOCKS, per_block, GPU_BLOCK * per_block))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +143,7 @@ class Job:
         n_gpus, per_block = self._gpus(), self._per_block()
         if not n_gpus:
             return self.drive(on_cores(cleaning, maker), per_block)
-        per_block *= GPU_BLOCK
+        per_block = gpu_block(per_block, len(self.done))
         wait = self.running.stall_minutes
         return self.drive(on_gpus(cleaning, maker, n_gpus, wait, per_block), per_block)
 

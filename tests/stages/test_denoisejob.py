@@ -26,7 +26,7 @@ from snr_ray.images import memory
 from snr_ray.stages import room
 from snr_ray.stages.cleaning import on_gpus
 from snr_ray.stages.denoise import denoise
-from snr_ray.stages.denoisejob import Job, Running
+from snr_ray.stages.denoisejob import Job, Running, gpu_block
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 # Models of random weights explain nothing, and what they write is what is looked at here.
@@ -35,6 +35,14 @@ cleaning = functools.partial(denoise, Config(), doubtful="write")
 
 def rows(out: Path) -> dict[str, dict]:
     return {row["id"]: row for row in pq.read_table(out / "manifest.parquet").to_pylist()}
+
+
+@pytest.mark.parametrize(
+    ("n_images", "per_block"), [(1, 256), (24_000, 256), (72_000, 562), (10**8, 1024)]
+)
+def test_blocks_for_gpus_are_large_where_there_are_many(n_images: int, per_block: int) -> None:
+    assert gpu_block(256, n_images) == per_block
+    assert gpu_block(1, n_images) in (1, 4)
 
 
 def test_names_of_the_job_never_meet_those_of_images(
