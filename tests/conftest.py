@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from snr_ray import configfile as configs
-from snr_ray.cli import prepare_environment
 from snr_ray.config import Config
+from snr_ray.environment import prepare_environment
 
 if TYPE_CHECKING:
     from snr_ray.learning.batches import Pairs

@@ -1,102 +1,28 @@
-"""The command line: names and flags of the contract, exit codes, sentences, and the job files."""
+"""The command line as a whole: exit codes, sentences, signals, and the job files."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from snr_ray import cli
-from snr_ray import configfile as configs
 from snr_ray.cli import main
-from snr_ray.learning.checkpoint import load_model
+from snr_ray.usage import PURPOSE
 
 REPOSITORY = Path(__file__).parent.parent
-STAGES = ("demo", "simulate", "train", "sweep", "denoise", "evaluate", "bench", "plan")
-FLAGS = {
-    "demo": ["--out"],
-    "simulate": ["--images", "--out", "--overwrite"],
-    "train": ["--images", "--data", "--out", "--batch-size"],
-    "sweep": [
-        "--images",
-        "--data",
-        "--out",
-        "--trials",
-        "--objective",
-        "--at-most",
-        "--at-least",
-        "--storage",
-        "--study",
-        "--confirm",
-    ],
-    "denoise": ["--model", "--images", "--out", "--donor", "--samples", "--inject", "--views"],
-    "evaluate": ["--model", "--images", "--out", "--baselines", "--limit"],
-    "plan": ["--size", "--views", "--model", "--nodes", "--cores", "--gpus", "--rates", "--price"],
-    "bench": ["radon", "simulate", "data", "train", "denoise", "sweep", "--out"],
-}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_help_names_every_flag_and_shows_examples(
-    stage: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([stage, "--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for flag in [*FLAGS[stage], "--config", "--set"]:
-        assert flag in text
-    assert f"examples:\n  snr {stage}" in text
-
-
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", PURPOSE)
 def test_job_is_the_same_door(stage: str) -> None:
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "jobs" / f"{stage}.py"), "--help"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert f"usage: snr {stage}" in done.stdout
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        [],
-        ["polish"],
-        ["simulate", "--images", "glyphs"],
-        ["train", "--images", "glyphs", "--data", "d", "--out", "o"],
-        ["denoise", "--model", "m", "--images", "i", "--out", "o", "--inject", "many"],
-        ["denoise", "--model", "m", "--images", "i", "--out", "o", "--views", "many"],
-        ["sweep", "--images", "glyphs", "--out", "o"],
-    ],
-)
-def test_wrong_usage_exits_with_two(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 2
-    assert "usage: snr" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [["demo"], ["bench", "radon"], ["plan", "--images", "9", "--size", "64", "--views", "9"]],
-)
-def test_what_cannot_be_in_a_bucket_is_refused_by_name(
-    argv: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([*argv, "--out", "s3://key:hush@bucket/x"])
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert "--out: takes a path on this machine, but got 's3://bucket/x'; copy the result" in said
-    assert "hush" not in said
 
 
 @pytest.mark.parametrize(
@@ -194,57 +120,6 @@ def test_help_comes_without_loading_ray_or_torch() -> None:
             "except SystemExit: pass\nprint({'ray', 'torch'} & set(sys.modules))")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
-
-
-def test_denoise_takes_the_model_for_any_image_by_itself() -> None:
-    args = cli._parser().parse_args(["denoise", "--images", "i", "--out", "o"])
-    assert args.model in configs.shipped_models()
-    trained = load_model(args.model)
-    assert trained.views is not None
-    assert trained.knows(20, 64, 64)
-    assert trained.knows(100, 300, 512)
-
-
-def test_readme_names_what_exists() -> None:
-    text = (REPOSITORY / "README.md").read_text()
-    assert len(text.splitlines()) <= 260
-    tree = re.search(r"```\n(pyproject\.toml.*?)```", text, re.DOTALL)
-    assert tree
-    package = REPOSITORY / "snr_ray"
-    ground = re.findall(r"\b(\w+\.py)\b", tree.group(1).partition("snr_ray/\n")[2])
-    assert ground == sorted(p.name for p in package.glob("[!_]*.py"))
-    rooms = dict(re.findall(r"^ {2}(\w+)/ .*(?:\n {17}(.*))?$", tree.group(1), re.MULTILINE))
-    assert set(rooms) == {p.name for p in package.iterdir() if p.is_dir()} - {"__pycache__"}
-    for room, modules in rooms.items():
-        assert modules.split() == sorted(p.stem for p in (package / room).glob("[!_]*.py")), room
-    for command in re.findall(r"^snr (\w+)", text, re.MULTILINE):
-        assert command in cli.PURPOSE
-    with Image.open(REPOSITORY / ".pictures" / "glyphs.png") as picture:
-        assert np.asarray(picture).std() > 10
-
-
-def test_links_of_all_pages_resolve() -> None:
-    pages = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("cluster/*.md")]
-    for page in [*pages, *REPOSITORY.glob("snr_ray/**/*.md")]:
-        text = page.read_text()
-        anchors = {
-            re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-")
-            for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-        }
-        for target in re.findall(r"\]\(([^)]+)\)", text):
-            if target.startswith("#"):
-                assert target[1:] in anchors, f"{page}: {target}"
-            elif "://" not in target:
-                assert (page.parent / target.partition("#")[0]).exists(), f"{page}: {target}"
-
-
-def test_python_of_the_readme_runs() -> None:
-    text = (REPOSITORY / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    for name in ("blind", "told"):
-        assert names[name].shape == names["clean"].shape
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])

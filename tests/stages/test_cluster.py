@@ -17,7 +17,6 @@ import pytest
 import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-from snr_ray.cli import _on_loopback_only
 from snr_ray.config import InputError
 from snr_ray.stages import cluster
 from snr_ray.stages.cluster import check_cluster, closed_folder, connected
@@ -49,16 +48,6 @@ def test_ray_that_does_not_start(
     with pytest.raises(raised, match=said), connected():
         pytest.fail("there is no cluster")
     assert len(tries) == (2 if said == "too busy" else 1)
-
-
-def test_nothing_starts_ray_by_the_way() -> None:
-    code = "from snr_ray.cli import prepare_environment as p; p(); import ray; ray.put(0)"
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ENABLE_AUTO_CONNECT"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert "Ray has not been started" in done.stderr
 
 
 @pytest.fixture
@@ -153,18 +142,6 @@ def test_an_address_without_a_cluster_is_told_soon(
         with pytest.raises(InputError, match=r"^RAY_ADDRESS must .*; unset it to work on this"):
             check_cluster(places[kind])
     assert time.monotonic() - begun < 20
-
-
-def test_a_loopback_cluster_is_known_by_who_it_answers_to() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert _on_loopback_only(f"127.0.0.1:{port}")
-        assert _on_loopback_only(f"localhost:{port}")
-    assert not _on_loopback_only(f"127.0.0.1:{port}")
-    with socket.create_server(("0.0.0.0", 0)) as server:
-        assert not _on_loopback_only(f"127.0.0.1:{server.getsockname()[1]}")
-    for address in ("10.0.0.1:6379", "auto", "ray://127.0.0.1:10001", "head:6379"):
-        assert not _on_loopback_only(address)
 
 
 def test_the_folder_of_a_local_ray_is_closed(

@@ -13,7 +13,7 @@ import pytest
 import ray
 import yaml
 
-from snr_ray.cli import prepare_environment
+from snr_ray.environment import prepare_environment
 from snr_ray.stages.counters import count_bytes, count_images, show_training, show_trials
 
 CLUSTER = Path(__file__).parents[2] / "cluster"

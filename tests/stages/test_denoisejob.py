@@ -244,7 +244,7 @@ PLAYED = """
 import dataclasses, os, sys, time, uuid
 from pathlib import Path
 from types import SimpleNamespace
-from snr_ray.cli import prepare_environment
+from snr_ray.environment import prepare_environment
 prepare_environment()
 import ray
 from snr_ray.config import Config, InputError
