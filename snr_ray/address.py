@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from snr_ray.bucketfolder import BucketFolder
-from snr_ray.config import InputError, check
+from snr_ray.errors import InputError, check
 from snr_ray.folder import JOB, Folder
 from snr_ray.localfolder import LocalFolder
 

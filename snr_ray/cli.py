@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder, without_secrets
 from snr_ray.arguments import parser
-from snr_ray.config import Config, InputError, Lost, RunError
+from snr_ray.config import Config
 from snr_ray.environment import prepare_environment
+from snr_ray.errors import InputError, Lost, RunError
 
 if TYPE_CHECKING:
     from snr_ray.stages.outcome import Outcome

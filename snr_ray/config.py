@@ -7,28 +7,11 @@ always lies beside the settings that made it.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from snr_ray.errors import check
+
 VIEWS_PER_PIXEL = 4
 """Views per pixel of the longer side of an image, at most: more add memory and nothing else."""
 FILTERS = ("ramp", "shepp-logan", "cosine", "hamming", "hann", "none")
-
-
-class InputError(ValueError):
-    """Something the user can put right; its text says the rule, what came, and the way out."""
-
-
-class Lost(RuntimeError):
-    """What a job worked with went away, such as its cluster; the same command continues."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on, though all that was asked for was right; its text says why, and what
-    is kept."""
-
-
-def check(rule: bool, sentence: str) -> None:
-    """Raise InputError with the sentence where the rule does not hold."""
-    if not rule:
-        raise InputError(sentence)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,6 +374,12 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self.seed >= 0, f"seed must not be negative, but got {self.seed}.")
+        self._check_batches()
+        self._check_physics()
+        self._check_range()
+        self._check_sizes()
+
+    def _check_batches(self) -> None:
         train = self.train
         check(
             train.parts <= train.num_workers or train.parts % train.num_workers == 0,
@@ -400,55 +389,65 @@ class Config:
         unit = 2 * train.n_parts
         what = "parts" if train.parts > train.num_workers else "workers"
         check(
-            self.train.batch_size % unit == 0,
+            train.batch_size % unit == 0,
             f"train.batch_size must be a multiple of 2 x {what} = {unit}, "
-            f"but got {self.train.batch_size}; the nearest is "
-            f"{max(unit, round(self.train.batch_size / unit) * unit)}.",
+            f"but got {train.batch_size}; the nearest is "
+            f"{max(unit, round(train.batch_size / unit) * unit)}.",
         )
+
+    def _check_physics(self) -> None:
+        if not self.model.physics:
+            return
         check(
-            not self.model.physics or self.images.size <= 64,
+            self.images.size <= 64,
             f"model.physics needs images of at most 64 pixels, but images.size is "
             f"{self.images.size}; its linear estimate grows with the fourth power of the size.",
         )
         check(
-            not self.model.physics or self.images.crop is None,
+            self.images.crop is None,
             "model.physics needs whole images, but images.crop is set; the linear estimate of a "
             "crop needs the rest of the image.",
         )
-        views = self.noise.views_per_pixel
         check(
-            self.train.compile is not True or not self.model.physics,
+            self.train.compile is not True,
             "train.compile=true does not go with model.physics, whose steps ask which rows have "
             "which noise id; leave it out.",
         )
-        check(
-            views is not None or not self.train.sizes,
-            "train.sizes needs noise of all sizes, but noise.n_views counts the views of one; set "
-            "noise.views_per_pixel, such as [0.1,0.8].",
-        )
-        if views is not None:
+
+    def _check_range(self) -> None:
+        """What goes with a range of view counts, and what needs one."""
+        views = self.noise.views_per_pixel
+        if views is None:
             check(
-                self.model.kind == "hvae" and self.model.decoder == "operator",
-                "noise.views_per_pixel needs model.kind=hvae and model.decoder=operator, which "
-                f"make any noise, but got {self.model.kind} and {self.model.decoder}.",
+                not self.train.sizes,
+                "train.sizes needs noise of all sizes, but noise.n_views counts the views of one; "
+                "set noise.views_per_pixel, such as [0.1,0.8].",
             )
-            for key, unfit in (
-                ("model.physics", self.model.physics),
-                ("images.crop", self.images.crop is not None),
-                ("loss.triplet_form=drawn", self.loss.triplet_form == "drawn"),
-            ):
-                check(
-                    not unfit,
-                    f"noise.views_per_pixel does not go with {key}, which knows a few view counts "
-                    "of one size; leave one of them out.",
-                )
-            low, high = (bound * self.images.size for bound in views)
-            for n_views in self.noise.n_views:
-                check(
-                    round(low) <= n_views <= round(high),
-                    f"noise.n_views must lie within noise.views_per_pixel x images.size = "
-                    f"{low:g} to {high:g} where there is such a range, but got {n_views}.",
-                )
+            return
+        check(
+            self.model.kind == "hvae" and self.model.decoder == "operator",
+            "noise.views_per_pixel needs model.kind=hvae and model.decoder=operator, which make "
+            f"any noise, but got {self.model.kind} and {self.model.decoder}.",
+        )
+        for key, unfit in (
+            ("model.physics", self.model.physics),
+            ("images.crop", self.images.crop is not None),
+            ("loss.triplet_form=drawn", self.loss.triplet_form == "drawn"),
+        ):
+            check(
+                not unfit,
+                f"noise.views_per_pixel does not go with {key}, which knows a few view counts of "
+                "one size; leave one of them out.",
+            )
+        low, high = (bound * self.images.size for bound in views)
+        for n_views in self.noise.n_views:
+            check(
+                round(low) <= n_views <= round(high),
+                f"noise.n_views must lie within noise.views_per_pixel x images.size = "
+                f"{low:g} to {high:g} where there is such a range, but got {n_views}.",
+            )
+
+    def _check_sizes(self) -> None:
         for size in (self.images.side, *self.train.sizes):
             finest = size / 2 ** len(self.model.channels)
             check(

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
-from snr_ray.config import Config, InputError, check
+from snr_ray.config import Config
+from snr_ray.errors import InputError, check
 
 BEFORE_THE_KEY: dict[str, dict[str, Any]] = {
     "images": {"group": "none"},

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 
 JOB = "job.json"
 """What decides the contents of an output folder; `outputs.claim` writes it."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from snr_ray.address import open_folder
-from snr_ray.config import InputError, RunError
+from snr_ray.errors import InputError, RunError
 from snr_ray.folder import Folder
 from snr_ray.hashing import fingerprint
 

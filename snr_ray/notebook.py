@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from snr_ray.config import InputError, check
+from snr_ray.errors import InputError, check
 from snr_ray.learning.checkpoint import TrainedModel, load_model
 from snr_ray.network.swap import detect, swap
 from snr_ray.noise.operator import NoiseSpec, noise_operator

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from snr_ray.address import open_folder, without_secrets
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.folder import JOB, Folder
 from snr_ray.localfolder import LocalFolder
 

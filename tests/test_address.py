@@ -10,7 +10,7 @@ import pytest
 
 from snr_ray import address
 from snr_ray.address import open_folder, within, without_secrets
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.localfolder import LocalFolder
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 
 
 @pytest.mark.parametrize("name", configs.preset_names())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from snr_ray.address import open_folder
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.folder import JOB, Folder
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from snr_ray import lock
 from snr_ray.address import open_folder
-from snr_ray.config import InputError, RunError
+from snr_ray.errors import InputError, RunError
 from snr_ray.folder import Folder
 from snr_ray.lock import LOCK, check_free, locked
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import snr_ray
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.network.swap import swap
 
 

@@ -9,7 +9,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from snr_ray.address import open_folder
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.folder import JOB, Folder
 from snr_ray.localfolder import LocalFolder
 from snr_ray.outputs import FILES, Progress, claim

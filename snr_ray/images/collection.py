@@ -17,7 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from snr_ray.config import ImagesConfig, InputError
+from snr_ray.config import ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.hashing import fingerprint, hash64
 from snr_ray.images.errors import unreadable
 from snr_ray.images.formats import SUFFIXES, only, open_file, output_name

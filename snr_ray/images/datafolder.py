@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
-from snr_ray.config import Config, ImagesConfig, InputError
+from snr_ray.config import Config, ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.folder import Folder
 from snr_ray.images.collection import SPLITS
 from snr_ray.noise.spec import noise_specs, spec_hash

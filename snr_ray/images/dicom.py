@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from snr_ray import __version__
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images.pixels import Contents, Made, Stored, Values
 
 LONGEST_TEXT = {"SeriesDescription": 64, "DerivationDescription": 1024}

@@ -6,7 +6,7 @@ sentences that users read: gone, not allowed, a decoder that is missing, too lar
 
 import re
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 
 _MISSING = re.compile(r"requires the '?([\w-]+)'? package|No module named '([\w.]+)'|"
                       r"missing (?:required )?dependencies|could not import name")  # fmt: skip

@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 
 from snr_ray.address import ANSWER_S, within
 from snr_ray.bucketfolder import BucketFolder
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.folder import Folder
 from snr_ray.images import zarrfolder
 from snr_ray.images.collection import Source, Texts

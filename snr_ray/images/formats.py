@@ -13,7 +13,7 @@ from posixpath import splitext
 
 import numpy as np
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images import dicom, nifti, omezarr, raster, tiff, zarrfolder
 from snr_ray.images.errors import unreadable
 from snr_ray.images.pixels import (

@@ -16,7 +16,7 @@ from posixpath import dirname
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from snr_ray.config import InputError, check
+from snr_ray.errors import InputError, check
 from snr_ray.images import dicom
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.formats import HEAD_BYTES, KINDS, recognise, split

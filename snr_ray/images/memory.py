@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 
 SHARE = 0.5
 """Of the memory of a node, what one image may take."""

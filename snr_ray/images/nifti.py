@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images.pixels import Contents, Made, Stored, Values
 
 PACKED = b"\x1f\x8b"

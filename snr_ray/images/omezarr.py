@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images import zarrfolder
 from snr_ray.images.pixels import Contents, Made, Stored, Values
 from snr_ray.images.tiff import MOST_PACKED, SMALL

@@ -13,7 +13,7 @@ import imagecodecs
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images.pixels import Contents, Made, Stored, Values, turn, without_alpha
 
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "WEBP")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 
 Array = npt.NDArray[np.float32]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images import samples
 from snr_ray.images.collection import SPLITS, Raw, Source
 from snr_ray.images.files import open_path

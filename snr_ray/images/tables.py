@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images.collection import Raw, Source, Texts
 from snr_ray.images.places import Place
 

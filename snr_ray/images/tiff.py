@@ -17,7 +17,7 @@ import tifffile
 from PIL import Image
 from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images.pixels import Contents, Made, Stored, Values, turn, without_alpha
 
 COLOURS = {

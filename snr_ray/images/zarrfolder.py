@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.folder import Folder
 from snr_ray.images.memory import check_values
 

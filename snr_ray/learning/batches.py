@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 
 Array = npt.NDArray[np.float32]
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from snr_ray import __version__
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError, check
+from snr_ray.config import Config
+from snr_ray.errors import InputError, check
 from snr_ray.learning.build import build_model
 from snr_ray.learning.modelfolder import (
     BF16_COSTS,

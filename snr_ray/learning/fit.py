@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.learning.ahead import ahead
 from snr_ray.learning.batches import Batch, Pairs, Share, StepNormal
 from snr_ray.learning.build import build_objective, build_optimizers

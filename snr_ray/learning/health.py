@@ -6,7 +6,7 @@ Seen on the numbers that all workers share, so that all stop at the same step.
 import math
 from dataclasses import dataclass
 
-from snr_ray.config import RunError
+from snr_ray.errors import RunError
 
 SKIPS_IN_A_ROW = 10
 """A batch with bad numbers costs a step or two; so many say that the weights are bad."""

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, deserialize
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder, without_secrets
-from snr_ray.config import Config, InputError, check
+from snr_ray.config import Config
+from snr_ray.errors import InputError, check
 from snr_ray.noise.spec import NoiseSpec, noise_specs
 from snr_ray.noise.viewrange import ViewRange
 

@@ -6,7 +6,8 @@ Recipes are chosen with batches of 8, as processors take them; a GPU is busy wit
 import dataclasses
 import math
 
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 
 LR_STEPS = 1000
 """Steps of the run that train.lr was chosen for. It is too high for a HVAE in longer ones: at 3500

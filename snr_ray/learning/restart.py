@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from snr_ray import configfile as configs
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.learning.fit import Learner
 
 STATE_FILE = "state.pt"

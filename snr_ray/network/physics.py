@@ -5,7 +5,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.noise.lmmse import ImagePrior, Lmmse
 from snr_ray.noise.operator import RadonNoise
 

@@ -7,7 +7,8 @@ made; equal to `skimage.transform.iradon` with linear interpolation and circle=F
 import numpy as np
 import numpy.typing as npt
 
-from snr_ray.config import FILTERS, InputError, check
+from snr_ray.config import FILTERS
+from snr_ray.errors import InputError, check
 from snr_ray.noise.filters import filtered
 from snr_ray.noise.sums import compiled
 

@@ -6,7 +6,7 @@ clean training images --covariance--> ImagePrior --one noise operator--> Lmmse, 
 import numpy as np
 import numpy.typing as npt
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.noise.operator import RadonNoise
 
 Array = npt.NDArray[np.float32]

@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from snr_ray.config import VIEWS_PER_PIXEL, InputError, check
+from snr_ray.config import VIEWS_PER_PIXEL
+from snr_ray.errors import InputError, check
 from snr_ray.noise.blocks import block_of, block_width, n_bins_of, working_bytes
 from snr_ray.noise.filters import filtered
 from snr_ray.noise.rays import (

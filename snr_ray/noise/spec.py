@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from snr_ray.config import FILTERS, NoiseConfig, check
+from snr_ray.config import FILTERS, NoiseConfig
+from snr_ray.errors import check
 from snr_ray.hashing import fingerprint
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snr_ray.config import InputError, check
+from snr_ray.errors import InputError, check
 from snr_ray.noise.operator import NoiseSpec, RadonNoise, noise_operator
 
 

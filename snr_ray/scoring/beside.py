@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from snr_ray.config import Config, InputError, NoiseConfig
+from snr_ray.config import Config, NoiseConfig
+from snr_ray.errors import InputError
 from snr_ray.learning.checkpoint import load_any
 from snr_ray.learning.modelfolder import model_path, model_place
 from snr_ray.scoring.cases import TASKS

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from snr_ray.config import ImagesConfig, InputError
+from snr_ray.config import ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.folder import Folder
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.formats import open_file

@@ -30,7 +30,8 @@ import pyarrow as pa
 import ray
 from PIL import Image
 
-from snr_ray.config import Config, ImagesConfig, InputError
+from snr_ray.config import Config, ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.sources import open_source
 from snr_ray.learning.modelfolder import read_model

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.images.datafolder import parquet_bytes
 from snr_ray.images.sources import open_source
 from snr_ray.stages.simulate import simulate_rows

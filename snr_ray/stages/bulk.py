@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 from ray import exceptions as lost
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 
 Indices = npt.NDArray[np.int64]
 KILLS = 2

@@ -24,7 +24,8 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 
-from snr_ray.config import ImagesConfig, InputError
+from snr_ray.config import ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.images.collection import Source
 from snr_ray.stages.bulk import RAMP, Block, Indices, Work
 from snr_ray.stages.cluster import ON_CORES, cpus, gpus

@@ -19,7 +19,7 @@ import ray
 from ray._private.grpc_utils import init_grpc_channel
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-from snr_ray.config import InputError, Lost
+from snr_ray.errors import InputError, Lost
 
 LOST = "Ray on this machine has ended, killed or out of memory (its logs are in {})"
 SHORT = Path("/tmp")

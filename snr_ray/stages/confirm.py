@@ -15,7 +15,8 @@ import ray
 from scipy import stats
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, RunError
+from snr_ray.config import Config
+from snr_ray.errors import RunError
 from snr_ray.folder import Folder
 from snr_ray.stages.dataset import Origin
 from snr_ray.stages.objectives import OBJECTIVES, SWAP, Goals

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 import ray
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError, check
+from snr_ray.config import Config
+from snr_ray.errors import InputError, check
 from snr_ray.folder import Folder
 from snr_ray.images.collection import Source
 from snr_ray.images.datafolder import (

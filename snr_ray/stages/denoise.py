@@ -30,7 +30,8 @@ import numpy.typing as npt
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
-from snr_ray.config import Config, InputError, check
+from snr_ray.config import Config
+from snr_ray.errors import InputError, check
 from snr_ray.folder import JOB, Folder
 from snr_ray.hashing import fingerprint
 from snr_ray.images.collection import Source

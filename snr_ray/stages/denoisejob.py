@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from snr_ray.config import ImagesConfig, InputError, check
+from snr_ray.config import ImagesConfig
+from snr_ray.errors import InputError, check
 from snr_ray.folder import Folder
 from snr_ray.images.collection import Texts
 from snr_ray.images.datafolder import FAILURES_SCHEMA

@@ -26,7 +26,8 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder, without_secrets
-from snr_ray.config import Config, InputError, NoiseConfig
+from snr_ray.config import Config, NoiseConfig
+from snr_ray.errors import InputError
 from snr_ray.folder import Folder
 from snr_ray.hashing import fingerprint
 from snr_ray.images.collection import ALL, SPLITS

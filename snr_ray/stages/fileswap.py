@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from snr_ray.config import ImagesConfig, InputError
+from snr_ray.config import ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.hashing import hash64
 from snr_ray.learning.checkpoint import TrainedModel
 from snr_ray.network.blocks import Normal

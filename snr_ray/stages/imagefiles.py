@@ -20,7 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from snr_ray.config import ImagesConfig, InputError
+from snr_ray.config import ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.folder import Folder, NotShared
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.formats import OpenFile, open_file

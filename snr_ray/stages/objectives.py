@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snr_ray.config import InputError, check
+from snr_ray.errors import InputError, check
 
 SWAP = "swap_psnr"
 

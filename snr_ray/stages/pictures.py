@@ -12,7 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 
-from snr_ray.config import Config, InputError, check
+from snr_ray.config import Config
+from snr_ray.errors import InputError, check
 from snr_ray.images.collection import Source
 from snr_ray.images.datafolder import Array, Failure, tensors
 from snr_ray.images.pixels import prepare

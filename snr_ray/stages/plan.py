@@ -27,7 +27,8 @@ from ray._private.utils import get_num_cpus
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
-from snr_ray.config import Config, InputError, check
+from snr_ray.config import Config
+from snr_ray.errors import InputError, check
 from snr_ray.images.collection import Source
 from snr_ray.images.samples import crop_photo, photo_ids
 from snr_ray.learning.modelfolder import read_model

@@ -14,7 +14,7 @@ import ray
 import tifffile
 
 from snr_ray.address import open_folder
-from snr_ray.config import InputError, check
+from snr_ray.errors import InputError, check
 from snr_ray.folder import Folder
 from snr_ray.hashing import fingerprint
 from snr_ray.images.scans import Scan, open_scan

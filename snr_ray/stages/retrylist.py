@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from snr_ray.address import open_folder, without_secrets
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.folder import Folder
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.datafolder import FAILURES_SCHEMA, parquet_bytes

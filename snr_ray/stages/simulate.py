@@ -23,7 +23,8 @@ import ray
 from snr_ray import __version__
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.folder import Folder, NotShared
 from snr_ray.hashing import fingerprint, hash64
 from snr_ray.images.collection import SPLITS, Source

@@ -21,7 +21,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError
 
 from snr_ray.address import within
-from snr_ray.config import InputError, check
+from snr_ray.errors import InputError, check
 from snr_ray.folder import Folder
 from snr_ray.outputs import write_atomic
 

@@ -9,7 +9,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, TrialState
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, check
+from snr_ray.config import Config
+from snr_ray.errors import check
 from snr_ray.stages.objectives import SWAP, Goals
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)

@@ -7,7 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.images.sources import NAMES
 
 _SHARED = "/mnt/share"

@@ -35,7 +35,8 @@ from sqlalchemy.exc import OperationalError
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
-from snr_ray.config import Config, InputError, Lost
+from snr_ray.config import Config
+from snr_ray.errors import InputError, Lost
 from snr_ray.folder import Folder
 from snr_ray.learning.validation import Metrics
 from snr_ray.lock import check_free, locked

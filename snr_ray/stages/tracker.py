@@ -15,7 +15,8 @@ from typing import Any
 
 from snr_ray import configfile as configs
 from snr_ray.address import within, without_secrets
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.learning.validation import Metrics
 from snr_ray.outputs import write_atomic
 

@@ -34,7 +34,8 @@ from ray.train import UserCallback
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
-from snr_ray.config import Config, InputError, RunError
+from snr_ray.config import Config
+from snr_ray.errors import InputError, RunError
 from snr_ray.folder import Folder
 from snr_ray.images.datafolder import Failure
 from snr_ray.learning.modelfolder import WEIGHTS_FILE, model_place

@@ -11,7 +11,8 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray.address import without_secrets
-from snr_ray.config import Config, InputError, check
+from snr_ray.config import Config
+from snr_ray.errors import InputError, check
 from snr_ray.folder import Folder
 from snr_ray.hashing import fingerprint
 from snr_ray.images.datafolder import Failure, failures_bytes

@@ -12,7 +12,7 @@ import pytest
 from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images.formats import OpenFile, decode, open_file
 from snr_ray.images.pixels import Made
 

@@ -7,7 +7,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from snr_ray.config import ImagesConfig, InputError
+from snr_ray.config import ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.images.formats import decode, encode
 from snr_ray.images.pixels import prepare, with_channels
 

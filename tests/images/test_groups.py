@@ -15,7 +15,7 @@ from PIL import Image
 from pydicom import uid
 from pydicom.dataset import FileDataset, FileMetaDataset
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images.collection import SPLITS, Source
 from snr_ray.images.groups import group_images
 from snr_ray.images.sources import open_source

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images.collection import Source
 from snr_ray.images.listing import Glob
 from snr_ray.images.sources import open_source

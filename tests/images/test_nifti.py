@@ -8,7 +8,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from snr_ray.config import ImagesConfig, InputError
+from snr_ray.config import ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.images.formats import open_file, output_name
 from snr_ray.images.headers import n_values
 from snr_ray.images.sources import open_source

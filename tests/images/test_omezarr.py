@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from zarr_images import describe, described, multiscales, pixels, write
 
-from snr_ray.config import ImagesConfig, InputError
+from snr_ray.config import ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.images import memory
 from snr_ray.images.formats import encode, open_file, output_name
 from snr_ray.images.headers import n_values

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images.places import find, printable, shown
 from snr_ray.images.sources import open_source
 

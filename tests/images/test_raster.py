@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images.formats import decode, encode, open_file
 
 Y, X = np.mgrid[:32, :24]

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from snr_ray.config import ImagesConfig, InputError
+from snr_ray.config import ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.images.collection import SPLITS, Source
 from snr_ray.images.sources import open_source
 

@@ -8,7 +8,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageOps
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.images.formats import decode, open_file
 
 RNG = np.random.default_rng(0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.learning.batches import PairFeed, Pairs, Share, StepNormal
 
 

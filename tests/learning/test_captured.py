@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.learning import fit
 from snr_ray.learning.batches import Batch, Share, StepNormal
 from snr_ray.learning.captured import is_capturable

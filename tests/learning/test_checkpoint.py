@@ -9,7 +9,7 @@ import pytest
 import torch
 from random_models import images
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.learning.checkpoint import BF16_DB, TrainedModel, load_model
 from snr_ray.learning.fit import BF16_COSTS
 from snr_ray.network.swap import swap

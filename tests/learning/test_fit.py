@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.images.sources import open_source
 from snr_ray.learning.batches import PairFeed, Pairs, Share
 from snr_ray.learning.checkpoint import (

@@ -3,7 +3,7 @@
 import pytest
 
 from snr_ray import configfile as configs
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.learning.fit import Learner
 from snr_ray.learning.recipe import peak_share, with_batch_size
 

@@ -9,7 +9,8 @@ from random_models import images, model_of
 from torch import nn
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.learning.build import build_model
 from snr_ray.network.blocks import PIXEL_OFFSET, BottomUp, Gaussian, PixelLevel, Up, kl, standard
 from snr_ray.network.hvae import HVAE, Codes

@@ -9,7 +9,8 @@ from random_models import images
 from torch import Tensor
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.learning.build import build_model
 from snr_ray.network.itnet import ItNet
 from snr_ray.network.noisemaker import Alike

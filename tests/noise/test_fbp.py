@@ -5,7 +5,7 @@ import pytest
 from skimage.data import shepp_logan_phantom
 from skimage.transform import iradon, radon, resize
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.noise.fbp import back_project, binned, line_integrals
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 

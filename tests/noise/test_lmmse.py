@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from snr_ray.config import ImagesConfig, InputError
+from snr_ray.config import ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.images.sources import open_source
 from snr_ray.metrics import psnr
 from snr_ray.noise.lmmse import ImagePrior, Lmmse

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.transform import iradon, radon
 
-from snr_ray.config import FILTERS, InputError, NoiseConfig
+from snr_ray.config import FILTERS, NoiseConfig
+from snr_ray.errors import InputError
 from snr_ray.noise.filters import DENSE_BINS
 from snr_ray.noise.operator import (
     NoiseSpec,

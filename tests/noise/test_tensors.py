@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.noise.tensors import TorchNoise
 

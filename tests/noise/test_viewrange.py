@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from snr_ray.config import InputError, NoiseConfig
+from snr_ray.config import NoiseConfig
+from snr_ray.errors import InputError
 from snr_ray.noise.operator import NoiseSpec
 from snr_ray.noise.viewrange import ViewRange
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import ray
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.stages.bulk import FIRST, Block, Work, plan, tables
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]

@@ -17,7 +17,7 @@ import pytest
 import ray
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.stages import cluster
 from snr_ray.stages.cluster import check_cluster, closed_folder, connected
 
@@ -104,7 +104,7 @@ def test_no_token_and_a_wrong_one_are_told(
     with pytest.raises(InputError, match="asks for a token, but ours is another; set RAY_AUTH_MO"):
         check_cluster(address)  # the tests have one of their own
     code = f"""
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.stages.cluster import check_cluster
 try: check_cluster({address!r})
 except InputError as error: print(error)

@@ -24,7 +24,8 @@ from PIL import Image
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
-from snr_ray.config import Config, ImagesConfig, InputError
+from snr_ray.config import Config, ImagesConfig
+from snr_ray.errors import InputError
 from snr_ray.images.formats import decode
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import load_model

@@ -21,7 +21,8 @@ from PIL import Image
 from ray._private.state import GlobalState
 
 from snr_ray.cli import main
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.images import memory
 from snr_ray.stages import room
 from snr_ray.stages.cleaning import on_gpus
@@ -247,7 +248,8 @@ from types import SimpleNamespace
 from snr_ray.environment import prepare_environment
 prepare_environment()
 import ray
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.stages import denoise, denoisejob, swappermaker
 model, images, out, log, n_gpus = *map(Path, sys.argv[1:5]), int(sys.argv[5])
 ray.init(address="local", num_cpus=2, num_gpus=n_gpus, include_dashboard=False,

@@ -14,7 +14,8 @@ import pytest
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.folder import Folder
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.lock import locked

@@ -14,7 +14,8 @@ from PIL import Image
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.images.sources import open_source
 from snr_ray.metrics import psnr
 from snr_ray.noise.operator import NoiseSpec, noise_operator, noise_specs

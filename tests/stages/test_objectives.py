@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.stages.objectives import OBJECTIVES, Goals, read_goals
 
 ROW = {"step": 9, "loss": 1.0, "swap_psnr": 21.0, "inject_psnr": 33.0, "seconds_per_image": 0.02}

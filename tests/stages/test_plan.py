@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from snr_ray.cli import main
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.images.sources import open_source
 from snr_ray.stages import plan
 from snr_ray.stages.plan import Rates, Stage, forecast_job, read_rates, table

@@ -9,7 +9,7 @@ from skimage.data import shepp_logan_phantom
 from skimage.transform import iradon, radon, resize
 
 from snr_ray.cli import main
-from snr_ray.config import InputError
+from snr_ray.errors import InputError
 from snr_ray.stages.reconstruct import reconstruct
 
 ANGLES = np.arange(36) * 5.0

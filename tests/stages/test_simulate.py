@@ -12,7 +12,8 @@ from PIL import Image
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.folder import JOB
 from snr_ray.images.collection import SPLITS
 from snr_ray.images.datafolder import DataFolder, tensors

@@ -14,7 +14,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from stages.postgres import binaries, free_port, server
 
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.stages import storage as module
 from snr_ray.stages.objectives import Goals
 from snr_ray.stages.storage import Heart, close, dashboard, driver_of, open_storage, read_url, shown

@@ -8,7 +8,8 @@ import pytest
 from optuna.trial import TrialState
 
 from snr_ray import configfile as configs
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.stages.objectives import SWAP, Goals, read_goals
 from snr_ray.stages.storage import open_storage
 from snr_ray.stages.study import (

@@ -12,7 +12,8 @@ from stages.postgres import free_port
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.stages import sweep as module
 from snr_ray.stages.confirm import confirm, read_confirmation
 from snr_ray.stages.dataset import Origin

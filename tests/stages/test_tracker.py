@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.stages import tracker as module
 from snr_ray.stages.runlog import RunLog
 from snr_ray.stages.tracker import RUN_FILE, Tracker, check_tracker, settings

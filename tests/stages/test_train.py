@@ -22,7 +22,8 @@ from safetensors.numpy import load_file
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
-from snr_ray.config import Config, InputError
+from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.hashing import hash64
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.learning.fit import BF16_COSTS, Learner
