@@ -73,6 +73,8 @@ OWNED = ("config.yaml", "metrics.jsonl", "tensorboard", CHECKPOINTS, "failures.p
          RUN_FILE)  # fmt: skip
 FINISHED = f"model/{WEIGHTS_FILE}"
 """The last file of a run."""
+DONE = "Done:"
+"""How the page of a finished run begins to say so."""
 RETRIES = 3
 """How often workers that died, with their node or for memory, are started again."""
 
@@ -121,6 +123,9 @@ def train(
         check_free(place)
     claim(place, identity(config, origin), owned=OWNED, overwrite=overwrite)
     if place.exists(FINISHED):
+        if not place.exists("report.html") or DONE.encode() not in place.read("report.html"):
+            desk.fetch("config.yaml")  # the driver was killed before it could write its page
+            write_page(desk, f"{DONE} {_named(origin)}")
         return _outcome(desk)
     with locked(place, "train") if alone else contextlib.nullcontext():
         configs.save(config, desk.path / "config.yaml")
@@ -147,7 +152,7 @@ def _train(
     progress: bool,
     here: bool,
 ) -> None:
-    name = f"snr train {'--images' if origin.images else '--data'} {origin.name}"
+    name = _named(origin)
     failed: dict[str, list[Failure]] = {"train": [], "val": []}
     mixed = config.noise.views_per_pixel is not None
     if mixed:
@@ -188,7 +193,7 @@ def _train(
             work_alone(job, datasets)
         else:
             _fit_on_ray(job, datasets)
-        ending = f"Done: {name}"
+        ending = f"{DONE} {name}"
     except (InputError, RunError) as error:
         ending = str(error)
         raise
@@ -196,6 +201,10 @@ def _train(
         if watch:
             watch.stop()
         write_page(desk, ending)
+
+
+def _named(origin: Origin) -> str:
+    return f"snr train {'--images' if origin.images else '--data'} {origin.name}"
 
 
 def _fit_on_ray(job: dict[str, Any], datasets: dict[str, Any]) -> None:

@@ -85,6 +85,16 @@ def test_finished_run_is_left_alone(tiny: Config, unbroken: Path) -> None:
     assert (unbroken / "model" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_a_finished_run_whose_driver_was_killed_gets_its_page(
+    tiny: Config, unbroken: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    for left in ("", "<p>Interrupted; the same command continues: snr train</p>"):
+        (run / "report.html").write_text(left)
+        train(tiny, origin=GLYPHS, out=run)
+        assert (run / "report.html").read_text() == (unbroken / "report.html").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_2_cpus")
 def test_a_range_of_views_is_learned_on_several_sizes(
