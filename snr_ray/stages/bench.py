@@ -24,7 +24,6 @@ from snr_ray.learning.shardfeed import ShardFeed
 from snr_ray.metrics import as_json
 from snr_ray.noise.operator import NoiseSpec, RadonNoise
 from snr_ray.outputs import write_atomic
-from snr_ray.scoring.report import memory_plot
 from snr_ray.stages.benchdenoise import measure_denoise
 from snr_ray.stages.benchjob import CURVE, Rows, measure_job
 from snr_ray.stages.benchstep import measure_step
@@ -69,8 +68,26 @@ def bench(config: Config, name: str, *, out: Path | None) -> int:
         write_atomic(out, as_json({"bench": name, "results": rows}, indent=2) + "\n")
         curves = {f"{row['images']:,} images": row[CURVE] for row in rows if CURVE in row}
         if curves:
-            memory_plot(curves, out.with_suffix(".png"))
+            _plot_memory(curves, out.with_suffix(".png"))
     return 0
+
+
+def _plot_memory(curves: dict[str, list[list[float]]], path: Path) -> None:
+    """Draw megabytes over seconds, a line for each job."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for name, curve in curves.items():
+        seconds, megabytes = zip(*curve, strict=True)
+        axis.plot(seconds, megabytes, label=name)
+    axis.set_xlabel("seconds")
+    axis.set_ylabel("memory of the whole job, MB")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(path)
 
 
 def _cell(value: Any) -> str:

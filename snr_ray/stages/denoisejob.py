@@ -28,7 +28,7 @@ from snr_ray.images.zarrfolder import is_image
 from snr_ray.learning.modelfolder import Knowledge
 from snr_ray.localfolder import LocalFolder, discard
 from snr_ray.outputs import Progress
-from snr_ray.scoring.report import JobPage, denoise_report
+from snr_ray.scoring.jobpage import JobPage, denoise_report
 from snr_ray.stages import bulk, manifest, retrylist
 from snr_ray.stages.cleaning import Cleaning, Maker, on_cores, on_gpus
 from snr_ray.stages.cluster import gpus, may_have

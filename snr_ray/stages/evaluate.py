@@ -12,21 +12,13 @@ OUT/grid.png         noisy, its reconstruction, clean, its reconstruction, remov
 OUT/calibration.png  predicted against true error
 """
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import ray
-import torch
-
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder, without_secrets
-from snr_ray.config import Config, NoiseConfig
+from snr_ray.config import Config
 from snr_ray.errors import InputError
 from snr_ray.folder import Folder
 from snr_ray.hashing import fingerprint
@@ -34,37 +26,20 @@ from snr_ray.images.collection import ALL, SPLITS
 from snr_ray.images.datafolder import failures_bytes, parquet_bytes
 from snr_ray.images.groups import NONE
 from snr_ray.learning.batches import Pairs
-from snr_ray.learning.checkpoint import (
-    TrainedModel,
-    TrainedUNet,
-    load_any,
-    load_model,
-)
+from snr_ray.learning.checkpoint import TrainedModel, load_model
 from snr_ray.learning.modelfolder import model_path, model_place
 from snr_ray.metrics import as_json
-from snr_ray.network.swap import detect, swap
-from snr_ray.noise.lmmse import FIT_IMAGES, LMMSE_PIXELS
-from snr_ray.noise.operator import noise_specs
-from snr_ray.outputs import FILES, Progress, claim
+from snr_ray.noise.lmmse import LMMSE_PIXELS
+from snr_ray.outputs import FILES, claim
 from snr_ray.scoring import probes
-from snr_ray.scoring.baselines import Fitting
 from snr_ray.scoring.beside import means, open_beside
-from snr_ray.scoring.cases import Restore
+from snr_ray.scoring.grids import GRID_ROWS, draw_elsewhere, draw_own
 from snr_ray.scoring.methods import BASELINES, METHODS, QUICK_BASELINES
-from snr_ray.scoring.report import calibration, evaluation_table, grid
-from snr_ray.scoring.scores import Scorer
-from snr_ray.stages.cluster import ON_CORES, connected, shared
+from snr_ray.scoring.report import calibration, evaluation_table
+from snr_ray.stages.cluster import connected
 from snr_ray.stages.dataset import Origin, collect_pairs, count_rows, gather, open_rows
 from snr_ray.stages.outcome import Outcome
-from snr_ray.stages.waiting import patience
-
-Array = npt.NDArray[np.float32]
-
-TUNE_IMAGES = 100
-"""Validation images that choose the TV weight."""
-GRID_ROWS = 9
-BLOCK_PIXELS = 2**19
-"""Of the images that are scored together."""
+from snr_ray.stages.scoretask import fit_baselines, score_rows
 
 
 def evaluate(
@@ -158,28 +133,15 @@ def evaluate(
         return Outcome(out.named, done["images"], done["failed"])
     with connected():
         _tell(f"fitting baselines ({', '.join(baselines) or 'none'})")
-        work = ray.put(
-            {
-                "model": model_place(model),
-                "config": config,
-                "elsewhere": elsewhere,
-                "baselines": _fit_baselines(config, origin, baselines),
-                "beside": [(other.label, other.folder) for other in others],
-            }
-        )
-        # Rows come from tasks; scoring is a second task on each block.
+        job = {
+            "model": model_place(model),
+            "config": config,
+            "elsewhere": elsewhere,
+            "baselines": fit_baselines(config, origin, baselines),
+            "beside": [(other.label, other.folder) for other in others],
+        }
         rows = open_rows(config, origin, split, limit).materialize()
-        task = functools.partial(_score_block, work=work)
-        block = int(np.clip(BLOCK_PIXELS // config.images.side**2, 2, 32))
-        scored = rows.map_batches(task, batch_size=block, batch_format="pyarrow", **ON_CORES)
-        tables = []
-        progress = Progress("evaluate", n_test)
-        done_images = 0
-        with patience("evaluate", lambda: done_images):
-            for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
-                tables.append(table)
-                done_images += len(pc.unique(table["id"]))
-                progress.update(done_images)
+        scores = score_rows(rows, job, n_test)
         outcome = rows.select_columns(["id", "error"]).iter_rows()
         failures = [
             {"id": row["id"], "stage": "read", "reason": row["error"]}
@@ -196,7 +158,6 @@ def evaluate(
             f"Evaluation needs at least one readable test image, but all of {images} failed: "
             f"{failures[0]['reason']}"
         )
-    scores = pa.concat_tables(tables)
     n_images = n_test - len(failures)
     out.write("scores.parquet", parquet_bytes(scores))
     metrics: dict[str, Any] = {
@@ -215,12 +176,12 @@ def evaluate(
     if elsewhere:
         metrics |= {"donor_std_db": {}, "probes": {}}
         with out.writing("grid.png") as path:
-            _draw_elsewhere(trained, test, config.noise, path)
+            draw_elsewhere(trained, test, config.noise, path)
     else:
         labels = dict(zip(origin.source.ids, origin.source.labels, strict=False))
         metrics |= _probed(trained, val, test, labels)
         with out.writing("grid.png") as path:
-            _draw_grid(trained, test, path)
+            draw_own(trained, test, path)
         with out.writing("calibration.png") as path:
             calibration(metrics["uncertainty"], path)
     out.write("failures.parquet", failures_bytes(failures))
@@ -310,110 +271,3 @@ def _tell(what: str) -> None:
 
 def _fingerprint(folder: str) -> str:
     return fingerprint((model_path(folder) / "model.safetensors").read_bytes())
-
-
-def _fit_baselines(
-    config: Config, origin: Origin, baselines: tuple[str, ...]
-) -> dict[str, list[Restore]]:
-    """Per baseline, what cleans images of each noise id."""
-
-    def read(split: str, limit: int) -> Pairs:
-        return collect_pairs(open_rows(config, origin, split, limit), config)[0]
-
-    fitting = Fitting(
-        noise_specs(config.noise),
-        functools.partial(read, "val", TUNE_IMAGES),
-        functools.partial(read, "train", FIT_IMAGES),
-    )
-    fitted = {}
-    for key in baselines:
-        fit = METHODS[key].fit
-        assert fit is not None
-        fitted[key] = [fit(fitting, noise_id) for noise_id in range(1, 1 + len(fitting.specs))]
-    return fitted
-
-
-@functools.lru_cache(maxsize=16)
-def _model(folder: str) -> TrainedModel | TrainedUNet:
-    torch.set_num_threads(1)
-    return load_any(folder)
-
-
-def _score_block(table: pa.Table, *, work: "ray.ObjectRef") -> pa.Table:
-    """Every method on one block of rows."""
-    job = shared(work)
-    trained = _model(job["model"])
-    assert isinstance(trained, TrainedModel)
-    config: Config = job["config"]
-    pairs, _ = gather(iter([table]), config)
-    rows: list[dict[str, Any]] = []
-    if len(pairs):
-        ids = np.array(sorted(pairs.ids))
-        beside = {label: _model(folder) for label, folder in job["beside"]}
-        elsewhere = config.noise if job["elsewhere"] else None
-        scorer = Scorer(trained, job["baselines"], beside, pairs, elsewhere)
-        for row, scores in scorer.run().items():
-            for k, name in enumerate(ids[scores.which]):
-                found = None if scores.found is None else int(scores.found[k])
-                rows.append(
-                    {
-                        "id": name,
-                        **row._asdict(),
-                        "psnr": scores.psnr[k],
-                        "ssim": scores.ssim[k],
-                        "seconds": scores.seconds,
-                        "found": found,
-                        "right": None if found is None else float(found == row.n_views),
-                    }
-                )
-    schema = pa.schema(
-        [("id", pa.string()), ("task", pa.string()), ("method", pa.string()),
-         ("n_views", pa.int32()), ("model", pa.string()), ("psnr", pa.float64()),
-         ("ssim", pa.float64()), ("seconds", pa.float64()), ("found", pa.int32()),
-         ("right", pa.float64())]
-    )  # fmt: skip
-    return pa.Table.from_pylist(rows, schema)
-
-
-def _draw_grid(trained: TrainedModel, pairs: Pairs, path: Path) -> None:
-    """One picture per row; view counts take turns."""
-    views = trained.config.noise.n_views
-    rows, labels = [], []
-    # Rows are in the order of ids; a stride shows the whole range of them.
-    picks = np.linspace(0, len(pairs) - 1, min(len(pairs), GRID_ROWS)).astype(int)
-    for k, pick in enumerate(picks):
-        noise_id = 1 + k % len(views)
-        clean, noisy = pairs.take(np.array([pick]), 0), pairs.take(np.array([pick]), noise_id)
-        model, codes, ids = trained.model, trained.codes, np.array([noise_id])
-        pictures = [
-            noisy,
-            swap(model, noisy, None, noise_ids=ids),
-            clean,
-            swap(model, clean, None),
-            swap(model, noisy, codes.mean(0), noise_ids=ids),
-            swap(model, clean, codes.mean(noise_id)),
-            noisy,
-        ]
-        rows.append([picture[0] for picture in pictures])
-        labels.append(f"{views[noise_id - 1]} views")
-    grid(rows, labels, path)
-
-
-def _draw_elsewhere(trained: TrainedModel, pairs: Pairs, noise: NoiseConfig, path: Path) -> None:
-    """One picture per row; view counts take turns."""
-    columns, rows, labels = ["noisy", "noise removed", "clean"], [], []
-    told = trained.model.unrolls
-    if told:
-        columns.insert(2, "noise removed,\ntold the views")
-    for k in range(min(len(pairs), GRID_ROWS)):
-        noise_id = 1 + k % len(noise.n_views)
-        clean, noisy = pairs.take(np.array([k]), 0), pairs.take(np.array([k]), noise_id)
-        codes, views = trained.codes.mean(0), noise.n_views[noise_id - 1]
-        ids = detect(trained.model, trained.codes, noisy)
-        pictures = [noisy, swap(trained.model, noisy, codes, noise_ids=ids), clean]
-        if told:
-            geometry = trained.geometry(views)
-            pictures.insert(2, swap(trained.model, noisy, codes, geometry=geometry))
-        rows.append([picture[0] for picture in pictures])
-        labels.append(f"{views} views")
-    grid(rows, labels, path, tuple(columns))
