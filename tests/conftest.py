@@ -132,7 +132,7 @@ def _model_folder(tiny: Config, run: Path) -> Path:
     from snr_ray.images.sources import open_source
     from snr_ray.learning.batches import Pairs
     from snr_ray.learning.checkpoint import save_model
-    from snr_ray.learning.fit import Learner
+    from snr_ray.learning.learner import Learner
     from snr_ray.learning.validation import donor_codes
     from snr_ray.noise.operator import noise_operator, noise_specs
 

@@ -22,6 +22,16 @@ def peak_share(config: Config) -> float:
     return math.sqrt(min(1.0, LR_STEPS / config.train.steps))
 
 
+def rate_share(config: Config, step: int) -> float:
+    """Rate of a step, as a share of train.lr: linear warm-up to the peak of the run, then cosine to
+    2 % of it."""
+    train, peak = config.train, peak_share(config)
+    if step < train.warmup_steps:
+        return peak * (step + 1) / train.warmup_steps
+    done = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
 def with_batch_size(config: Config, batch_size: int) -> Config:
     """The recipe for batches of another size: as many images seen, in fewer steps.
 

@@ -17,7 +17,7 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray.errors import InputError
-from snr_ray.learning.fit import Learner
+from snr_ray.learning.learner import Learner
 
 STATE_FILE = "state.pt"
 KEPT = 2

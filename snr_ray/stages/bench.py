@@ -19,7 +19,7 @@ from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.images.datafolder import DataFolder
 from snr_ray.learning.batches import PairFeed, Pairs, Share
-from snr_ray.learning.fit import Learner
+from snr_ray.learning.learner import Learner
 from snr_ray.learning.shardfeed import ShardFeed
 from snr_ray.metrics import as_json
 from snr_ray.noise.operator import NoiseSpec, RadonNoise

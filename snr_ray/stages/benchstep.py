@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.learning.batches import Batch, PairFeed, Pairs, Share
-from snr_ray.learning.fit import Learner
+from snr_ray.learning.learner import Learner
 from snr_ray.stages.benchjob import Rows
 from snr_ray.stages.cluster import connected
 from snr_ray.stages.dataset import Origin, collect_pairs, open_rows

@@ -18,7 +18,8 @@ from torch import nn
 
 from snr_ray.learning.batches import PairFeed, Share
 from snr_ray.learning.checkpoint import WEIGHTS_FILE, load_any, save_model
-from snr_ray.learning.fit import Learner, fit
+from snr_ray.learning.fit import fit
+from snr_ray.learning.learner import Learner
 from snr_ray.learning.mixed import MixedFeed
 from snr_ray.learning.restart import load_checkpoint, newest_checkpoint, save_checkpoint
 from snr_ray.learning.shardfeed import ShardFeed

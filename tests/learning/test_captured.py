@@ -10,11 +10,11 @@ import torch
 from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.errors import InputError
-from snr_ray.learning import fit
+from snr_ray.learning import learner as learners
 from snr_ray.learning.batches import Batch, Share, StepNormal
 from snr_ray.learning.captured import is_capturable
 from snr_ray.learning.drawing import Drawing
-from snr_ray.learning.fit import Learner
+from snr_ray.learning.learner import Learner
 
 CPU = torch.device("cpu")
 RANGE = {"noise.views_per_pixel": [0.2, 0.9], "train.sizes": [16]}
@@ -36,7 +36,7 @@ def no_compiler(graph: Any, inputs: Any) -> Any:
 @pytest.fixture
 def learner(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Learner]:
     def made(backend: str | Callable[..., Any] | None = None, **changes: object) -> Learner:
-        monkeypatch.setattr(fit, "BACKEND", backend)
+        monkeypatch.setattr(learners, "BACKEND", backend)
         small = {"model.unrolled": 1, "train.batch_size": 4, "train.compile": bool(backend)}
         return Learner(configs.replace(tiny, small | changes))
 

@@ -1,4 +1,4 @@
-"""What a trained model says of itself: view counts it knows, guesses and injects."""
+"""Model folders: written, read, refused; what a trained model knows, guesses and injects."""
 
 import json
 import shutil
@@ -8,10 +8,24 @@ import numpy as np
 import pytest
 import torch
 from random_models import images
+from safetensors.torch import load_file, save_file
 
+from snr_ray import configfile as configs
+from snr_ray.config import Config
 from snr_ray.errors import InputError
-from snr_ray.learning.checkpoint import BF16_DB, TrainedModel, load_model
-from snr_ray.learning.fit import BF16_COSTS
+from snr_ray.learning.batches import Pairs
+from snr_ray.learning.checkpoint import (
+    BF16_DB,
+    TrainedModel,
+    TrainedUNet,
+    load_any,
+    load_model,
+    save_model,
+    ship,
+)
+from snr_ray.learning.learner import Learner
+from snr_ray.learning.modelfolder import BF16_COSTS
+from snr_ray.learning.validation import donor_codes
 from snr_ray.network.swap import swap
 from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import NoiseSpec
@@ -110,3 +124,101 @@ def test_bfloat16_is_for_models_that_were_measured_in_it(
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "metrics.json").write_text(json.dumps(measured))
     assert load_model(folder).bf16 == said
+
+
+def test_model_folder_round_trip(tiny: Config, pairs: Pairs, tmp_path: Path) -> None:
+    learner = Learner(tiny)
+    codes = donor_codes(learner.average, pairs)
+    save_model(tmp_path / "model", tiny, learner.average, codes, {"swap_psnr": 1.0}, "tests")
+    back = load_model(tmp_path / "model")
+    assert back.config == tiny
+    for a, b in zip(learner.average.parameters(), back.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(codes.donors, back.codes.donors, strict=True):
+        assert torch.equal(a, b)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "16x16 grey" in card
+    assert not list((tmp_path / "model").glob("*.p*"))  # nothing to unpickle
+
+
+def test_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds model\.safetensors, but .* does not; `snr train`"):
+        load_model(tmp_path)
+
+
+def test_unet_is_no_model_with_codes(unet_folder: Path, model_folder: Path) -> None:
+    with pytest.raises(InputError, match=r"holds a supervised U-Net, the baseline; `snr evaluate"):
+        load_model(unet_folder)
+    assert isinstance(load_any(unet_folder), TrainedUNet)
+    assert not isinstance(load_any(model_folder), TrainedUNet)
+
+
+def test_shipped_copy_gives_the_same_images(model_folder: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "metrics.md").write_text("# scores\n")
+    (report / "metrics.json").write_text("{}")
+    ship(model_folder, report, tmp_path / "models" / "mine")
+    whole, half = load_model(model_folder), load_model(tmp_path / "models" / "mine")
+    x = np.random.default_rng(0).random((3, 1, 16, 16), dtype=np.float32)
+    answers = [swap(t.model, x, t.codes.mean(0)) for t in (whole, half)]
+    np.testing.assert_allclose(*answers, atol=5e-3)
+    sizes = [
+        (f / "model.safetensors").stat().st_size
+        for f in (model_folder, tmp_path / "models" / "mine")
+    ]
+    assert sizes[1] < 0.6 * sizes[0]
+    assert "## scores" in (tmp_path / "models" / "mine" / "README.md").read_text()
+
+
+def test_run_folder_hints_at_its_model(model_folder: Path) -> None:
+    with pytest.raises(InputError, match=r"did you mean .*model"):
+        load_model(model_folder.parent)
+
+
+def test_weights_of_another_shape_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(model_folder, tmp_path / "model")
+    text = (other / "config.yaml").read_text().replace("stem_channels: 4", "stem_channels: 6")
+    (other / "config.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"has \[8, 4, .*yaml wants \[8, 6, .*mixes two models"):
+        load_model(other)
+
+
+def test_weights_that_are_not_finite_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(model_folder, tmp_path / "model")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.top"][:] = float("nan")
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(InputError, match=r"must be finite, but .* in model\.top"):
+        load_model(other)
+
+
+def test_donor_codes_of_another_shape_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(model_folder, tmp_path / "model")
+    tensors = load_file(other / "model.safetensors")
+    tensors["donors.0"] = tensors["donors.0"][:, :, :1].contiguous()
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(InputError, match="noise codes of 3 noise ids at 2 levels"):
+        load_model(other)
+
+
+def test_damaged_weights_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(model_folder, tmp_path / "model")
+    data = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
+        load_model(other)
+
+
+def test_models_saved_before_a_key_existed_still_load(
+    tiny: Config, pairs: Pairs, tmp_path: Path
+) -> None:
+    config = configs.replace(tiny, {"model.decoder": "network", "model.upsampling": "nearest"})
+    learner, folder = Learner(config), tmp_path / "model"
+    codes, metrics = learner.validate(pairs, pairs)
+    save_model(folder, config, learner.average, codes, metrics, "tests")
+    path = folder / "config.yaml"
+    text = path.read_text().replace("  decoder: network\n", "")
+    path.write_text(text.replace("  upsampling: nearest\n", ""))
+    assert "decoder" not in path.read_text()
+    assert load_model(folder).config == config

@@ -8,7 +8,7 @@ from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.errors import InputError
 from snr_ray.learning.batches import Share
-from snr_ray.learning.fit import Learner
+from snr_ray.learning.learner import Learner
 from snr_ray.learning.mixed import MixedFeed, Pictures, batch_size, own_side, resized
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 

@@ -4,8 +4,7 @@ import pytest
 
 from snr_ray import configfile as configs
 from snr_ray.errors import InputError
-from snr_ray.learning.fit import Learner
-from snr_ray.learning.recipe import peak_share, with_batch_size
+from snr_ray.learning.recipe import peak_share, rate_share, with_batch_size
 
 
 @pytest.mark.parametrize("preset", ["notmnist", "unet", "places64"])
@@ -32,11 +31,9 @@ def test_no_run_has_fewer_steps_than_a_model_needs(steps: int, left: int) -> Non
     assert after.ema**left == pytest.approx(config.train.ema**steps)
 
 
-def test_the_highest_rate_is_what_the_learner_reaches() -> None:
+def test_the_highest_rate_is_reached_after_warm_up() -> None:
     config = configs.load(["smoke"], ["train.steps=4000", "train.warmup_steps=1"])
-    learner = Learner(config)
-    learner.step = 1
-    assert learner._schedule() == pytest.approx(peak_share(config)) == pytest.approx(0.5)
+    assert rate_share(config, 1) == pytest.approx(peak_share(config)) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("size", [0, -8, 321])

@@ -10,7 +10,7 @@ import torch
 from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.errors import InputError
-from snr_ray.learning.fit import Learner
+from snr_ray.learning.learner import Learner
 from snr_ray.learning.restart import (
     DamagedState,
     load_checkpoint,

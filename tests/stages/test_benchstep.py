@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.learning.batches import PairFeed, Pairs, Share
-from snr_ray.learning.fit import Learner
+from snr_ray.learning.learner import Learner
 from snr_ray.learning.mixed import MixedFeed, Pictures
 from snr_ray.stages.benchstep import PARTS, Launches, _measure
 

@@ -26,7 +26,8 @@ from snr_ray.config import Config
 from snr_ray.errors import InputError
 from snr_ray.hashing import hash64
 from snr_ray.learning.checkpoint import load_model
-from snr_ray.learning.fit import BF16_COSTS, Learner
+from snr_ray.learning.learner import Learner
+from snr_ray.learning.modelfolder import BF16_COSTS
 from snr_ray.learning.restart import newest_checkpoint, save_checkpoint
 from snr_ray.lock import locked
 from snr_ray.stages import dataset, trainsetup
