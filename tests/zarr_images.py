@@ -75,3 +75,8 @@ def described(folder: Path) -> dict[str, Any]:
 def pixels(folder: Path, path: str = "0") -> np.ndarray:
     """Values of a level, as zarr reads them."""
     return np.asarray(zarr.open_array(str(folder / path), mode="r")[...])
+
+
+def small(folder: Path, version: int = 2, fill: int = 5) -> Path:
+    """An image of two slices of 6x7 pixels, all of one value, in chunks of half a slice."""
+    return write(folder, np.full((2, 6, 7), fill, np.uint8), version=version, chunks=(1, 3, 7))
