@@ -8,7 +8,6 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -20,11 +19,6 @@ from snr_ray.localfolder import LocalFolder
 
 EMPTYING = "emptying"
 """Key of a job.json whose folder still holds what `--overwrite` is about to remove."""
-
-
-def atomic(path: Path) -> AbstractContextManager[Path]:
-    """A path to write to that becomes `path` at the end, or is gone where writing fails."""
-    return LocalFolder(path.parent).writing(path.name)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

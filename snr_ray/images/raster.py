@@ -17,7 +17,6 @@ from snr_ray.errors import InputError
 from snr_ray.images.pixels import Contents, Made, Stored, Values, turn, without_alpha
 
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "WEBP")
-GREY_OR_COLOUR = {"PNG": (1, 3), "JPEG": (1, 3), "BMP": (1, 3), "WEBP": (3,)}
 JPEG_QUALITY = 95
 """Without chroma subsampling, too."""
 _ORIENTATION = ExifTags.Base.Orientation
@@ -65,7 +64,7 @@ def write(values: Values, kind: str, **kept: Any) -> bytes:
 
     Args:
         values: uint8; PNG also takes uint16.
-        kind: one of GREY_OR_COLOUR.
+        kind: PNG, JPEG, BMP or WEBP.
         kept: dpi, icc_profile and exif.
 
     Raises:

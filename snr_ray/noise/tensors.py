@@ -7,45 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from snr_ray.errors import InputError, check
-from snr_ray.noise.operator import NoiseSpec, RadonNoise, noise_operator
-
-
-class TorchNoise(nn.Module):
-    """An operator on tensors of any device. Exact, so without photon noise.
-
-    Gradients flow to the images.
-    """
-
-    def __init__(self, noise: RadonNoise) -> None:
-        """Of an operator on arrays.
-
-        Raises:
-            InputError: if it counts photons; their noise is drawn on the CPU.
-        """
-        super().__init__()
-        check(
-            not noise.spec.photons,
-            f"The noise operator on tensors counts no photons, but got {noise.spec.photons}; "
-            "use snr_ray.noise_operator.",
-        )
-        self.noise = noise
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Noisy versions [..., H, W] float32 of clean images [..., H, W] float in [0, 1].
-
-        Raises:
-            InputError: if images have another shape.
-        """
-        shape = (self.noise.height, self.noise.width)
-        if images.shape[-2:] != shape:
-            raise InputError(
-                f"This operator is for {shape[0]}x{shape[1]} images, but got "
-                f"{images.shape[-2]}x{images.shape[-1]}."
-            )
-        return noise_of_spec(images, self.noise.spec)
+from snr_ray.noise.operator import NoiseSpec, noise_operator
 
 
 def noise_of_spec(images: Tensor, spec: NoiseSpec) -> Tensor:

@@ -18,7 +18,7 @@ from skimage.transform import iradon, radon
 from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.images.datafolder import DataFolder
-from snr_ray.learning.batches import PairFeed, Pairs, Share
+from snr_ray.learning.batches import PairFeed, Share
 from snr_ray.learning.learner import Learner
 from snr_ray.learning.shardfeed import ShardFeed
 from snr_ray.metrics import as_json
@@ -35,7 +35,6 @@ from snr_ray.stages.sweep import sweep
 RADON_SIZES = ((28, 10), (32, 20), (64, 20), (128, 30), (256, 60), (512, 90))
 """(size, n_views) of the published table."""
 STEPS = 10
-BULK_IMAGES = 1000
 FEED_IMAGES = 3000
 FEED_STEPS = 40
 GPU_BATCH = 512
@@ -152,11 +151,6 @@ def _radon(config: Config) -> Rows:
             }
         )
     return rows
-
-
-def _pairs(config: Config) -> Pairs:
-    config = configs.replace(config, {"images.limit": BULK_IMAGES})
-    return collect_pairs(open_rows(config, Origin(images="glyphs"), "train"), config)[0]
 
 
 def _data(config: Config) -> Rows:

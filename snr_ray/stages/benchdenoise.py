@@ -11,7 +11,6 @@ other work, too.
 """
 
 import contextlib
-import multiprocessing
 import os
 import resource
 import signal
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from snr_ray.images.sources import open_source
 from snr_ray.learning.modelfolder import read_model
 from snr_ray.localfolder import LocalFolder
 from snr_ray.noise.operator import NoiseSpec, noise_operator
-from snr_ray.stages.benchjob import BARE_TIMEOUT_S
+from snr_ray.stages.benchbare import in_processes
 from snr_ray.stages.bulk import Block, Indices, Work
 from snr_ray.stages.cleaning import STAND_IN, Cleaning, Maker
 from snr_ray.stages.cluster import connected, cpus
@@ -115,9 +114,9 @@ def measure_gpu(collection: Collection, folder: Path, most: int) -> dict[str, An
     images = folder / f"gpu{collection.size}"
     _make(collection, images, min(collection.count, most))
     count = min(collection.count, most)
-    rates = _in_processes(_files_alone, (images, most), os.cpu_count() or 1)
+    rates = in_processes(_files_alone, (images, most), os.cpu_count() or 1)
     since = time.monotonic()
-    (rate,) = _in_processes(_gpu_job, (images, folder / f"out{images.name}", collection.model))
+    (rate,) = in_processes(_gpu_job, (images, folder / f"out{images.name}", collection.model))
     return {
         "what": f"GPU, {collection.what}, beside decoding and encoding alone",
         "images": count,
@@ -220,7 +219,7 @@ def _has_result(out: Path) -> bool:
 
 def _bare_loops(collection: Collection, images: Path) -> tuple[float, float]:
     """Processor seconds of an image, and images per second of a loop per core at once."""
-    found = _in_processes(_bare_loop, (collection, images), os.cpu_count() or 1)
+    found = in_processes(_bare_loop, (collection, images), os.cpu_count() or 1)
     return float(np.mean([cpu for cpu, _ in found])), sum(rate for _, rate in found)
 
 
@@ -244,33 +243,13 @@ def _bare_loop(collection: Collection, images: Path, start: Any) -> tuple[float,
         return (time.process_time() - before) / count, count / (time.perf_counter() - since)
 
 
-def _in_processes(run: Callable[..., Any], arguments: tuple[Any, ...], count: int = 1) -> list[Any]:
-    """What a function says in fresh processes that begin their work together."""
-    context = multiprocessing.get_context("spawn")
-    answers, start = context.SimpleQueue(), context.Barrier(count, timeout=BARE_TIMEOUT_S)
-    processes = [
-        context.Process(target=_answer, args=(run, arguments, start, answers)) for _ in range(count)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        if process.exitcode:
-            raise InputError("A process beside the job ended with an error; see above.")
-    return [answers.get() for _ in processes]
-
-
-def _answer(run: Callable[..., Any], arguments: tuple[Any, ...], start: Any, answers: Any) -> None:
-    answers.put(run(*arguments, start))
-
-
 def _drivers(folder: Path, most: int) -> Iterator[dict[str, Any]]:
     """Idle jobs over few and many images: what each image costs the driver."""
     least = 0.0
     for n_images in sorted({min(n, most) for n in DRIVEN}):
         images = folder / f"driven{n_images}"
         _link(folder / "images0", images, n_images)
-        (found,) = _in_processes(_idle_driver, (images, folder / f"idle{n_images}"))
+        (found,) = in_processes(_idle_driver, (images, folder / f"idle{n_images}"))
         options = ["--model", COLLECTIONS[0].model, "--images", str(images)]
         first = _watch(options, folder / f"first{n_images}", to_the_end=False)
         least = least or found["driver_mb"]
@@ -339,8 +318,8 @@ def _never(index: int, stage: str, reason: str) -> pa.Table:
 
 def _played(folder: Path, images: Path, most: int) -> dict[str, Any]:
     """Images per second around a GPU that only waits, beside decoding and encoding alone."""
-    rates = _in_processes(_files_alone, (images, most), os.cpu_count() or 1)
-    (rate,) = _in_processes(_played_job, (images, folder / "played"))
+    rates = in_processes(_files_alone, (images, most), os.cpu_count() or 1)
+    (rate,) = in_processes(_played_job, (images, folder / "played"))
     return {
         "what": f"GPU played by {1000 * WAIT_S:.0f} ms a stack, beside decoding and encoding alone",
         "images_per_s": rate,

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import math
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from snr_ray.config import Config
 from snr_ray.errors import InputError
 from snr_ray.images.datafolder import parquet_bytes
 from snr_ray.images.sources import open_source
+from snr_ray.stages.benchbare import in_processes
 from snr_ray.stages.simulate import simulate_rows
 
 Rows = list[dict[str, Any]]
@@ -34,8 +34,6 @@ GENERATED_ROWS = 10_000
 """Rows of a generated Parquet file."""
 BARE_IMAGES, BARE_STEP = 8000, 500
 """Images of a loop without Ray, and how many of them at a time."""
-BARE_TIMEOUT_S = 600
-"""Longest wait of such loops for each other before they start."""
 
 
 def measure_job(config: Config) -> Rows:
@@ -108,26 +106,12 @@ def _generate(n_images: int, config: Config, folder: Path) -> None:
 def _bare_rates(config: Config, images: Path) -> tuple[float, float]:
     """Images per second of decode, noise and encode and nothing else: of one process, and of as
     many at once as there are cores, which get in each other's way in memory."""
-    context = multiprocessing.get_context("spawn")
-    sums = []
-    for n_processes in (1, os.cpu_count() or 1):
-        rates, start = context.SimpleQueue(), context.Barrier(n_processes, timeout=BARE_TIMEOUT_S)
-        processes = [
-            context.Process(target=_bare_loop, args=(config, images, start, rates))
-            for _ in range(n_processes)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-            if process.exitcode:
-                raise InputError("The loop beside the job ended with an error; see above.")
-        sums.append(sum(rates.get() for _ in processes))
-    return sums[0], sums[1]
+    (one,) = in_processes(_bare_loop, (config, images))
+    return one, sum(in_processes(_bare_loop, (config, images), os.cpu_count() or 1))
 
 
-def _bare_loop(config: Config, images: Path, start: Any, rates: Any) -> None:
-    """A process of its own: the work of the job's tasks, without the job."""
+def _bare_loop(config: Config, images: Path, start: Any) -> float:
+    """A process of its own: images per second of the work of the job's tasks, without the job."""
     source = open_source(str(images))
     rows = source.gathered(source.select("train"))[:BARE_IMAGES]
     simulate_rows(source, rows[:10], config)
@@ -136,7 +120,7 @@ def _bare_loop(config: Config, images: Path, start: Any, rates: Any) -> None:
     for first in range(0, len(rows), BARE_STEP):
         table, _ = simulate_rows(source, rows[first : first + BARE_STEP], config)
         parquet_bytes(table)
-    rates.put(len(rows) / (time.perf_counter() - since))
+    return len(rows) / (time.perf_counter() - since)
 
 
 def _memory(pid: int) -> float:
