@@ -2,6 +2,6 @@
 
 Under `train` lie `trainsetup`, `trainworker` and `runlog`; under `denoise` `denoisejob`, `bulk`,
 the engine, `cleaning`, `imagefiles`, `fileswap`, `manifest`, `retrylist` and `room`; under
-`evaluate` `scoretask`. `cluster` connects, `counters` tells Prometheus, `dataset` brings rows.
-Stages talk through files. Read `denoise` first.
+`evaluate` `scoretask`; under `plan` `planrates` and `forecast`. `cluster` connects, `counters`
+tells Prometheus, `dataset` brings rows. Stages talk through files. Read `denoise` first.
 """
