@@ -20,7 +20,7 @@ from ray._raylet import GcsClient
 REPOSITORY = Path(__file__).parents[1]
 RAY = Path(sys.executable).with_name("ray")
 STORE = 100 * 2**20
-PATIENCE_S = 300
+PATIENCE_S = 600
 ATTEMPTS = 6
 """Ray gives up a start after 30 seconds, and its raylet after 15, which a busy machine exceeds."""
 HERE = {
@@ -31,6 +31,7 @@ HERE = {
     "RAY_memory_monitor_refresh_ms": "0",  # the machine's memory may be others'
     "RAY_agent_register_timeout_ms": "200000",  # these two as a busy machine needs them
     "RAY_worker_register_timeout_seconds": "200",
+    "OMP_WAIT_POLICY": "PASSIVE",  # nodes have more cores than the machine: who spins holds them up
 }
 
 
@@ -109,16 +110,17 @@ class Nodes:
         return f"{self.host}:{self.port}"
 
     def add(
-        self, pool: str, *, cpus: int = 2, before: Sequence[str | Path] = (), at: str | None = None
-    ) -> Node:
-        """A node more; `before` are words of a program that starts it, such as unshare's, and `at`
-        is its address, if it is not the head's."""
+        self, pool: str, *, cpus: int = 2, before: Sequence[str | Path] = (), at: str | None = None,
+        more: Sequence[str] = (), environment: dict[str, str] | None = None,
+    ) -> Node:  # fmt: skip
+        """A node more; `before` are words of a program that starts it, such as unshare's, `at` is
+        its address, if it is not the head's, and `more` and `environment` are for `ray start`."""
         there = self.alive()
         # A folder each, as machines have: a node unpacks the files of a job anew over those that
         # are there, and so would take them from under the workers of the others.
         own = tempfile.mkdtemp(prefix="", dir=self.folder)
         words = [f"--num-cpus={cpus}", f"--labels=pool={pool}", f"--temp-dir={own}",
-                 f"--node-ip-address={at or self.host}"]  # fmt: skip
+                 f"--node-ip-address={at or self.host}", *more]  # fmt: skip
         if there:
             words.append(f"--address={self.address}")
         else:
@@ -134,7 +136,8 @@ class Nodes:
                         [*map(str, before), str(RAY), "start", "--block", *words,
                          "--disable-usage-stats", f"--object-store-memory={STORE}",
                          f"--dashboard-agent-listen-port={free_port()}"],
-                        env=os.environ | HERE, stdout=said, stderr=said, start_new_session=True,
+                        env=os.environ | HERE | (environment or {}),
+                        stdout=said, stderr=said, start_new_session=True,
                     ),
                     pool,
                 )  # fmt: skip
@@ -177,12 +180,18 @@ class Nodes:
 
 
 @contextmanager
-def cluster(*, jobs: bool = False, host: str = "127.0.0.1") -> Iterator[Nodes]:
-    """A head without cores; `jobs` may be submitted to it, which takes Ray's dashboard."""
+def cluster(
+    *,
+    jobs: bool = False,
+    host: str = "127.0.0.1",
+    head: Callable[[Nodes], dict[str, Any]] = lambda nodes: {},
+) -> Iterator[Nodes]:
+    """A head without cores; `jobs` may be submitted to it, which takes Ray's dashboard. `head`
+    answers with more that `Nodes.add` needs to start it."""
     folder = Path(tempfile.mkdtemp(prefix="snr-", dir="/tmp"))
     nodes = Nodes(folder, free_port(), free_port() if jobs else None, host)
     try:
-        nodes.add("head", cpus=0)
+        nodes.add("head", cpus=0, **head(nodes))
         yield nodes
     finally:
         for job in nodes.jobs:
@@ -210,7 +219,7 @@ def until(there: Callable[[], object], job: "subprocess.Popen[Any]") -> None:
     late = time.monotonic() + PATIENCE_S
     while not there():
         assert time.monotonic() < late
-        assert job.poll() is None, f"ended with {job.returncode}"
+        assert job.poll() is None, job.stdout.read() if job.stdout else job.returncode
         time.sleep(0.1)
 
 

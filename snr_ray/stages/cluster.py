@@ -235,12 +235,6 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
-def may_have(resource: str) -> int:
-    """What the cluster has of CPU or GPU, or will have once its autoscaler was asked for all."""
-    most = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return max(int(ray.cluster_resources().get(resource, 0)), int(most.get(resource, 0)))
-
-
 @functools.lru_cache(maxsize=2)
 def shared(ref: "ray.ObjectRef") -> Any:
     """What the driver put in the object store for all tasks, fetched once per worker process."""

@@ -29,9 +29,9 @@ from snr_ray.learning.modelfolder import Knowledge
 from snr_ray.localfolder import LocalFolder, discard
 from snr_ray.outputs import Progress
 from snr_ray.scoring.jobpage import JobPage, denoise_report
-from snr_ray.stages import bulk, manifest, retrylist
+from snr_ray.stages import bulk, manifest, pools, retrylist
 from snr_ray.stages.cleaning import Cleaning, Maker, on_cores, on_gpus
-from snr_ray.stages.cluster import gpus, may_have
+from snr_ray.stages.cluster import gpus
 from snr_ray.stages.counters import count_images
 from snr_ray.stages.imagefiles import (
     DOUBTFUL,
@@ -204,13 +204,15 @@ class Job:
     def _gpus(self) -> int:
         """GPUs to use: those there, or one that an autoscaler brings. Raises InputError if there
         never are as many as asked for."""
-        there, most, wanted = gpus(), may_have("GPU"), self.running.gpus
-        if wanted is not None and wanted > most:
+        there, wanted = gpus(), self.running.gpus
+        if wanted is None:
+            return there or int(pools.has_autoscaler() and pools.brings({"GPU": 1}, 1))
+        if wanted > there and not pools.brings({"GPU": 1}, wanted):
             raise InputError(
-                f"--gpus must be at most the GPUs that Ray has, {most}, but got {wanted}; give "
-                "--gpus none to use cores alone."
+                f"--gpus must be at most the GPUs that Ray has or its autoscaler brings, but of "
+                f"{wanted} only {there} are there; give --gpus none to use cores alone."
             )
-        return (there or min(most, 1)) if wanted is None else wanted
+        return wanted
 
     def _per_block(self) -> int:
         """Images of a block, by what the headers of a few say; the same in every run."""

@@ -41,10 +41,11 @@ from snr_ray.images.datafolder import (
 )
 from snr_ray.noise.operator import noise_operator, noise_specs, spec_hash
 from snr_ray.outputs import FILES, Progress, claim
-from snr_ray.stages.cluster import ON_CORES, connected, may_have, shared
+from snr_ray.stages.cluster import ON_CORES, connected, cpus, shared
 from snr_ray.stages.counters import count_bytes, count_images
 from snr_ray.stages.inputs import open_images, split_images
 from snr_ray.stages.outcome import Outcome
+from snr_ray.stages.pools import has_autoscaler
 from snr_ray.stages.waiting import patience
 
 SHARD_BYTES = 128 * 2**20
@@ -170,7 +171,10 @@ def _plan(config: Config, source: Source, out: Folder) -> list[dict[str, Any]]:
     if not out.exists("plan.json"):
         total = sum(map(len, chosen.values()))
         by_size = SHARD_BYTES // row_bytes(config.images, len(config.noise.n_views))
-        by_cores = max(MIN_SHARD_ROWS, math.ceil(total / (2 * max(1, may_have("CPU")))))
+        # An autoscaler brings a node for each task that waits, and so for each shard.
+        by_cores = MIN_SHARD_ROWS
+        if not has_autoscaler():
+            by_cores = max(by_cores, math.ceil(total / (2 * cpus())))
         rows_per_shard = max(1, min(by_size, by_cores))
         out.write("plan.json", json.dumps({"rows_per_shard": rows_per_shard}), durable=True)
     rows_per_shard = json.loads(out.read("plan.json"))["rows_per_shard"]

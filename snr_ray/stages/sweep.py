@@ -79,7 +79,7 @@ from snr_ray.stages.study import (
 from snr_ray.stages.sweeppage import share_run, write_page
 from snr_ray.stages.tracker import check_tracker, settings
 from snr_ray.stages.trainsetup import identity
-from snr_ray.stages.trial import slots_of, start_run
+from snr_ray.stages.trial import ask_for_room, slots_of, start_run
 
 PAGE = ("best.yaml", CONFIRMED, "trials.csv", "history.png", "split.png", "front.png",
         "report.html")  # fmt: skip
@@ -223,6 +223,7 @@ class _Sweep:
     def run(self, trials: int) -> int:
         """Run trials until so many of the study have finished; returns how many failed."""
         since, started, waiting = time.monotonic(), self._count(*FINISHED), False
+        ask_for_room(self.config, trials - started)
         while (done := self._count(*FINISHED)) < trials or self.live:
             self.heart.beat([running.trial for running in self.live.values()])
             slots, memory = slots_of(self.config)  # which nodes that come make more

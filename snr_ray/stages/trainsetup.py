@@ -20,7 +20,8 @@ from snr_ray.learning.checkpoint import load_any
 from snr_ray.learning.modelfolder import WEIGHTS_FILE, model_path
 from snr_ray.network.hvae import HVAE
 from snr_ray.outputs import FILES
-from snr_ray.stages.cluster import cpus, gpus, may_have
+from snr_ray.stages import pools
+from snr_ray.stages.cluster import gpus
 from snr_ray.stages.dataset import Origin, check_decoder
 from snr_ray.stages.runlog import WAITING_S
 
@@ -147,9 +148,11 @@ def wait_for_room(config: Config, minutes: float | None, *, tell: bool) -> None:
     train = config.train
     begun, told = time.monotonic(), 0.0
     while True:
-        lacks = _lacks(config, may_have("CPU"), may_have("GPU"))
-        # What an autoscaler is to bring it must be asked for: Ray Train does when it starts.
-        comes = not lacks and _lacks(config, cpus(), gpus())
+        comes = False
+        if _waiting(config) and pools.has_autoscaler():
+            # Ray Train asks for it once more when it starts, and waits until it is there.
+            comes = pools.brings(of_a_worker(config), train.num_workers)
+        lacks = not comes and _lacks(config)
         if not lacks and (comes or not _waiting(config)):
             break
         waited = time.monotonic() - begun
@@ -187,15 +190,21 @@ def _waiting(config: Config) -> str:
     return f"waiting for {' and '.join(short)}" if short else ""
 
 
-def _lacks(config: Config, n_cpus: int, n_gpus: int) -> bool:
-    """Whether so many cores and GPUs are too few."""
-    train = config.train
-    too_few = train.num_workers * train.cpus_per_worker > n_cpus
-    return too_few or (train.use_gpu and train.num_workers > n_gpus)
+def of_a_worker(config: Config) -> dict[str, float]:
+    """Ray resources of one."""
+    cores = {"CPU": float(config.train.cpus_per_worker)}
+    return cores | {"GPU": 1.0} if config.train.use_gpu else cores
+
+
+def _lacks(config: Config) -> bool:
+    """Whether all cores and GPUs that are there are too few."""
+    there = ray.cluster_resources()
+    wants = of_a_worker(config).items()
+    return any(config.train.num_workers * each > there.get(key, 0) for key, each in wants)
 
 
 def _refuse(config: Config) -> None:
-    train, most = config.train, may_have("CPU")
+    train, most = config.train, int(ray.cluster_resources().get("CPU", 0))
     if train.num_workers * train.cpus_per_worker > most:
         raise InputError(
             f"train.num_workers x train.cpus_per_worker must be at most the cluster's {most} "
@@ -204,7 +213,7 @@ def _refuse(config: Config) -> None:
         )
     raise InputError(
         f"train.use_gpu needs one GPU per worker ({train.num_workers}), but the "
-        f"cluster has {may_have('GPU')}; set train.use_gpu=false to train on processors."
+        f"cluster has {gpus()}; set train.use_gpu=false to train on processors."
     )
 
 

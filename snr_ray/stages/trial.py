@@ -8,10 +8,12 @@ import ray
 
 from snr_ray.config import Config
 from snr_ray.folder import Folder
-from snr_ray.stages.cluster import OFF_HEAD, cpus, may_have
+from snr_ray.stages import pools
+from snr_ray.stages.cluster import OFF_HEAD, cpus, gpus
 from snr_ray.stages.dataset import Origin
 from snr_ray.stages.tracker import Settings, settings
 from snr_ray.stages.train import train
+from snr_ray.stages.trainsetup import of_a_worker
 
 TRIAL_BYTES = 700 * 2**20
 """Memory of a trial that runs in its task."""
@@ -43,13 +45,23 @@ def _train_trial(config: Config, origin: Origin, folder: Folder, tracker: Settin
     train(config, origin=origin, out=folder, progress=False, alone=False, here=here)
 
 
+def ask_for_room(config: Config, trials: int) -> None:
+    """Have an autoscaler bring what so many trials at once need, or as many as there may be."""
+    one = of_a_worker(config)
+    while pools.has_autoscaler() and trials:
+        # A core more, which `slots_of` leaves to those that read.
+        if pools.brings(one, trials * config.train.num_workers + (not config.train.use_gpu)):
+            break
+        trials //= 2
+
+
 def slots_of(config: Config) -> tuple[int, int]:
     """How many trials run at once, and the memory in bytes that Ray is to find for each: as many
     as there are cores, GPUs and memory for, on all nodes together."""
     train = config.train
     bounds = [(cpus() - 1) // (train.num_workers * train.cpus_per_worker)]
     if train.use_gpu:
-        bounds.append(may_have("GPU") // train.num_workers)
+        bounds.append(gpus() // train.num_workers)
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Labels"].get("pool") != "head"]
     rooms = [node["Resources"].get("memory", 0.0) for node in nodes]
     wanted = TRIAL_BYTES if train.num_workers == 1 else TRIAL_ON_TRAIN_BYTES
