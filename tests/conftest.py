@@ -24,7 +24,7 @@ prepare_environment()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rounds", type=int, default=20, help="kills of each test of kills, -m long")
+    parser.addoption("--rounds", type=int, default=2, help="kills of each test of kills")
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +78,16 @@ def bucket(
     fs.create_dir("bucket")
     yield fs, s3_server
     fs.delete_dir("bucket")
+
+
+@pytest.fixture(scope="session")
+def unbroken(tiny: Config, ray_2_cpus: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 steps on one worker, from the glyphs; not to be written to."""
+    from snr_ray.stages.dataset import Origin
+    from snr_ray.stages.train import train
+
+    out = tmp_path_factory.mktemp("train") / "run"
+    return train(tiny, origin=Origin(images="glyphs"), out=out).out
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Stages on a cluster of three nodes, of which one is lost.
 
-pytest tests/test_nodes.py                      what every run of the tests has
-pytest tests/test_nodes.py -m long -s           each stage as a job that loses a node, and a
-                                                denoising job killed in 20 places
+pytest tests/test_nodes.py                  what every run of the tests has
+pytest tests/test_nodes.py -m long -s       each stage as a job that loses a node, with the seconds
+                                            that it costs; dropped packets, a bucket, kills anywhere
+pytest tests/test_nodes.py -m long -k anywhere --rounds 20 -s     a denoising job killed 20 times
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +31,15 @@ from snr_ray.config import Config
 from snr_ray.hashing import hash64
 from snr_ray.images.sources import open_source
 from snr_ray.noise.operator import NoiseSpec, noise_operator
-from snr_ray.stages.runlog import metrics_of, read_metrics
+from snr_ray.stages.runlog import read_metrics
 
 pytestmark = pytest.mark.ray
 
 # As many cores each as a node has, so that they are on two.
-TWO_WORKERS = ("--set", "train.num_workers=2", "--set", "train.cpus_per_worker=2",
-               "--set", "train.steps=40")  # fmt: skip
+TWO_WORKERS = ("--set", "train.num_workers=2", "--set", "train.cpus_per_worker=2")
+SMALL = ("--config", "smoke")
 VIEWS = ("--model", "notmnist", "--views", 20)
+SCANS = 600
 
 
 def add_workers(nodes: Nodes) -> None:
@@ -48,7 +50,7 @@ def add_workers(nodes: Nodes) -> None:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    with cluster() as there:
+    with cluster(jobs=True) as there:
         add_workers(there)
         yield there
 
@@ -126,35 +128,15 @@ def test_work_is_placed_by_labels(nodes: Nodes) -> None:
 
 def test_denoising_goes_on_when_a_node_is_killed(nodes: Nodes, tmp_path: Path) -> None:
     scans, whole, broken = tmp_path / "scans", tmp_path / "whole", tmp_path / "broken"
-    write_scans(scans, 600)
+    write_scans(scans, SCANS)
     words = ("denoise", *VIEWS, "--images", scans, "--out")
     nodes.run(*words, whole)
     job = nodes.start(*words, broken)
     until(lambda: list(broken.rglob("*.png")), job)
     nodes.lose(nodes.members[1])
     ended(job)
-    check_cleaned(broken, whole, 600)
+    check_cleaned(broken, whole, SCANS)
     nodes.add("cpu")
-
-
-@pytest.mark.long
-def test_training_goes_on_from_its_checkpoint_when_a_node_is_killed(
-    nodes: Nodes, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    job = nodes.start(
-        "train", "--config", "smoke", *TWO_WORKERS, "--images", "glyphs", "--out", run
-    )
-    until(lambda: list((run / "checkpoints").glob("step-*")), job)
-    first, second = nodes.members[1:]
-    assert first.workers("RayTrainWorker")
-    assert second.workers("RayTrainWorker")
-    nodes.lose(first)
-    nodes.add("cpu")
-    ended(job)
-    steps = [row["step"] for row in read_metrics(run / "metrics.jsonl") if "swap_psnr" in row]
-    assert steps == [10, 20, 30, 40]
-    assert (run / "model" / "model.safetensors").is_file()
 
 
 def _can_hide_folders() -> bool:
@@ -185,79 +167,103 @@ def test_a_node_without_the_mount_is_named_and_writes_nothing(tmp_path: Path) ->
     assert not list((share / "simulate").rglob("*.parquet"))
 
 
-# What follows takes long, and is asked for by name.
-
-
-@pytest.fixture(scope="module")
-def jobs() -> Iterator[Nodes]:
-    with cluster(jobs=True) as there:
-        add_workers(there)
-        yield there
-
-
 def submit(nodes: Nodes, stage: str, *words: object) -> subprocess.Popen[str]:
     """A stage through the Jobs API, as cluster/README.md says."""
     job = ["job", "submit", "--runtime-env", "cluster/runtime_env.yaml", "--working-dir", "."]
-    return subprocess.Popen(
+    started = subprocess.Popen(
         [RAY, *job, "--", "python", f"jobs/{stage}.py", *map(str, words)],
         env=nodes.environment, cwd=REPOSITORY, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
+    nodes.jobs.append(started)
+    return started
 
 
 @dataclass(frozen=True)
 class Trial:
     """A stage, what is killed of it when, and what must be equal."""
 
-    stage: str
     words: tuple[object, ...]
     begun: str
     """Files of the output folder that tell that it is at work."""
     equal: str
     """Files that must be those of an unbroken run."""
+    reads: str | None = None
+    """The stage before it, whose results it reads."""
 
 
-def trials(folder: Path) -> list[Trial]:
-    """The chain of stages; each reads what those before it wrote unbroken."""
-    small = ("--config", "smoke")
-    run = folder / "train"
-    return [
-        Trial("simulate", (*small, "--images", "glyphs"), "train/*.parquet", "*/*.parquet"),
-        Trial("train", (*small, *TWO_WORKERS, "--data", folder / "simulate"),
-              "checkpoints/step-*", "model/model.safetensors"),
-        # For two objectives no trial is ended early, which depends on what others know by then.
-        Trial("sweep", (*small, "--data", folder / "simulate", "--trials", 3,
-                        "--set", "sweep.steps=90", "--objective", "swap", "--objective", "inject"),
-              "trials/*/checkpoints/step-*", "trials/*/model/model.safetensors"),
-        Trial("denoise", (*VIEWS, "--images", folder / "scans"), "*/*.png", "*/*.png"),
-        Trial("evaluate", ("--model", run / "model", "--images", "glyphs", "--limit", 60,
-                           "--baselines", ""), "job.json", "metrics.json"),
-    ]  # fmt: skip
+@dataclass
+class Chain:
+    """The stages, of which each reads what those before it wrote unbroken."""
+
+    nodes: Nodes
+    folder: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What each took unbroken."""
+
+    def __post_init__(self) -> None:
+        write_scans(self.folder / "scans", SCANS)
+
+    def trial(self, stage: str) -> Trial:
+        data, model = self.folder / "simulate", self.folder / "train" / "model"
+        return {
+            "simulate": Trial((*SMALL, "--images", "glyphs"), "train/*.parquet", "*/*.parquet"),
+            "train": Trial(
+                (*SMALL, *TWO_WORKERS, "--data", data),
+                "checkpoints/step-*", "model/model.safetensors", "simulate",
+            ),
+            # For two objectives no trial is ended early, which depends on what others know by then.
+            "sweep": Trial(
+                (*SMALL, "--data", data, "--trials", 3,
+                 "--objective", "swap", "--objective", "inject"),
+                "trials/*/checkpoints/step-*", "trials/*/model/model.safetensors", "simulate",
+            ),
+            "denoise": Trial((*VIEWS, "--images", self.folder / "scans"), "*/*.png", "*/*.png"),
+            "evaluate": Trial(
+                ("--model", model, "--images", "glyphs", "--limit", 30, "--baselines", ""),
+                "job.json", "metrics.json", "train",
+            ),
+        }[stage]  # fmt: skip
+
+    def unbroken(self, stage: str) -> Path:
+        """Results of a stage that lost nothing, made once."""
+        out, trial = self.folder / stage, self.trial(stage)
+        if stage not in self.seconds:
+            if trial.reads:
+                self.unbroken(trial.reads)
+            since = time.monotonic()
+            self.nodes.run(stage, *trial.words, "--out", out)
+            self.seconds[stage] = time.monotonic() - since
+        return out
+
+
+@pytest.fixture(scope="module")
+def chain(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return Chain(nodes, tmp_path_factory.mktemp("chain"))
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
-def test_a_job_of_each_stage_loses_a_node(jobs: Nodes, tmp_path: Path) -> None:
-    write_scans(tmp_path / "scans", 1500)
-    rows = []
-    for trial in trials(tmp_path):
-        took = []
-        for name in (trial.stage, f"{trial.stage}-broken"):
-            out, since = tmp_path / name, time.monotonic()
-            job = submit(jobs, trial.stage, *trial.words, "--out", out)
-            if name != trial.stage:
-                until(lambda out=out, trial=trial: list(out.glob(trial.begun)), job)
-                hit = max(jobs.members[1:], key=lambda node: node.busy)
-                jobs.lose(hit)
-                jobs.add(hit.pool)
-            ended(job)
-            took.append(time.monotonic() - since)
-        equal = same(tmp_path / f"{trial.stage}-broken", tmp_path / trial.stage, trial.equal)
-        rows.append((trial.stage, took[0], took[1] - took[0], equal))
-        print("| {} | the raylet of a node | {:.0f} | {:+.0f} | {} |".format(*rows[-1]), flush=True)
-    assert all(equal for *_, equal in rows)
-    ids = pq.read_table(tmp_path / "denoise-broken" / "manifest.parquet")["id"].to_pylist()
-    assert len(ids) == len(set(ids)) == 1500
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("stage", ["simulate", "train", "sweep", "denoise", "evaluate"])
+def test_a_job_of_each_stage_loses_a_node(chain: Chain, stage: str) -> None:
+    nodes, trial, out = chain.nodes, chain.trial(stage), chain.folder / f"{stage}-broken"
+    whole, since = chain.unbroken(stage), time.monotonic()
+    job = submit(nodes, stage, *trial.words, "--out", out)
+    until(lambda: list(out.glob(trial.begun)), job)
+    if stage == "train":
+        assert all(node.workers("RayTrainWorker") for node in nodes.members[1:])
+    hit = max(nodes.members[1:], key=lambda node: node.busy)
+    nodes.lose(hit)
+    nodes.add(hit.pool)
+    ended(job)
+    took, unbroken = time.monotonic() - since, chain.seconds[stage]
+    print(f"| {stage} | the raylet of a node | {unbroken:.0f} | {took - unbroken:+.0f} |")
+    assert same(out, whole, trial.equal)
+    if stage == "train":
+        steps = [row["step"] for row in read_metrics(out / "metrics.jsonl") if "swap_psnr" in row]
+        assert steps == [10, 20]
+    if stage == "denoise":
+        check_cleaned(out, whole, SCANS)
 
 
 @pytest.fixture
@@ -271,39 +277,36 @@ def wire() -> Iterator[Cable]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
-def test_a_node_whose_packets_are_dropped_is_given_up(wire: Cable, tmp_path: Path) -> None:
-    scans, whole, broken = tmp_path / "scans", tmp_path / "whole", tmp_path / "broken"
-    write_scans(scans, 4000)
-    words = ("denoise", *VIEWS, "--images", scans, "--out")
+@pytest.mark.timeout(1500)
+def test_a_node_whose_packets_are_dropped_is_given_up(
+    chain: Chain, wire: Cable, tmp_path: Path
+) -> None:
+    whole = chain.unbroken("denoise")
     with cluster(host=wire.here) as nodes:
         nodes.add("cpu")
         nodes.add("gpu", before=wire.inside, at=wire.there)
-        since = time.monotonic()
-        nodes.run(*words, whole)
-        unbroken = time.monotonic() - since
-        job = nodes.start(*words, broken)
-        until(lambda: nodes.members[2].workers("_clean") and list(broken.rglob("*.png")), job)
+        job = nodes.start("denoise", *chain.trial("denoise").words, "--out", tmp_path)
+        until(lambda: nodes.members[2].workers("_clean") and list(tmp_path.rglob("*.png")), job)
         since = time.monotonic()
         wire.cut()
         ended(job)
-        print(f"cut off: ended {time.monotonic() - since:.0f} s later, of {unbroken:.0f} s")
-    check_cleaned(broken, whole, 4000)
+    unbroken = chain.seconds["denoise"]
+    print(f"cut off: ended {time.monotonic() - since:.0f} s later, of {unbroken:.0f} s")
+    check_cleaned(tmp_path, whole, SCANS)
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(1500)
 def test_a_bucket_is_storage_enough_for_several_nodes(
-    bucket: tuple[pafs.FileSystem, str], tmp_path: Path
+    chain: Chain, bucket: tuple[pafs.FileSystem, str]
 ) -> None:
     """Data, a run and scans in a bucket; a denoising job from it to it that loses a node."""
     store, query = bucket
-    small, scans, whole = ("--config", "smoke"), tmp_path / "in", tmp_path / "out"
-    run = open_folder(f"s3://bucket/run?{query}")
-    write_scans(scans, 1500)
+    nodes = chain.nodes
+    data, run = f"s3://bucket/data?{query}", open_folder(f"s3://bucket/run?{query}")
     for folder in ("a", "b"):
         store.create_dir(f"bucket/scans/{folder}")
-    pafs.copy_files(str(scans), "bucket/scans", destination_filesystem=store)
+    pafs.copy_files(str(chain.folder / "scans"), "bucket/scans", destination_filesystem=store)
 
     def cleaned() -> dict[str, bytes]:
         found = store.get_file_info(
@@ -312,25 +315,22 @@ def test_a_bucket_is_storage_enough_for_several_nodes(
         paths = [info.path for info in found if info.path.endswith(".png")]
         return {path.removeprefix("bucket/clean/"): _read(store, path) for path in paths}
 
-    with cluster() as nodes:
-        add_workers(nodes)
-        data = f"s3://bucket/data?{query}"
-        nodes.run("simulate", *small, "--images", "glyphs", "--out", data)
-        nodes.run("train", *small, *TWO_WORKERS, "--data", data, "--out", run)
-        nodes.run("denoise", *VIEWS, "--images", scans, "--out", whole)
-        words = ("--images", f"s3://bucket/scans?{query}", "--out", f"s3://bucket/clean?{query}")
-        job = nodes.start("denoise", *VIEWS, *words)
-        until(lambda: len(cleaned()) > 0, job)
-        nodes.lose(nodes.members[1])
-        nodes.add("cpu")
-        ended(job)
-    steps = [row["step"] for row in metrics_of(run) if "swap_psnr" in row]
-    assert steps == [10, 20, 30, 40]
-    assert run.exists("model/model.safetensors")
+    nodes.run("simulate", *SMALL, "--images", "glyphs", "--out", data)
+    nodes.run("train", *SMALL, *TWO_WORKERS, "--data", data, "--out", run)
+    words = ("--images", f"s3://bucket/scans?{query}", "--out", f"s3://bucket/clean?{query}")
+    job = nodes.start("denoise", *VIEWS, *words)
+    until(lambda: len(cleaned()) > 0, job)
+    hit = nodes.members[1]
+    nodes.lose(hit)
+    nodes.add(hit.pool)
+    ended(job)
+    weights = "model/model.safetensors"
+    assert run.read(weights) == (chain.unbroken("train") / weights).read_bytes()
+    whole = chain.unbroken("denoise")
     assert cleaned() == {
         str(path.relative_to(whole)): path.read_bytes() for path in whole.rglob("*.png")
     }
-    assert len(cleaned()) == 1500
+    assert len(cleaned()) == SCANS
 
 
 def _read(store: pafs.FileSystem, path: str) -> bytes:
@@ -341,14 +341,11 @@ def _read(store: pafs.FileSystem, path: str) -> bytes:
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_denoising_bears_kills_anywhere(
-    nodes: Nodes, tmp_path: Path, pytestconfig: pytest.Config
+    chain: Chain, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    scans, whole = tmp_path / "scans", tmp_path / "whole"
-    write_scans(scans, 4000)
-    words = ("denoise", *VIEWS, "--images", scans, "--out")
-    since = time.monotonic()
-    nodes.run(*words, whole)
-    unbroken = time.monotonic() - since
+    nodes, whole = chain.nodes, chain.unbroken("denoise")
+    words = ("denoise", *chain.trial("denoise").words, "--out")
+    unbroken = chain.seconds["denoise"]
     print(f"unbroken: {unbroken:.0f} s", flush=True)
     for k in range(pytestconfig.getoption("rounds")):
         draw, out = random.Random(hash64(f"kill/{k}")), tmp_path / f"{k}"
@@ -373,7 +370,7 @@ def test_denoising_bears_kills_anywhere(
                 nodes.add(hit.pool)
             ended(job)
         took = time.monotonic() - since
-        check_cleaned(out, whole, 4000)
+        check_cleaned(out, whole, SCANS)
         print(f"{k}: {victim} killed after {at:.0f} s with {n_done} images done, ended after "
               f"{took:.0f} s, all equal", flush=True)  # fmt: skip
         shutil.rmtree(out)

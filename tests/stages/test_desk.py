@@ -92,9 +92,8 @@ def test_what_grows_is_copied_now_and_then(run: Folder, monkeypatch: pytest.Monk
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_2_cpus")
 def test_a_run_in_a_bucket_is_the_run_of_a_folder(
-    tiny: Config, run: Folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Config, run: Folder, unbroken: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here = train(tiny, origin=GLYPHS, out=tmp_path / "run").out
     outcome = train(tiny, origin=GLYPHS, out=run)
     assert outcome.images == tiny.train.steps
     assert "test:test" not in str(outcome.out)
@@ -107,7 +106,9 @@ def test_a_run_in_a_bucket_is_the_run_of_a_folder(
           for x in ("config.yaml", "state.pt")),
         *(f"model/{x}" for x in ("README.md", "config.yaml", "metrics.json", "model.safetensors")),
     }  # fmt: skip
-    assert run.read("model/model.safetensors") == Path(here, "model/model.safetensors").read_bytes()
+    assert (
+        run.read("model/model.safetensors") == (unbroken / "model/model.safetensors").read_bytes()
+    )
     assert b"Done: snr train" in run.read("report.html")
     model = str(run.join("model"))
     assert load_model(model).config.train == tiny.train
@@ -122,14 +123,16 @@ def test_a_run_in_a_bucket_is_the_run_of_a_folder(
     run.write("checkpoints/step-000000020/state.pt", b"cut short")
     train(tiny, origin=GLYPHS, out=run)
     assert re.search(r"damaged: s3://.*step-000000020 .*goes on from", capsys.readouterr().err)
-    assert run.read("model/model.safetensors") == Path(here, "model/model.safetensors").read_bytes()
+    assert (
+        run.read("model/model.safetensors") == (unbroken / "model/model.safetensors").read_bytes()
+    )
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_killed_run_continues_from_the_bucket(
-    tiny: Config, bucket: tuple[pafs.FileSystem, str], tmp_path: Path
+    unbroken: Path, bucket: tuple[pafs.FileSystem, str]
 ) -> None:
     # Driver, Ray and workers all die at once, and with them what this machine knows.
     run = open_folder(f"s3://bucket/run?{bucket[1]}")
@@ -137,7 +140,6 @@ def test_a_killed_run_continues_from_the_bucket(
         sys.executable, "-m", "snr_ray.cli", "train", "--config", "smoke",
         "--set", "images.limit=200", "--images", "glyphs", "--out",
     ]  # fmt: skip
-    subprocess.run([*command, tmp_path / "run"], check=True, stderr=subprocess.DEVNULL)
     job = subprocess.Popen([*command, str(run)], start_new_session=True, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 180
     while not run.exists("checkpoints/step-000000010/state.pt"):
@@ -150,7 +152,7 @@ def test_a_killed_run_continues_from_the_bucket(
     assert done.returncode == 0, done.stderr.decode()
     assert [row["step"] for row in metrics_of(run) if "swap_psnr" in row] == [10, 20]
     weights = "model/model.safetensors"
-    assert run.read(weights) == (tmp_path / "run" / weights).read_bytes()
+    assert run.read(weights) == (unbroken / weights).read_bytes()
 
 
 @pytest.mark.ray

@@ -47,12 +47,6 @@ def weights(run: Path) -> np.ndarray:
     return np.concatenate([tensors[k].ravel() for k in sorted(tensors) if k.startswith("model.")])
 
 
-@pytest.fixture(scope="module")
-def unbroken(tiny: Config, ray_2_cpus: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 20 steps on one worker, from the source."""
-    return train(tiny, origin=GLYPHS, out=tmp_path_factory.mktemp("train") / "run").out
-
-
 def test_run_folder_holds_what_was_promised(tiny: Config, unbroken: Path) -> None:
     rows = read_metrics(unbroken / "metrics.jsonl")
     assert [row["step"] for row in rows if "swap_psnr" in row] == [10, 20]
