@@ -54,6 +54,8 @@ GROUP_BYTES = 8 * 2**20
 """Tensors of a row group: what a task holds in memory at once."""
 MIN_SHARD_ROWS = 256
 """Small sets are cut down to this, so that every core gets shards."""
+MAY_COME = 128
+"""Cores that an autoscaler may bring, which nobody says: shards are as if they were there."""
 STREAM_ROWS = 256
 """Rows per task where rows are streamed."""
 
@@ -171,10 +173,9 @@ def _plan(config: Config, source: Source, out: Folder) -> list[dict[str, Any]]:
     if not out.exists("plan.json"):
         total = sum(map(len, chosen.values()))
         by_size = SHARD_BYTES // row_bytes(config.images, len(config.noise.n_views))
-        # An autoscaler brings a node for each task that waits, and so for each shard.
-        by_cores = MIN_SHARD_ROWS
-        if not has_autoscaler():
-            by_cores = max(by_cores, math.ceil(total / (2 * cpus())))
+        # An autoscaler brings nodes for tasks that wait, and so for shards.
+        cores = max(cpus(), MAY_COME) if has_autoscaler() else cpus()
+        by_cores = max(MIN_SHARD_ROWS, math.ceil(total / (2 * cores)))
         rows_per_shard = max(1, min(by_size, by_cores))
         out.write("plan.json", json.dumps({"rows_per_shard": rows_per_shard}), durable=True)
     rows_per_shard = json.loads(out.read("plan.json"))["rows_per_shard"]

@@ -15,13 +15,14 @@ from snr_ray.address import open_folder
 from snr_ray.config import Config
 from snr_ray.errors import InputError
 from snr_ray.folder import JOB
-from snr_ray.images.collection import SPLITS
+from snr_ray.images.collection import SPLITS, Source
 from snr_ray.images.datafolder import DataFolder, tensors
 from snr_ray.images.sources import open_source
 from snr_ray.learning.batches import Share
 from snr_ray.learning.shardfeed import ShardFeed
 from snr_ray.localfolder import LocalFolder
 from snr_ray.noise.operator import NoiseSpec, noise_operator
+from snr_ray.stages import simulate as stage
 from snr_ray.stages.dataset import Origin, collect_pairs, count_rows, open_rows, settle
 from snr_ray.stages.simulate import simulate
 
@@ -254,3 +255,21 @@ def test_a_node_without_the_mount_writes_nothing_there(tiny: Config, tmp_path: P
         ):
             simulate(tiny, images="glyphs", out=out)
     assert out.list() == [JOB, "plan.json"]
+
+
+@pytest.mark.parametrize(("autoscaler", "at_least", "at_most"), [(False, 3, 20), (True, 200, 300)])
+def test_shards_are_many_where_nodes_may_come_but_not_without_bound(
+    autoscaler: bool,
+    at_least: int,
+    at_most: int,
+    tiny: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stage, "has_autoscaler", lambda: autoscaler)
+    monkeypatch.setattr(stage, "cpus", lambda: 2)
+    many = Source("many", [f"{k}.png" for k in range(100_000)], lambda index: b"")
+    whole = configs.replace(tiny, {"images.limit": None})
+    plan = stage._plan(whole, many, open_folder(tmp_path))
+    assert at_least <= len(plan) <= at_most
+    assert sum(len(shard["rows"]) for shard in plan) == 100_000
