@@ -17,7 +17,8 @@ import ray
 import yaml
 from ray._private.runtime_env.packaging import create_package
 
-from snr_ray import __version__, cli
+from snr_ray import __version__
+from snr_ray.arguments import parser
 from snr_ray.stages.cluster import OFF_HEAD, ON_CORES
 
 REPOSITORY = Path(__file__).parents[1]
@@ -191,7 +192,7 @@ def test_rayjob_entrypoint_is_a_command_that_parses() -> None:
     words = shlex.split(read("rayjob.yaml")["spec"]["entrypoint"])
     # The image copies jobs/ to the folder where jobs start.
     assert words[:2] == ["python", "jobs/rayjob.py"]
-    arguments = cli._parser().parse_args(words[2:])
+    arguments = parser().parse_args(words[2:])
     # What a retry continues must outlive its cluster.
     assert arguments.out.is_relative_to("/mnt/share")
 
