@@ -31,7 +31,7 @@ from snr_ray.outputs import Progress
 from snr_ray.scoring.jobpage import JobPage, denoise_report
 from snr_ray.stages import bulk, manifest, pools, retrylist
 from snr_ray.stages.cleaning import Cleaning, Maker, on_cores, on_gpus
-from snr_ray.stages.cluster import gpus
+from snr_ray.stages.cluster import cpus, gpus
 from snr_ray.stages.counters import count_images
 from snr_ray.stages.imagefiles import (
     DOUBTFUL,
@@ -48,8 +48,8 @@ MOST_IMAGES = 256
 """Images of a block at most; fewer where they are large."""
 GPU_BLOCK = 4
 """Blocks for a GPU are up to so many times as large."""
-GPU_BLOCKS = 128
-"""As long as a collection has so many: with fewer, some cores would read while others wait."""
+GPU_BLOCKS = 4
+"""As long as there are so many for each core: with fewer, some read while others have nothing."""
 LOOK_AT = 8
 """Images whose headers say how large the images of a collection are."""
 PAGE_IMAGES = 24
@@ -64,9 +64,11 @@ def images_per_block(values: float, passes: int = 1) -> int:
     return int(np.clip(PASS_PIXELS / max(values, 1), 1, MOST_IMAGES) / passes) or 1
 
 
-def gpu_block(per_block: int, n_images: int) -> int:
-    """Images of a block for a GPU, of a collection of so many; `per_block` is that for cores."""
-    return int(np.clip(n_images // GPU_BLOCKS, per_block, GPU_BLOCK * per_block))
+def gpu_block(per_block: int, n_images: int, n_cores: int) -> int:
+    """Images of a block for a GPU, of a collection of so many, read and written by so many cores;
+    `per_block` is that without GPUs."""
+    even = n_images // (GPU_BLOCKS * max(1, n_cores))
+    return int(np.clip(even, per_block, GPU_BLOCK * per_block))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ class Job:
         n_gpus, per_block = self._gpus(), self._per_block()
         if not n_gpus:
             return self.drive(on_cores(cleaning, maker), per_block)
-        per_block = gpu_block(per_block, len(self.done))
+        per_block = gpu_block(per_block, len(self.done), cpus())
         wait = self.running.stall_minutes
         return self.drive(on_gpus(cleaning, maker, n_gpus, wait, per_block), per_block)
 

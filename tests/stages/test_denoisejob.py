@@ -38,11 +38,13 @@ def rows(out: Path) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize(
-    ("n_images", "per_block"), [(1, 256), (24_000, 256), (72_000, 562), (10**8, 1024)]
+    ("n_images", "n_cores", "per_block"),
+    [(1, 16, 256), (24_000, 16, 375), (24_000, 2, 1024), (10**8, 16, 1024), (9, 0, 256)],
 )
-def test_blocks_for_gpus_are_large_where_there_are_many(n_images: int, per_block: int) -> None:
-    assert gpu_block(256, n_images) == per_block
-    assert gpu_block(1, n_images) in (1, 4)
+def test_blocks_for_gpus_are_large_where_all_cores_have_some(
+    n_images: int, n_cores: int, per_block: int
+) -> None:
+    assert gpu_block(256, n_images, n_cores) == per_block
 
 
 def test_names_of_the_job_never_meet_those_of_images(
