@@ -31,6 +31,9 @@ HERE = {
     "RAY_memory_monitor_refresh_ms": "0",  # the machine's memory may be others'
     "RAY_agent_register_timeout_ms": "200000",  # these two as a busy machine needs them
     "RAY_worker_register_timeout_seconds": "200",
+    "AWS_ACCESS_KEY_ID": "test",  # without keys a client asks in another form, which moto misreads
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_EC2_METADATA_DISABLED": "true",
     "OMP_WAIT_POLICY": "PASSIVE",  # nodes have more cores than the machine: who spins holds them up
 }
 

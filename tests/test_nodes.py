@@ -242,7 +242,7 @@ def chain(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return Chain(nodes, tmp_path_factory.mktemp("chain"))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("stage", ["simulate", "train", "sweep", "denoise", "evaluate"])
 def test_a_job_of_each_stage_loses_a_node(chain: Chain, stage: str) -> None:
@@ -276,7 +276,7 @@ def wire() -> Iterator[Cable]:
         yield laid
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_node_whose_packets_are_dropped_is_given_up(
     chain: Chain, wire: Cable, tmp_path: Path
@@ -295,7 +295,7 @@ def test_a_node_whose_packets_are_dropped_is_given_up(
     check_cleaned(tmp_path, whole, SCANS)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_bucket_is_storage_enough_for_several_nodes(
     chain: Chain, bucket: tuple[pafs.FileSystem, str]
@@ -338,7 +338,7 @@ def _read(store: pafs.FileSystem, path: str) -> bytes:
         return bytes(file.read())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_denoising_bears_kills_anywhere(
     chain: Chain, tmp_path: Path, pytestconfig: pytest.Config
@@ -397,7 +397,7 @@ def blocks(heading: str) -> list[str]:
     return section.split("```")[1::2]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_channels_are_encrypted_by_the_commands_of_the_page(tmp_path: Path) -> None:
     commands = "set -e\n" + "\n".join(blocks("Encrypted channels")) + "\nenv -0"
     made = subprocess.run(

@@ -39,7 +39,7 @@ def rows(out: Path) -> dict[str, dict]:
 
 @pytest.mark.parametrize(
     ("n_images", "n_cores", "per_block"),
-    [(1, 16, 256), (24_000, 16, 375), (24_000, 2, 1024), (10**8, 16, 1024), (9, 0, 256)],
+    [(1, 16, 256), (9_000, 16, 562), (24_000, 16, 1024), (10**8, 16, 1024), (9, 0, 256)],
 )
 def test_blocks_for_gpus_are_large_where_all_cores_have_some(
     n_images: int, n_cores: int, per_block: int
