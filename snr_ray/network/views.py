@@ -3,14 +3,13 @@
 image --spectrum--> a few likely counts --noise code--> those near it --solver, told each--> the one
 that explains it best
 
-The spectrum decides alone where it is sure, which it mostly is (`snr_ray.noise.spokes`); the solver
-is asked where the image is small, its views are many, or its own lines look like those of a scan.
-On an image of 512 pixels that takes seconds for each count, so halves and doubles, which spectra
-confuse and noise codes do not, are left out where both agree.
+The spectrum decides alone where it is sure, which it mostly is (`snr_ray.noise.likelyviews`); the
+solver is asked where the image is small, its views are many, or its own lines look like those of a
+scan. On an image of 512 pixels that takes seconds for each count, so halves and doubles, which
+spectra confuse and noise codes do not, are left out where both agree.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,67 +17,25 @@ from torch import Tensor
 
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.swap import exchange
+from snr_ray.noise.likelyviews import Likely, likely
 from snr_ray.noise.operator import NoiseSpec
-from snr_ray.noise.spokes import spokes, view_counts
 
 Array = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
 
-SMALLEST_SIDE = 8
-"""Height and width that images need at least."""
-SURE = 60.0
-"""Log-likelihood ahead of all other counts that needs no second opinion."""
-AGAINST = 0.25
-"""Of that lead, what another count may be ahead of all others under another floor of the spectrum:
-large images are so many numbers that even the wrong floor is certain of something."""
-FEW = 0.1
-"""Views per pixel below which no spectrum is sure: the edges of a smooth image are few spokes, too,
-and are looked past for candidates."""
 NEAR = 1.6
 """Factor between what the spectrum and the noise codes say where they agree: the codes are right to
 a fourth (shipped/choices.md)."""
-CANDIDATES = 4
-"""Counts of each kind of spectrum that the solver is asked about, and their halves and doubles."""
-
-
-@dataclass(frozen=True)
-class Likely:
-    """What the spectrum of an image says."""
-
-    best: int
-    sure: bool
-    others: list[int]
-    """Counts that are also likely, in no order."""
-
-
 Explains = Callable[[Counts, int], npt.NDArray[np.float64]]
 """rows of images, a count -> how well it explains each of them, in dB."""
 
 
-def likely(images: Array) -> list[Likely]:
-    """Likely view counts of each of the images [B, C, H, W]."""
-    counts = view_counts(*images.shape[2:])
-    many = counts >= FEW * max(images.shape[2:])
-    return [_likely(found, counts, many) for found in spokes(images)]
-
-
-def _likely(found: npt.NDArray[np.float64], counts: Counts, many: npt.NDArray[np.bool_]) -> Likely:
-    """By the log-likelihoods of one image, [floors, counts]."""
-    order = np.argsort(found, axis=1)
-    lead = np.take_along_axis(found, order[:, -1:], 1)[:, 0]
-    if len(counts) > 1:
-        lead = lead - np.take_along_axis(found, order[:, -2:-1], 1)[:, 0]
-    firsts, clearest = counts[order[:, -1]], int(lead.argmax())
-    others_lead = max(lead[firsts != firsts[clearest]], default=0.0)
-    ahead = bool(lead[clearest] > SURE and others_lead < max(SURE, AGAINST * lead[clearest]))
-    past = np.argsort(np.where(many, found, -np.inf), axis=1)
-    others = {int(k) for places in (order, past) for k in counts[places[:, -CANDIDATES:]].ravel()}
-    others |= {half for k in firsts for half in (int(k) // 2, 2 * int(k))} & set(counts.tolist())
-    sure = ahead and bool(many[order[clearest, -1]])
-    return Likely(int(firsts[clearest]), sure, sorted(others))
-
-
-def find_views(images: Array, explains: Explains, guesses: Counts | None = None) -> Counts:
+def find_views(
+    images: Array,
+    explains: Explains,
+    guesses: Counts | None = None,
+    seen: Sequence[Likely] | None = None,
+) -> Counts:
     """View count of each image [B], by itself.
 
     Args:
@@ -86,8 +43,9 @@ def find_views(images: Array, explains: Explains, guesses: Counts | None = None)
         explains: how well images are explained by what they are cleaned to when told a count; it
             is asked for a few counts, of those images of which the spectrum is not sure.
         guesses: what the noise codes say, [B], which is another count to ask about; 0 is none.
+        seen: what the spectra say, where somebody has looked at them.
     """
-    seen = likely(images)
+    seen = likely(images) if seen is None else seen
     rows = [[] if one.sure else _asked(one, 0 if guesses is None else int(guesses[k]))
             for k, one in enumerate(seen)]  # fmt: skip
     found = np.array([one.best for one in seen], np.int64)

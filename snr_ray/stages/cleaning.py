@@ -88,6 +88,8 @@ class Cleaning:
     """Bytes of memory that cleaning takes for each value of an image."""
     pass_values: int = PASS_PIXELS
     """Values of images that pass the network together."""
+    finds_views: bool = False
+    """Whether the view count of each image is to be found."""
 
 
 def on_cores(job: Cleaning, maker: Maker) -> Work:
@@ -223,8 +225,18 @@ def _read_block(job: Cleaning, indices: Indices) -> tuple[list[Portion], list[St
     stacks: list[Stack] = []
     for opened, some, failed in open_files(files, job.images, job.per_value, job.pass_values):
         portions.append((opened, len(some), failed))
-        stacks += some
+        stacks += map(_looked_at, some) if job.finds_views else some
     return portions, stacks
+
+
+def _looked_at(stack: Stack) -> Stack:
+    """With what its spectra say: it takes as long as all else of an answer, and here cores share
+    it."""
+    from snr_ray.noise.likelyviews import SMALLEST_SIDE, likely  # SciPy, which few jobs need
+
+    if min(stack.pixels.shape[2:]) < SMALLEST_SIDE:
+        return stack
+    return replace(stack, likely=likely(stack.pixels))
 
 
 _read = ray.remote(**_TASK, num_returns=2)(_read_block)
@@ -303,4 +315,5 @@ def _repeated(stack: Stack, n: int) -> Stack:
         pixels=np.repeat(stack.pixels[:1], n, axis=0),
         ids=list(stack.ids[:1]) * n,
         owners=list(stack.owners[:1]) * n,
+        likely=stack.likely and stack.likely[:1] * n,
     )

@@ -161,6 +161,7 @@ def denoise(
                 images=config.images,
                 target=Target(folder.claimed(), fingerprint(repr(identity)), injects, doubtful),
                 per_value=bytes_per_value(trained.config, told),
+                finds_views=not injects and told is None and trained.views is not None,
             )
             job.run(cleaning, SwapperMaker(trained, pool, options))
     title = "Noise removed" if inject is None else f"Noise of {inject} views injected"
@@ -207,7 +208,8 @@ def _detect_views(trained: "TrainedModel", source: Source, config: Config) -> in
     Raises:
         InputError: if they are not of one view count, or none can be read.
     """
-    from snr_ray.network.views import SMALLEST_SIDE, explaining, find_views
+    from snr_ray.network.views import explaining, find_views
+    from snr_ray.noise.likelyviews import SMALLEST_SIDE
 
     found: dict[str, int] = {}
     decibels, reason = 0.0, ""

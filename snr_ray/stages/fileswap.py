@@ -21,7 +21,8 @@ from snr_ray.network.blocks import Normal
 from snr_ray.network.swap import NoiseCodes, detect, exchange, explained, on_device, swap
 from snr_ray.network.tiles import TILE, in_tiles
 from snr_ray.network.trust import doubtful
-from snr_ray.network.views import SMALLEST_SIDE, explaining, find_views
+from snr_ray.network.views import explaining, find_views
+from snr_ray.noise.likelyviews import SMALLEST_SIDE
 from snr_ray.stages.imagefiles import (
     Answer,
     ImageFile,
@@ -108,7 +109,7 @@ class FileSwapper:
 
     def _answer(self, stack: Stack, donors: list[int]) -> Answer:
         model, images = self.trained.model, stack.pixels
-        ids, found = self._noise_ids(images), self._found(images)
+        ids, found = self._noise_ids(images), self._found(stack)
         answer = Answer(images, donors, [""] * len(images))
         noise = self._lent(donors, images)
         if model.noise_maker is None and not self.samples and max(images.shape[2:]) > TILE:
@@ -163,10 +164,10 @@ class FileSwapper:
             return np.full(len(images), self.trained.noise_id(self.n_views))
         return detect(self.trained.model, self.trained.codes, images)
 
-    def _found(self, images: Array) -> Ids | None:
-        """View counts of noisy images [B, C, H, W] that nobody has told, each found by itself; of
-        a model of a range, whose noise codes come near and no further. None elsewhere."""
-        trained = self.trained
+    def _found(self, stack: Stack) -> Ids | None:
+        """View counts of noisy images that nobody has told, each found by itself; of a model of a
+        range, whose noise codes come near and no further. None elsewhere."""
+        trained, images = self.trained, stack.pixels
         if self.inject or self.n_views is not None or trained.views is None:
             return None
         counts, clean = trained.guess_views(images), trained.codes.mean(0)
@@ -176,7 +177,8 @@ class FileSwapper:
         if len(rows):
             noisy = images[rows]
             explains = explaining(trained.model, clean, noisy, trained.geometry)
-            counts[rows] = find_views(noisy, explains, counts[rows])
+            seen = stack.likely and [stack.likely[row] for row in rows]
+            counts[rows] = find_views(noisy, explains, counts[rows], seen)
         return counts
 
     def _sample(
@@ -230,10 +232,7 @@ def on(trained: TrainedModel, device: str) -> TrainedModel:
 
 def _parts(stack: Stack, step: int) -> list[Stack]:
     """A stack as stacks of at most so many images."""
-    return [
-        Stack(stack.pixels[k : k + step], stack.owners[k : k + step], stack.ids[k : k + step])
-        for k in range(0, len(stack.ids), step)
-    ]
+    return [stack.part(slice(k, k + step)) for k in range(0, len(stack.ids), step)]
 
 
 def _joined(parts: list[Answer]) -> Answer:

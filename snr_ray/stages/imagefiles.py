@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from posixpath import splitext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,9 @@ from snr_ray.images.formats import OpenFile, open_file
 from snr_ray.images.pixels import Made
 from snr_ray.images.zarrfolder import write_image
 from snr_ray.stages.room import check_room
+
+if TYPE_CHECKING:  # SciPy is slow to import
+    from snr_ray.noise.likelyviews import Likely
 
 Array = npt.NDArray[np.float32]
 Row = dict[str, Any]
@@ -111,6 +114,13 @@ class Stack:
     """Of each the place of its file in the list of opened files, and its place in the file."""
     ids: list[str]
     """That of the file; of the second and later pictures of a file, with their place."""
+    likely: "list[Likely] | None" = None
+    """What the spectra of the pictures say of their view counts, where that was looked at."""
+
+    def part(self, some: slice) -> "Stack":
+        """Some of the pictures."""
+        seen = None if self.likely is None else self.likely[some]
+        return Stack(self.pixels[some], self.owners[some], self.ids[some], seen)
 
 
 @dataclass

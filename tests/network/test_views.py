@@ -9,7 +9,8 @@ from skimage.transform import resize
 from snr_ray.config import ImagesConfig
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import load_model
-from snr_ray.network.views import explaining, find_views, likely
+from snr_ray.network.views import explaining, find_views
+from snr_ray.noise.likelyviews import likely
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 
 

@@ -24,7 +24,9 @@ from snr_ray.localfolder import LocalFolder
 from snr_ray.metrics import psnr
 from snr_ray.network.swap import swap
 from snr_ray.network.viewcount import ViewCountMaker
+from snr_ray.noise.likelyviews import Likely, likely
 from snr_ray.noise.operator import NoiseSpec, noise_operator
+from snr_ray.stages.cleaning import Cleaning, _read_block
 from snr_ray.stages.fileswap import FileSwapper
 from snr_ray.stages.imagefiles import (
     MANIFEST_SCHEMA,
@@ -232,6 +234,27 @@ def test_a_model_of_a_range_finds_the_view_count_of_each_image(
             code = [torch.from_numpy(level) for level in pool]
             told = swap(trained.model, noisy[k][None], code, geometry=NoiseSpec(n_views))
             np.testing.assert_allclose(np.load(out_ / f"{k}.npy"), told[0, 0].clip(0, 1), atol=1e-3)
+
+
+def test_spectra_that_readers_have_seen_are_not_looked_at_again(tmp_path: Path) -> None:
+    photos, config = open_source("photos"), ImagesConfig(size=48, channels=1)
+    clean = np.stack([photos.load(row, config) for row in (3, 900, 2000)])
+    for k, image in enumerate(noise_operator(NoiseSpec(20), 48, 48)(clean)):
+        np.save(tmp_path / f"{k}.npy", image[0])
+    trained, source = load_model("any"), open_source(str(tmp_path))
+    job = Cleaning("key", source, ImagesConfig(white=1.0), Target(LocalFolder(tmp_path)), 0)
+    ((_, [unseen]), (_, [seen])) = (
+        _read_block(replace(job, finds_views=finds), np.arange(3)) for finds in (False, True)
+    )
+    assert unseen.likely is None
+    assert seen.likely == likely(seen.pixels)
+    swapper = FileSwapper(trained, [level.numpy() for level in trained.codes.mean(0)])
+    first, second = (swapper.answer(stack) for stack in (unseen, seen))
+    np.testing.assert_array_equal(first.images, second.images)
+    # What they say is taken, in parts of a stack, too.
+    said = replace(seen, likely=[Likely(n_views, True, []) for n_views in (5, 6, 7)])
+    parts = [said.part(slice(k, k + 1)) for k in range(3)]
+    assert [int(swapper.answer(part).n_views[0]) for part in parts] == [5, 6, 7]
 
 
 def test_injected_noise_leaves_the_range_in_float_files_alone(
