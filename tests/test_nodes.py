@@ -1,9 +1,7 @@
 """Stages on a cluster of three nodes, of which one is lost.
 
-pytest tests/test_nodes.py                  what every run of the tests has
-pytest tests/test_nodes.py -m long -s       each stage as a job that loses a node, with the seconds
-                                            that it costs; dropped packets, a bucket, kills anywhere
-pytest tests/test_nodes.py -m long -k anywhere --rounds 20 -s     a denoising job killed 20 times
+pytest tests/test_nodes.py -s                 with the seconds that a lost node costs each stage
+pytest tests/test_nodes.py -k anywhere --rounds 20 -s         a denoising job killed 20 times
 """
 
 import contextlib
