@@ -38,9 +38,7 @@ def test_each_stage_starts_from_no_nodes(
         "simulate": (*small, "--images", "glyphs"),
         "train": (*small, *two, "--data", data),
         "sweep": (*small, "--data", data, "--trials", 3),
-        # Of a model that has learnt next to nothing all results are doubtful.
-        "denoise": ("--model", run / "model", "--images", image_folder, "--doubtful", "write",
-                    "--gpus", 1),
+        "denoise": ("--model", run / "model", "--images", image_folder, "--gpus", 1),
         "evaluate": ("--model", run / "model", "--images", "glyphs", "--limit", 20,
                      "--baselines", ""),
     }  # fmt: skip
@@ -53,7 +51,8 @@ def test_each_stage_starts_from_no_nodes(
                 most = max(most, nodes.alive())
                 time.sleep(0.5)
             said = job.communicate()[0]
-            assert job.returncode == 0, said
+            # Of a model that has learnt next to nothing all results are doubtful.
+            assert job.returncode == (3 if stage == "denoise" else 0), said
             took = time.monotonic() - since
             until(lambda: nodes.alive() == 1, nodes.members[0].process)
             gone = time.monotonic() - since - took
