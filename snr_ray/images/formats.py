@@ -13,7 +13,7 @@ from posixpath import splitext
 
 import numpy as np
 
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, check
 from snr_ray.images import dicom, nifti, omezarr, raster, tiff, zarrfolder
 from snr_ray.images.errors import unreadable
 from snr_ray.images.pixels import (
@@ -147,6 +147,10 @@ def open_file(
     except Exception as error:  # decoders raise anything on damaged bytes
         raise unreadable(name, error, "as an image") from None
     frames = [scale(stored, name, white=white, window=window) for stored in contents.frames]
+    check(
+        bool(frames),
+        f"An image file must hold pixels, but {name} holds no picture; replace the file.",
+    )
     return OpenFile(name, kind, frames, contents.write)
 
 

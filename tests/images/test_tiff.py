@@ -255,6 +255,12 @@ def test_complex_numbers_are_refused() -> None:
         decode(tiff(GREY.astype(np.complex64)), "a.tif", white=1)
 
 
+@pytest.mark.parametrize("data", [b"II*\0\x08\0\0\0", b"II*\0\0\0\0\0"])
+def test_a_file_without_a_picture_is_refused(data: bytes) -> None:
+    with pytest.raises(InputError, match=r"must hold pixels, but a\.tif holds no picture"):
+        open_file(data, "a.tif")
+
+
 def test_a_damaged_file_is_told_from_a_decoder_that_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
