@@ -12,13 +12,35 @@ MAX_BLOCK = 4 * LANES
 BLOCK_BYTES = 64 * 2**20
 """Memory for the pixels of the images that go through the loops together, if more than one."""
 
+TURNED_PIXELS = 2**16
+"""Images from so many pixels on are turned where few come together."""
+TURNED = 2 * LANES
+"""Turned images of a block at most; more images fill the vectors by themselves."""
+
+
+def n_turns(height: int, width: int, n_images: int) -> int:
+    """Turned images of each of n images of a shape (see `turns`): 4, 2, or 1 for the image itself.
+
+    Rays have as many samples as there are bins. Where these are even there is one more on one side
+    than on the other, which may meet a corner, and mirrored it would not.
+    """
+    turns = 4 if height == width else 2
+    small = height * width < TURNED_PIXELS
+    many = n_images * turns > TURNED
+    large = 4 * turns * height * width > BLOCK_BYTES
+    return 1 if small or many or large or n_bins_of(height, width) % 2 == 0 else turns
+
 
 def working_bytes(height: int, width: int, n_views: int, n_images: int = 1) -> int:
     """Memory in bytes, about, to make the noise of so many images of a shape: what the loops and
     the filter hold at a time, and the images that go in and come out."""
-    block, bins = block_width(min(n_images, block_of(height, width))), n_bins_of(height, width)
-    kept = 2 * 4 * n_views * bins
-    return 4 * (height * width * (block + 2 * n_images) + 2 * n_views * bins * block) + kept
+    together, bins = min(n_images, block_of(height, width)), n_bins_of(height, width)
+    turns = n_turns(height, width, together)
+    block, columns = block_width(turns * together), block_width(together)
+    copies = 0 if turns == 1 else 2 * block  # the turned images, and those that come back
+    pixels = height * width * (block + copies + 2 * n_images)
+    sinograms = n_views * bins * (2 * columns + (0 if turns == 1 else -(-block // turns)))
+    return 4 * (pixels + sinograms) + 2 * 4 * n_views * bins
 
 
 def n_bins_of(height: int, width: int) -> int:

@@ -12,6 +12,7 @@ float64, added after the filter, where sums are small again.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from snr_ray.config import VIEWS_PER_PIXEL
 from snr_ray.errors import InputError, check
-from snr_ray.noise.blocks import block_of, block_width, n_bins_of, working_bytes
+from snr_ray.noise.blocks import block_of, block_width, n_bins_of, n_turns, working_bytes
 from snr_ray.noise.filters import filtered
 from snr_ray.noise.rays import (
     back_project,
@@ -33,6 +34,7 @@ from snr_ray.noise.rays import (
 )
 from snr_ray.noise.spec import NoiseSpec, noise_specs, spec_hash
 from snr_ray.noise.sums import Block, scratch
+from snr_ray.noise.turns import Turns
 
 __all__ = [
     "NoiseSpec",
@@ -107,7 +109,7 @@ class RadonNoise:
         n_planes = len(flat) // max(1, len(images)) if images.ndim > 2 else 1
         out = np.empty_like(flat)
         for rows in self._blocks(len(flat)):
-            sinogram = self._project(flat[rows], OFFSET)
+            sinogram = self._sinograms(project, flat[rows], OFFSET)
             for column in range(len(flat[rows]) if self.spec.photons else 0):
                 place, plane = divmod(rows.start + column, n_planes)
                 seed = place if seeds is None else seeds[place]
@@ -121,7 +123,7 @@ class RadonNoise:
         flat = self._flatten(images)
         out = np.empty_like(flat)
         for rows in self._blocks(len(flat)):
-            self._reconstruct(self._project(flat[rows], OFFSET), out[rows])
+            self._reconstruct(self._sinograms(project, flat[rows], OFFSET), out[rows])
         return out.reshape(images.shape)
 
     def transposed(self, images: npt.NDArray[np.floating]) -> Array:
@@ -130,15 +132,9 @@ class RadonNoise:
         flat = self._flatten(images)
         out = np.empty_like(flat)
         for rows in self._blocks(len(flat)):
-            pixels = self._pixels(flat[rows], 0.0)
-            sinogram = self._sinogram("sinogram", pixels.shape[1])
-            sinogram[:] = 0
-            self._loop(back_project_transposed, sinogram, pixels)
-            filtered(sinogram, self.spec.filter, self._sinogram("filtered", pixels.shape[1]))
-            pixels[:] = 0
-            sinogram = self._sinogram("filtered", pixels.shape[1])
-            self._loop(project_transposed, pixels, sinogram)
-            empty(pixels, self._scale, self._tiles(pixels), out[rows])
+            sinogram = self._sinograms(back_project_transposed, flat[rows], 0.0)
+            clean = self._filtered(sinogram)
+            self._images(project_transposed, clean, out[rows])
         return out.reshape(images.shape)
 
     @property
@@ -156,7 +152,7 @@ class RadonNoise:
         flat = self._checked(images)
         out = np.empty((len(flat), self.n_bins, self.spec.n_views), np.float32)
         for rows in self._blocks(len(flat)):
-            sinogram = self._project(flat[rows], OFFSET)
+            sinogram = self._sinograms(project, flat[rows], OFFSET)
             sinogram += self._flat[0][..., None]
             out[rows] = sinogram.T[: len(out[rows])]
         return out.reshape(*images.shape[:-2], self.n_bins, self.spec.n_views)
@@ -167,7 +163,7 @@ class RadonNoise:
         columns = np.empty((n_pixels, self.height, self.width), np.float32)
         identity = np.eye(n_pixels, dtype=np.float32).reshape(columns.shape)
         for rows in self._blocks(n_pixels):
-            self._reconstruct(self._project(identity[rows], 0.0), columns[rows], 0.0)
+            self._reconstruct(self._sinograms(project, identity[rows], 0.0), columns[rows], 0.0)
         return columns.reshape(n_pixels, n_pixels).T
 
     def _checked(self, images: npt.NDArray[np.floating]) -> Array:
@@ -193,48 +189,72 @@ class RadonNoise:
     def _blocks(self, n: int) -> list[slice]:
         return [slice(k, min(k + self.block, n)) for k in range(0, n, self.block)]
 
-    def _tiles(self, pixels: Block) -> npt.NDArray[np.int64]:
-        return tiles(self.height, self.width, pixels.shape[1])
+    @functools.cached_property
+    def _its_turns(self) -> Turns:
+        return Turns.of(self.height, self.width, self.spec.n_views)
 
-    def _pixels(self, flat: Array, offset: float) -> Block:
-        """Images [n, H, W] less an offset as a block [H*W, B], whose columns from n on are 0."""
-        pixels = scratch("pixels", self.height * self.width, block_width(len(flat)))
-        fill(flat, np.float32(offset), self._tiles(pixels), pixels)
-        return pixels
+    def _turns(self, n_images: int) -> Turns | None:
+        """How so many images are turned, None if they stay as they are."""
+        half_turn = self.spec.angle_range == 180
+        turns = n_turns(self.height, self.width, n_images) > 1 and half_turn
+        return self._its_turns if turns else None
 
-    def _sinogram(self, name: str, n_images: int) -> Block:
-        return scratch(name, self.spec.n_views, self.n_bins, n_images)
-
-    def _loop(self, loop: Callable[..., None], a: Block, b: Block) -> None:
-        """Run a loop between pixels [H*W, B] and sinograms [A, N, B], in the order it takes."""
-        n_images, shape = a.shape[-1], (self.height, self.width)
-        grid = tiles(*shape, n_images)
-        a, b = a.reshape(-1, n_images), b.reshape(-1, n_images)
-        loop(a, grid, self.angles, shape, self.n_bins, b)
-
-    def _project(self, flat: Array, offset: float) -> Block:
-        """Sinograms [A, N, B] of images [n, H, W] less an offset."""
-        pixels = self._pixels(flat, offset)
-        sinogram = self._sinogram("sinogram", pixels.shape[1])
+    def _sinograms(self, loop: Callable[..., None], flat: Array, offset: float) -> Block:
+        """Sinograms [A, N, B], B at least n, that a loop makes of images [n, H, W] less an
+        offset; those from n on are 0."""
+        n_images, turns, n_views = len(flat), self._turns(len(flat)), self.spec.n_views
+        if turns is not None:
+            flat, offset, n_views = turns.turn(flat, offset), 0.0, turns.n_views
+        shape, columns = flat.shape[1:], block_width(len(flat))
+        pixels = scratch("pixels", math.prod(shape), columns)
+        fill(flat, np.float32(offset), tiles(*shape, columns), pixels)
+        sinogram = self._scratch("seen", n_views, columns)
         sinogram[:] = 0
-        self._loop(project, pixels, sinogram)
-        return sinogram
+        self._loop(loop, pixels, sinogram, shape)
+        if turns is None:
+            return sinogram
+        whole = self._scratch("sinogram", self.spec.n_views, block_width(n_images))
+        return turns.gather(sinogram, n_images, whole)
+
+    def _images(self, loop: Callable[..., None], sinogram: Block, out: Array) -> None:
+        """Images [n, H, W] that a loop makes of sinograms [A, N, B], times the weight of a view."""
+        turns, made = self._turns(len(out)), out
+        if turns is not None:
+            made = np.empty((turns.n * len(out), *turns.shape), np.float32)
+            columns = block_width(len(made))
+            parts = self._scratch("seen", turns.n_views, columns)
+            sinogram = turns.spread(sinogram, len(out), parts)
+        shape, columns = made.shape[1:], sinogram.shape[2]
+        pixels = scratch("pixels", math.prod(shape), columns)
+        pixels[:] = 0
+        self._loop(loop, pixels, sinogram, shape)
+        weight = np.float32(np.pi / (2 * self.spec.n_views))
+        empty(pixels, weight, tiles(*shape, columns), made)
+        if turns is not None:
+            out[:] = turns.sum(made)
+
+    def _loop(
+        self, loop: Callable[..., None], pixels: Block, sinogram: Block, shape: tuple[int, ...]
+    ) -> None:
+        """Run a loop between pixels [H*W, B] of a shape and sinograms [A, N, B]."""
+        columns, angles = pixels.shape[1], self.angles[: len(sinogram)]
+        first, last = pixels, sinogram.reshape(-1, columns)
+        if loop in (back_project, back_project_transposed):
+            first, last = last, first
+        loop(first, tiles(*shape, columns), angles, shape, self.n_bins, last)
+
+    def _scratch(self, name: str, n_views: int, columns: int) -> Block:
+        return scratch(name, n_views, self.n_bins, columns)
+
+    def _filtered(self, sinogram: Block) -> Block:
+        return filtered(sinogram, self.spec.filter, self._scratch("filtered", *sinogram.shape[::2]))
 
     def _reconstruct(self, sinogram: Block, out: Array, offset: float = OFFSET) -> None:
         """Images [n, H, W] of sinograms [A, N, B] of images less an offset."""
-        n_images = sinogram.shape[2]
-        clean = filtered(sinogram, self.spec.filter, self._sinogram("filtered", n_images))
+        clean = self._filtered(sinogram)
         if offset:
             clean += self._flat[1][..., None]
-        pixels = scratch("pixels", self.height * self.width, n_images)
-        pixels[:] = 0
-        self._loop(back_project, clean, pixels)
-        empty(pixels, self._scale, self._tiles(pixels), out)
-
-    @property
-    def _scale(self) -> np.float32:
-        """The weight of a view."""
-        return np.float32(np.pi / (2 * self.spec.n_views))
+        self._images(back_project, clean, out)
 
     @property
     def _flat(self) -> tuple[Array, Array]:
