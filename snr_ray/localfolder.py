@@ -17,8 +17,8 @@ from snr_ray.folder import JOB, Folder, NotShared, inside
 
 MOUNT_S = 5.0
 """How long a node may take to see a file that another has written."""
-SWAPS = 8
-"""How often a folder is tried to be put in the place of another that comes back."""
+SWAP_S = 30.0
+"""How long a folder is tried to be put in the place of another that comes back."""
 _PARTIAL = ".partial"
 
 
@@ -184,13 +184,14 @@ def discard(path: Path) -> None:
 def _into_place(partial: Path, path: Path) -> None:
     """Give a file or folder its name. A folder is put aside for another, as no file system that is
     common exchanges them; who is killed in between leaves neither."""
-    for left in reversed(range(SWAPS)):
+    late = time.monotonic() + SWAP_S
+    while True:
         try:
             os.replace(partial, path)
             return
         except OSError as error:
             taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
-            if not (partial.is_dir() and taken and left):
+            if not (partial.is_dir() and taken and time.monotonic() < late):
                 raise
         aside = path.with_name(f".{uuid.uuid4().hex[:12]}{_PARTIAL}")
         with suppress(FileNotFoundError):
