@@ -1,9 +1,11 @@
 """The Optuna study of a sweep: what is searched, how it is drawn, and who goes on."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, TrialState
@@ -15,7 +17,9 @@ from snr_ray.stages.objectives import SWAP, Goals
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 NINTHS = 9
-"""Checkpoints of a trial; those at 1/9 and 1/3 of its steps are the rungs of the pruner."""
+"""Checkpoints of a trial."""
+RUNGS = (1, 3)
+"""Those at which it may be ended: at 1/9 and 1/3 of its steps."""
 FEWEST_TRIALS = 10
 """Of fewer trials nothing can be said about what matters."""
 GIVEN = "0000"
@@ -58,6 +62,27 @@ def by_rungs(config: Config) -> Config:
     return configs.replace(config, {"train.steps": steps, "train.checkpoint_every_steps": every})
 
 
+class BetterHalf(optuna.pruners.BasePruner):
+    """Ends a trial at one of RUNGS where it is not among the better half of those that came there.
+
+    The best third, which is usual, saves more, but of 40 real trials in 200 orders it lost more than
+    0.1 dB in 7, the better half in one (sweep.md). Source: Li et al., A system for massively
+    parallel hyperparameter tuning, 2020.
+    """
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether the trial, which has just come to its last step, is to end there."""
+        step = trial.last_step
+        if step not in RUNGS:
+            return False
+        values = [t.intermediate_values for t in study.get_trials(deepcopy=False)]
+        there = np.array([its[step] for its in values if step in its])
+        mine = trial.intermediate_values[step]
+        larger = study.direction == optuna.study.StudyDirection.MAXIMIZE
+        better = there > mine if larger else there < mine
+        return not math.isfinite(mine) or int(better.sum()) >= math.ceil(len(there) / 2)
+
+
 def open_study(
     storage: BaseStorage,
     config: Config,
@@ -68,10 +93,8 @@ def open_study(
 ) -> optuna.Study:
     """The study of a name, new or continued.
 
-    With one objective a trial goes on from a rung (1/9, 1/3 of its steps) where it is among the
-    best third of those that came there; with several all run to their end, since Optuna cannot say
-    then which is hopeless. Source: Li et al., A system for massively parallel hyperparameter
-    tuning, 2020.
+    With one objective `BetterHalf` ends trials early; with several all run to their end, since none
+    can be said to be hopeless then.
 
     Args:
         storage: where the study is kept.
@@ -85,9 +108,7 @@ def open_study(
         storage=storage,
         directions=goals.directions,
         load_if_exists=True,
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
-        if goals.prunes
-        else optuna.pruners.NopPruner(),
+        pruner=BetterHalf() if goals.prunes else optuna.pruners.NopPruner(),
     )
     if identity is not None and IDENTITY not in study.user_attrs:
         study.set_user_attr(IDENTITY, dict(identity))
