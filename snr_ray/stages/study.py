@@ -65,8 +65,8 @@ def by_rungs(config: Config) -> Config:
 class BetterHalf(optuna.pruners.BasePruner):
     """Ends a trial at one of RUNGS where it is not among the better half of those that came there.
 
-    The best third, which is usual, saves more, but of 40 real trials in 200 orders it lost more than
-    0.1 dB in 7, the better half in one (sweep.md). Source: Li et al., A system for massively
+    The best third, which is usual, saves more, but of 40 real trials in 200 orders it lost more
+    than 0.1 dB in 7, the better half in one (sweep.md). Source: Li et al., A system for massively
     parallel hyperparameter tuning, 2020.
     """
 
