@@ -60,8 +60,9 @@ def test_each_stage_starts_from_no_nodes(
             assert most > (2 if stage in ("train", "sweep") else 1), said
         # What no pool can ever bring is refused, and soon.
         since = time.monotonic()
-        said = nodes.run("train", *small, *two, "--set", "train.num_workers=9", "--set",
-                         "train.batch_size=18", "--data", data, "--out", tmp_path / "never", status=2)  # fmt: skip
+        nine = ("--set", "train.num_workers=9", "--set", "train.batch_size=18")
+        said = nodes.run("train", *small, *two, *nine, "--data", data,
+                         "--out", tmp_path / "never", status=2)  # fmt: skip
         assert "--wait MINUTES waits for more" in said
         said = nodes.run("denoise", *words["denoise"][:-1], 2, "--out", tmp_path / "no", status=2)
         assert "of 2 only 0 are there" in said
