@@ -35,6 +35,7 @@ HERE = {
     "AWS_SECRET_ACCESS_KEY": "test",
     "AWS_EC2_METADATA_DISABLED": "true",
     "OMP_WAIT_POLICY": "PASSIVE",  # nodes have more cores than the machine: who spins holds them up
+    "PATH": f"{RAY.parent}{os.pathsep}{os.environ['PATH']}",  # jobs say `python`
 }
 
 

@@ -21,7 +21,7 @@ from snr_ray.folder import Folder
 from snr_ray.stages.dataset import Origin
 from snr_ray.stages.objectives import OBJECTIVES, SWAP, Goals
 from snr_ray.stages.runlog import metrics_of
-from snr_ray.stages.trial import slots_of, start_run
+from snr_ray.stages.trial import ending, slots_of, start_run
 
 RUNS = "confirm"
 """Folder of the run folders, one for each config and seed."""
@@ -105,26 +105,27 @@ def confirm(
     slots, memory = slots_of(given)
     waiting, live = list(jobs), dict[Any, tuple[str, int]]()
     ended: dict[tuple[str, int], float] = {}
-    while waiting or live:
-        while waiting and len(live) < slots:
-            key = waiting.pop(0)
-            live[start_run(jobs[key][0], origin, jobs[key][1], memory)] = key
-        (ref, *_), _ = ray.wait(list(live), num_returns=1)
-        key = live.pop(ref)
-        try:
-            ray.get(ref)
-        except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise RunError(f"--confirm: {jobs[key][1]} failed: {reason}") from None
-        rows = [row for row in metrics_of(jobs[key][1]) if SWAP in row]
-        if not rows or goals.first.metric not in rows[-1]:
-            raise RunError(
-                f"--confirm: {jobs[key][1]} has no {goals.first.title} that is a number."
-            )
-        ended[key] = rows[-1][goals.first.metric]
-        shown = f"{goals.first.show(ended[key])} {goals.first.unit}"
-        print(f"sweep: confirm {len(ended)}/{len(jobs)}: {key[0]}, seed {key[1]}: {shown}",
-              flush=True)  # fmt: skip
+    with ending(live):
+        while waiting or live:
+            while waiting and len(live) < slots:
+                key = waiting.pop(0)
+                live[start_run(jobs[key][0], origin, jobs[key][1], memory)] = key
+            (ref, *_), _ = ray.wait(list(live), num_returns=1)
+            key = live.pop(ref)
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayError as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise RunError(f"--confirm: {jobs[key][1]} failed: {reason}") from None
+            rows = [row for row in metrics_of(jobs[key][1]) if SWAP in row]
+            if not rows or goals.first.metric not in rows[-1]:
+                raise RunError(
+                    f"--confirm: {jobs[key][1]} has no {goals.first.title} that is a number."
+                )
+            ended[key] = rows[-1][goals.first.metric]
+            shown = f"{goals.first.show(ended[key])} {goals.first.unit}"
+            print(f"sweep: confirm {len(ended)}/{len(jobs)}: {key[0]}, seed {key[1]}: {shown}",
+                  flush=True)  # fmt: skip
     values = {side: [ended[side, seed] for seed in seeds] for side in ("best", "given")}
     found = Confirmation(goals.first.name, seeds, values["best"], values["given"])
     out.write(CONFIRMED, json.dumps(dataclasses.asdict(found), indent=2) + "\n")

@@ -79,7 +79,7 @@ from snr_ray.stages.study import (
 from snr_ray.stages.sweeppage import share_run, write_page
 from snr_ray.stages.tracker import check_tracker, settings
 from snr_ray.stages.trainsetup import identity
-from snr_ray.stages.trial import ask_for_room, slots_of, start_run
+from snr_ray.stages.trial import ask_for_room, ending, slots_of, start_run
 
 PAGE = ("best.yaml", CONFIRMED, "trials.csv", "history.png", "split.png", "front.png",
         "report.html")  # fmt: skip
@@ -177,7 +177,9 @@ def sweep(
                     simulate(config, images=origin.images, out=data)
                     origin = Origin(data=data)
                 heart = Heart(kept, study)
-                failed = _Sweep(study, heart, config, goals, origin, desk, driver).run(trials)
+                driving = _Sweep(study, heart, config, goals, origin, desk, driver)
+                with ending(driving.live):
+                    failed = driving.run(trials)
                 best = _finish(study, config, goals, desk, dashboard(place, url))
                 if seeds:
                     _confirm(best, config, goals, origin, desk, seeds)

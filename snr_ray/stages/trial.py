@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -19,6 +21,8 @@ TRIAL_BYTES = 700 * 2**20
 """Memory of a trial that runs in its task."""
 TRIAL_ON_TRAIN_BYTES = 1_300 * 2**20
 """Memory of one of several workers beside these: its driver, and five processes of Ray Train."""
+ENDING_S = 60.0
+"""How long a driver that is left waits for the ends of its runs."""
 
 
 def start_run(config: Config, origin: Origin, out: Folder, memory: int) -> Any:
@@ -31,6 +35,19 @@ def start_run(config: Config, origin: Origin, out: Folder, memory: int) -> Any:
     alone = config.train.num_workers == 1
     there = {"num_cpus": 0, "num_gpus": int(alone and config.train.use_gpu), "memory": memory}
     return _train_trial.options(**there).remote(config, origin, out, settings())
+
+
+@contextmanager
+def ending(live: Collection[Any]) -> Iterator[None]:
+    """End the runs that are still `live`, of `start_run`, when a driver is left by an error: where
+    Ray goes on, as in a notebook, they would write beside those that continue them."""
+    try:
+        yield
+    finally:
+        if left := list(live):
+            for ref in left:
+                ray.cancel(ref, force=True)
+            ray.wait(left, num_returns=len(left), timeout=ENDING_S)
 
 
 # On any node, not all on the one that this process is on. A trial whose node is lost is tried again
