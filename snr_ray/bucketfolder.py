@@ -1,9 +1,6 @@
 """Outputs under a prefix in a bucket (s3://, gs://); an object appears when it is complete."""
 
-import random
 import tempfile
-import time
-import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,10 +9,9 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
+from snr_ray.bucketcreate import create_object
 from snr_ray.folder import Folder, inside
 
-CLAIM_S = 60.0
-"""Claims of a name in a bucket that lie further apart than this do not compete."""
 WRITERS = 16
 """Objects of a folder in a bucket that are written at once."""
 
@@ -57,23 +53,8 @@ class BucketFolder(Folder):
         write(last)
 
     def create(self, name: str, data: bytes | str) -> bool:
-        # Buckets list what was just written. Whoever writes its claim first and looks for others
-        # then, cannot miss one; a claim that a killed process left behind is soon too old.
-        mine = f".claims/{uuid.uuid4().hex}"
-        self.write(mine, name)
-        try:
-            claims = self._fs.get_file_info(pafs.FileSelector(self._path(".claims")))
-            ages = {info.base_name: info.mtime_ns / 1e9 for info in claims if info.is_file}
-            now = ages.pop(mine.rpartition("/")[2])
-            alone = all(abs(now - other) >= CLAIM_S for other in ages.values())
-            if alone and not self.exists(name):
-                self.write(name, data)
-                return True
-        finally:
-            self.remove(mine)
-        if not alone:  # who asks again must not meet the others again
-            time.sleep(random.uniform(0.2, 1.0))
-        return False
+        data = data.encode() if isinstance(data, str) else data
+        return create_object(self._fs, self._path(name), data)
 
     def read(self, name: str) -> bytes:
         with self._fs.open_input_stream(self._path(name)) as stream:
@@ -92,11 +73,10 @@ class BucketFolder(Folder):
         return sorted(path[len(self._root) + 1 :] for path in found)
 
     def empty(self) -> bool:
-        # Markers of folders and of claims are nothing that a user put here.
+        # Markers of folders and signs of life are nothing that a user put here.
         selector = pafs.FileSelector(self._root, allow_not_found=True)
         return all(
-            info.base_name in (".claims", ".beats")
-            or (not info.is_file and not self.list(info.base_name))
+            info.base_name == ".beats" or (not info.is_file and not self.list(info.base_name))
             for info in self._fs.get_file_info(selector)
         )
 

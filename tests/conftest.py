@@ -2,9 +2,10 @@
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.fs as pafs
@@ -56,13 +57,23 @@ def ray_2_cpus() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """A real S3 server on loopback: the query that URIs of its buckets need."""
+    from moto.s3.responses import S3Response
     from moto.server import ThreadedMotoServer
 
+    put, one = S3Response.put_object, threading.Lock()
+
+    def put_at_once(response: S3Response) -> Any:
+        """A conditional write is one step for S3; moto looks, then writes."""
+        with one:
+            return put(response)
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"scheme=http&endpoint_override={host}:{port}&region=us-east-1"
-    server.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3Response, "put_object", put_at_once)
+        server.start()
+        host, port = server.get_host_and_port()
+        yield f"scheme=http&endpoint_override={host}:{port}&region=us-east-1"
+        server.stop()
 
 
 @pytest.fixture
