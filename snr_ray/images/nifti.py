@@ -85,7 +85,7 @@ def _write(
 ) -> bytes:
     """The volume with other values in the same kind of numbers."""
     slices = np.stack([v.swapaxes(0, 1) for v in values], axis=-1).reshape(stored.shape)
-    if slices.dtype != stored.dtype:
+    if slices.dtype != stored.dtype or (slope, intercept) != (1.0, 0.0):
         numbers = (slices.astype(np.float64) - intercept) / slope
         if stored.dtype.kind != "f":
             limits = np.iinfo(stored.dtype)

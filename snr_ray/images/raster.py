@@ -16,6 +16,8 @@ from PIL import ExifTags, Image, ImageOps
 from snr_ray.errors import InputError
 from snr_ray.images.pixels import Contents, Made, Stored, Values, turn, without_alpha
 
+# Pillow warns of large images and refuses larger ones; how large is too large, memory decides.
+Image.MAX_IMAGE_PIXELS = None
 FORMATS = ("PNG", "JPEG", "MPO", "BMP", "WEBP")
 JPEG_QUALITY = 95
 """Without chroma subsampling, too."""

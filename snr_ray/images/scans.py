@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from snr_ray.errors import InputError
+from snr_ray.hashing import fingerprint
 
 Array = npt.NDArray[np.float32]
 
@@ -47,6 +48,26 @@ class Scan:
             )
         return shape
 
+    def stamp(self) -> str:
+        """What changes when a file of the scan does: their sizes and times."""
+        names = [text.partition("#")[0] for text in (self.data, self.flats, self.darks) if text]
+        states = [Path(name).stat() for name in names]
+        return fingerprint(f"{state.st_size}-{state.st_mtime_ns}" for state in states)
+
+    def check_fields(self) -> None:
+        """Raise InputError for flats or darks that are not of these slices and bins."""
+        _, n_slices, n_bins = self.shape()
+        for option, name, own in (("flats", self.flats, FLATS), ("darks", self.darks, DARKS)):
+            if not name:
+                continue
+            with _opened(name, own) as field:
+                shape = list(field.shape)
+            if shape[1:] not in ([n_bins], [n_slices, n_bins]) or not shape[0]:
+                raise InputError(
+                    f"--{option} must hold [fields, {n_bins} bins] or [fields, {n_slices} slices, "
+                    f"{n_bins} bins], as the sinogram has, but {name} holds {shape}."
+                )
+
     def theta(self) -> npt.NDArray[np.float64] | None:
         """Angles of the views in degrees, where the file tells them."""
         path, _, _ = self.data.partition("#")
@@ -71,7 +92,12 @@ class Scan:
                 found.append(None)
                 continue
             with _opened(name, own) as data:
-                part = data[rows] if data.ndim == 2 else data[rows, row]
+                try:
+                    part = data[rows] if data.ndim == 2 else data[rows, row]
+                except OSError as error:  # of HDF5, whose parts are packed each by itself
+                    raise InputError(
+                        f"Slice {row} of {name} cannot be read ({error}); replace the file."
+                    ) from None
             field = np.asarray(part, np.float32)
             if not np.isfinite(field).all():
                 raise InputError(f"A scan must be finite, but slice {row} of {name} is not.")

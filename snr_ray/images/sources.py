@@ -1,7 +1,9 @@
 """What `SRC` means: a name, path, glob or URI -> a collection of images."""
 
 import functools
+import os
 import tarfile
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,12 +128,13 @@ def _places365(path: str) -> Source:
     if not folder.is_dir():
         from torchvision.datasets import Places365
 
-        root.mkdir(parents=True, exist_ok=True)
-        _download(
-            "places365",
-            "val_256.tar (unpacked)",
-            lambda: Places365(str(root), split="val", small=True, download=True),
-        )
+        def fetch() -> None:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root) as partial:  # there whole or not at all
+                Places365(partial, split="val", small=True, download=True)
+                os.replace(Path(partial) / folder.name, folder)
+
+        _download("places365", "val_256.tar (unpacked)", fetch)
     return open_path(str(folder), "places365", NAMES)
 
 
@@ -139,7 +142,9 @@ def _fetch_url(address: str, target: Path) -> None:
     from torchvision.datasets.utils import download_url
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    download_url(address, str(target.parent), target.name)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # there whole or not at all
+        download_url(address, folder, target.name)
+        os.replace(Path(folder) / target.name, target)
 
 
 def _download(name: str, file: str, fetch: Callable[[], Any]) -> Any:

@@ -39,7 +39,8 @@ def fit(
         Diverged: if the run cannot come to anything any more.
     """
     config = learner.config.train
-    health, tally, since = Health(config.lr), Tally(), time.perf_counter()
+    health = Health(config.lr, well_at=learner.step)
+    tally, since = Tally(), time.perf_counter()
     if learner.step >= config.steps:
         checkpoint(True)
         return

@@ -58,20 +58,6 @@ class Knowledge:
         return min(counts) / size, max(counts) / size
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """The smallest and the largest side of the images that the model was trained on."""
-        sizes = self.config.train.sizes or (self.config.images.size,)
-        return min(sizes), max(sizes)
-
-    def knows(self, n_views: int, height: int, width: int) -> bool:
-        """Whether images of a size and view count are within what the model was trained on: of a
-        range, any size of as many views per pixel as it has seen, to the nearest whole count."""
-        if self.views is None:
-            return n_views in self.config.noise.n_views
-        least, most = self.views.counts(max(height, width))
-        return least <= n_views <= most
-
-    @property
     def unrolls(self) -> bool:
         """Whether the model solves for the image with the operator of its noise."""
         its = self.config.model

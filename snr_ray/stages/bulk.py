@@ -19,7 +19,7 @@ import pyarrow as pa
 import ray
 from ray import exceptions as lost
 
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, Lost, RunError
 
 Indices = npt.NDArray[np.int64]
 KILLS = 2
@@ -87,8 +87,8 @@ def tables(
     """Do all blocks; their tables as they come.
 
     Raises:
-        InputError: what a task raised, which ends the job; or if nothing was finished for
-            `stall_minutes`.
+        InputError, RunError: what a task raised, which ends the job.
+        Lost: if nothing was finished for `stall_minutes`.
     """
     again: deque[Block] = deque()
     under_way: dict[ray.ObjectRef, Block] = {}
@@ -113,14 +113,14 @@ def tables(
                     yield ray.get(ref)
                 except (*_LOST, lost.RayTaskError) as error:
                     cause = error.cause if isinstance(error, lost.RayTaskError) else error
-                    if isinstance(cause, InputError):
+                    if isinstance(cause, InputError | RunError):
                         raise cause from None
                     rest, table = _after(block, cause, work)
                     again.extend(rest)
                     if table is not None:
                         yield table
             if time.monotonic() - moved > 60 * stall_minutes:
-                raise InputError(_stalled(under_way, stall_minutes))
+                raise Lost(_stalled(under_way, stall_minutes))
     finally:
         for ref in under_way:
             ray.cancel(ref, force=False)
@@ -155,5 +155,5 @@ def _stalled(under_way: "dict[ray.ObjectRef, Block]", minutes: float) -> str:
     return (
         f"A job must get on within {minutes:g} minutes, but none of {len(under_way)} blocks under "
         f"way was finished ({cores}); look at the nodes and the storage, or give --stall more "
-        "minutes. The same command continues."
+        "minutes"
     )

@@ -37,11 +37,12 @@ from snr_ray.hashing import fingerprint
 from snr_ray.images.collection import Source
 from snr_ray.images.sources import open_source
 from snr_ray.learning.modelfolder import Knowledge, is_shipped, read_model
+from snr_ray.lock import check_free, locked
 from snr_ray.outputs import claim
 from snr_ray.stages.cleaning import Cleaning
 from snr_ray.stages.cluster import connected
 from snr_ray.stages.denoisejob import Job, Running
-from snr_ray.stages.imagefiles import OWN_NAMES, Doubtful, Target, check_output_names
+from snr_ray.stages.imagefiles import DEVIATIONS, OWN_NAMES, Doubtful, Target, check_output_names
 from snr_ray.stages.manifest import Manifest
 from snr_ray.stages.outcome import Outcome
 from snr_ray.stages.retrylist import asked_for
@@ -140,7 +141,8 @@ def denoise(
         "white": config.images.white,
         "window": config.images.window,
     }
-    resumed = claim(
+    check_free(folder)
+    claim(
         folder,
         identity,
         owned=OWN_NAMES[1:],
@@ -148,24 +150,25 @@ def denoise(
         inputs=source.folder,
         inputs_alone=source.alone,
     )
-    rows = Manifest(folder)
-    done = rows.resume(source) if resumed else np.zeros(len(source.ids), bool)
-    job = Job(asked, folder, config.images, running, rows, done, samples)
-    if job.n_left:
-        injects = inject is not None
-        options = {"samples": samples, "seed": config.seed, "inject": inject, "n_views": told}
-        with connected(data=False):
-            cleaning = Cleaning(
-                key=uuid.uuid4().hex,
-                source=source,
-                images=config.images,
-                target=Target(folder.claimed(), fingerprint(repr(identity)), injects, doubtful),
-                per_value=bytes_per_value(trained.config, told),
-                finds_views=not injects and told is None and trained.views is not None,
-            )
-            job.run(cleaning, SwapperMaker(trained, pool, options))
-    title = "Noise removed" if inject is None else f"Noise of {inject} views injected"
-    return job.finish(title, trained, files_per_image=1 + (samples > 0))
+    with locked(folder, "denoise"):
+        rows = Manifest(folder)
+        done = rows.resume(source, beside=DEVIATIONS if samples else "")
+        job = Job(asked, folder, config.images, running, rows, done, samples)
+        if job.n_left:
+            injects = inject is not None
+            options = {"samples": samples, "seed": config.seed, "inject": inject, "n_views": told}
+            with connected(data=False):
+                cleaning = Cleaning(
+                    key=uuid.uuid4().hex,
+                    source=source,
+                    images=config.images,
+                    target=Target(folder.claimed(), fingerprint(repr(identity)), injects, doubtful),
+                    per_value=bytes_per_value(trained.config, told),
+                    finds_views=not injects and told is None and trained.views is not None,
+                )
+                job.run(cleaning, SwapperMaker(trained, pool, options))
+        title = "Noise removed" if inject is None else f"Noise of {inject} views injected"
+        return job.finish(title, trained, files_per_image=1 + (samples > 0))
 
 
 def _check_format(out: Folder, *, overwrite: bool) -> None:

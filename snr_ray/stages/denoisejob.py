@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snr_ray.config import ImagesConfig
-from snr_ray.errors import InputError, check
+from snr_ray.errors import InputError, RunError, check
 from snr_ray.folder import Folder
 from snr_ray.images.collection import Texts
 from snr_ray.images.datafolder import FAILURES_SCHEMA
@@ -27,6 +27,7 @@ from snr_ray.images.headers import n_values
 from snr_ray.images.zarrfolder import is_image
 from snr_ray.learning.modelfolder import Knowledge
 from snr_ray.localfolder import LocalFolder, discard
+from snr_ray.lock import is_lock
 from snr_ray.outputs import Progress
 from snr_ray.scoring.jobpage import JobPage, denoise_report
 from snr_ray.stages import bulk, manifest, pools, retrylist
@@ -139,7 +140,7 @@ class Job:
         """Do all images that are left.
 
         Raises:
-            InputError: if the job cannot go on; all that was done is kept.
+            InputError, RunError: if the job cannot go on; all that was done is kept.
         """
         n_gpus, per_block = self._gpus(), self._per_block()
         if not n_gpus:
@@ -240,7 +241,7 @@ class Job:
         """Write what is to be read at the end, and say what there is to say.
 
         Raises:
-            InputError: if files are missing that rows speak of.
+            RunError: if files are missing that rows speak of, or there is no room for the page.
         """
         try:
             self.rows.flush(last=True)
@@ -269,7 +270,7 @@ class Job:
         if self.out.local is not None:
             found = _count_files(self.out.local, self.begun)
             if found < files_per_image * summary.images:
-                raise InputError(
+                raise RunError(
                     f"{self.out} must hold {files_per_image * summary.images:,} files of "
                     f"{summary.images:,} images, but holds {found:,}: some were removed, or "
                     "written where this machine does not see them; the same command makes them "
@@ -309,7 +310,7 @@ def _count_files(folder: Path, begun: float) -> int:
     for place, folders, names in os.walk(folder):
         if Path(place) == folder:
             folders[:] = [name for name in folders if name != manifest.NAME]
-            names = [name for name in names if name not in OWN_NAMES]
+            names = [name for name in names if name not in OWN_NAMES and not is_lock(name)]
         elif is_image(LocalFolder(Path(place))):
             folders[:] = []
             total += 1

@@ -162,7 +162,7 @@ def evaluate(
     out.write("scores.parquet", parquet_bytes(scores))
     metrics: dict[str, Any] = {
         "model": without_secrets(str(model)),
-        "source": images,
+        "source": without_secrets(images),
         "split": split,
         "size": config.images.size,
         "images": n_images,

@@ -236,15 +236,21 @@ def _parts(stack: Stack, step: int) -> list[Stack]:
 
 
 def _joined(parts: list[Answer]) -> Answer:
-    """Answers to single images as one; those with an error lack what the others have."""
+    """Answers to parts of a stack as one; those with an error lack what the others have."""
 
     def column(name: str, missing: float) -> npt.NDArray | None:
         values = [getattr(part, name) for part in parts]
         if all(value is None for value in values):
             return None
         known = next(value for value in values if value is not None)
-        absent = np.full_like(known, missing)
-        return np.concatenate([absent if value is None else value for value in values])
+        return np.concatenate(
+            [
+                np.full((len(part.donors), *known.shape[1:]), missing, known.dtype)
+                if value is None
+                else value
+                for part, value in zip(parts, values, strict=True)
+            ]
+        )
 
     return Answer(
         np.concatenate([part.images for part in parts]),

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snr_ray.config import ImagesConfig
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, RunError
 from snr_ray.folder import Folder, NotShared
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.formats import OpenFile, open_file
@@ -64,6 +64,8 @@ ROW_SCHEMA = MANIFEST_SCHEMA.append(pa.field("error", pa.string())).append(
 """Rows of tasks: those of the manifest, and failures, which have an error."""
 DONE, DOUBTFUL = "done", "doubtful"
 """What `status` of a row says: done, or the result does not explain its input."""
+DEVIATIONS = ".std.npy"
+"""Ends the name of the file beside a result that says how much its samples differ, per pixel."""
 OWN_NAMES = ("job.json", "manifest.parquet", "failures.parquet", "report.html")
 """What the job itself writes beside the images."""
 _MOVED = r"(?i)^/|//|(^|/)\.{1,2}/|^(" + "|".join(re.escape(name) for name in OWN_NAMES) + r")(/|$)"
@@ -71,7 +73,7 @@ _MOVED = r"(?i)^/|//|(^|/)\.{1,2}/|^(" + "|".join(re.escape(name) for name in OW
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-class NoRoom(InputError):
+class NoRoom(RunError):
     """The output folder can take no more files, whichever image it is."""
 
 
@@ -182,14 +184,14 @@ def check_output_names(source: Source, *, samples: bool) -> None:
     # Of those that keep their names nothing need be made: ids differ.
     files = source.chunks is None and not source.tensors
     moved = pc.any(pc.match_substring_regex(ids.array, _MOVED)).as_py()
-    alike = samples and pc.any(pc.ends_with(ids.array, ".std.npy")).as_py()
+    alike = samples and pc.any(pc.ends_with(ids.array, DEVIATIONS)).as_py()
     if files and not moved and not alike:
         return
     names: list[str] = []
     for name in ids:
         with contextlib.suppress(InputError):
             names.append(output_name(source, name))
-    written = pa.array(names + ([name + ".std.npy" for name in names] if samples else []))
+    written = pa.array(names + ([name + DEVIATIONS for name in names] if samples else []))
     found, counts = pc.value_counts(written).flatten()
     most = int(np.argmax(counts))
     if counts[most].as_py() > 1:
@@ -325,7 +327,7 @@ def _write_one(one: Opened, pictures: list[_Picture], target: Target) -> Row:
         copied = doubted and target.doubtful == "copy"
         write_image(target.out, file.output, _encoded(one, pictures, target, copied=copied))
         if deviations[0] is not None:
-            name = file.output + ".std.npy"
+            name = file.output + DEVIATIONS
             target.out.write(name, _npy(deviations))
     except NotShared:
         raise

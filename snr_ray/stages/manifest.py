@@ -68,10 +68,11 @@ class Manifest:
         for name in self.parts:
             yield from _rows(self.out, name).iter_batches(BATCH_ROWS, columns=columns)
 
-    def resume(self, source: Source) -> npt.NDArray[np.bool_]:
-        """Which images of the source are done, [n].
+    def resume(self, source: Source, *, beside: str = "") -> npt.NDArray[np.bool_]:
+        """Which images of the source are done, [n]; `beside` is the suffix of a second file that
+        each result has, if any.
 
-        Not done are those whose file is gone from the output folder, and those whose input is
+        Not done are those of which a file is gone from the output folder, and those whose input is
         another file under the same name now: their rows are taken out. Rows of images that are not
         of the source stay as long as their files do.
         """
@@ -97,7 +98,9 @@ class Manifest:
                 places = np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)
                 known = ordered[places] == keys
                 outputs, stamps = batch["output"].to_pylist(), batch["stamp"].to_pylist()
-                kept = np.array([not local or self.out.exists(name) for name in outputs], bool)
+                kept = np.array(
+                    [not local or all(self.out.exists(name + end) for end in {"", beside})
+                     for name in outputs], bool)  # fmt: skip
                 for k in np.flatnonzero(known & kept):
                     index = int(order[places[k]])
                     kept[k] = not done[index] and source.stamp(index) == stamps[k]

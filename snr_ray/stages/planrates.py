@@ -36,6 +36,7 @@ from snr_ray.stages.cluster import connected, cpus
 from snr_ray.stages.denoisejob import images_per_block
 from snr_ray.stages.imagefiles import OWN_NAMES
 from snr_ray.stages.inputs import open_images
+from snr_ray.stages.retrylist import read_failures
 
 Stage = Literal["denoise", "simulate"]
 MEASURE_S = 20.0
@@ -143,6 +144,12 @@ def measure(
             since = time.perf_counter()
             _run([stage, *words, "--images", str(images), "--out", str(out)], memory)
             times.append((count, time.perf_counter() - since))
+            failed = read_failures(open_folder(out))
+            if len(failed):
+                raise InputError(
+                    f"A measurement needs images of which none fails, but {len(failed)} of {count} "
+                    f"did: {failed['reason'][0].as_py()}"
+                )
             if len(times) > 1:  # as many as it takes, at most TIMES as many
                 longer = max(times[-1][1] - times[0][1], 1e-3)
                 more *= int(np.clip(math.ceil(1.5 * MEASURE_S / longer), 2, TIMES))
@@ -190,7 +197,7 @@ def _run(words: list[str], memory: "_Memory") -> None:
         if job.returncode is None:  # this process was interrupted
             job.terminate()
             job.communicate()
-    if job.returncode not in (0, 3):  # 3 is of doubtful images, which take as long
+    if job.returncode not in (0, 3):  # 3 is also of doubtful images, which take as long
         reason = (said.strip().splitlines() or ["it said nothing"])[-1]
         raise InputError(f"A measurement ended with {job.returncode}: {reason}")
 

@@ -1,6 +1,7 @@
 """Images of a measured sinogram by filtered back projection: scan -> one float TIFF per slice.
 
     OUT/NAME_0000.tif    slice 0: attenuation per pixel, float32, as wide as the detector has bins
+    OUT/failures.parquet slices that cannot be read, and why
 
 A slice is there whole or not at all; a killed job continues with those that are missing.
 """
@@ -14,15 +15,17 @@ import ray
 import tifffile
 
 from snr_ray.address import open_folder
-from snr_ray.errors import InputError, check
-from snr_ray.folder import Folder
+from snr_ray.errors import InputError, RunError, check
+from snr_ray.folder import Folder, NotShared
 from snr_ray.hashing import fingerprint
+from snr_ray.images.datafolder import Failure, failures_bytes
 from snr_ray.images.scans import Scan, open_scan
 from snr_ray.noise.fbp import back_project, binned, line_integrals
-from snr_ray.outputs import Progress, claim
+from snr_ray.outputs import FILES, Progress, claim
 from snr_ray.stages.cluster import ON_CORES, connected, shared
 from snr_ray.stages.outcome import Outcome
 
+FAILURES = "failures.parquet"
 FEWEST_BINS = 8
 
 
@@ -61,6 +64,7 @@ def reconstruct(
     check(together >= 1, f"--bin must be at least 1, but got {together}.")
     scan = open_scan(str(Path(sinogram).absolute()), *(_absolute(name) for name in (flats, darks)))
     n_views, n_slices, n_bins = scan.shape()
+    scan.check_fields()
     check(
         n_bins // together >= FEWEST_BINS,
         f"A view must have at least {FEWEST_BINS} bins, but {sinogram} has {n_bins}"
@@ -104,15 +108,17 @@ def reconstruct(
             "sinogram": scan.data,
             "flats": scan.flats,
             "darks": scan.darks,
+            FILES: scan.stamp(),
             "shape": [n_views, n_slices, n_bins],
             "theta": fingerprint(theta.tobytes()),
             "every": every,
             "bin": together,
             **settings,
         },
-        owned=names,
+        owned=[*names, FAILURES],
         overwrite=overwrite,
     )
+    failures: list[Failure] = []
     todo = [row for row, name in enumerate(names) if not out.exists(name)]
     if todo:
         with connected():
@@ -124,9 +130,21 @@ def reconstruct(
             progress, done = Progress("reconstruct", len(todo), "slices"), 0
             written = rows.map_batches(task, batch_size=None, batch_format="numpy", **ON_CORES)
             for batch in written.iter_batches(batch_size=None, batch_format="numpy"):
+                unwritten = [reason for reason in batch["unwritten"] if reason]
+                if unwritten:
+                    raise RunError(
+                        f"{out} must be a folder that can be written, but {unwritten[0]}; mend it "
+                        "and run the same command to continue."
+                    )
+                failures += [
+                    {"id": names[row], "stage": "read", "reason": reason}
+                    for row, reason in zip(batch["data"], batch["unread"], strict=True)
+                    if reason
+                ]
                 done += len(batch["data"])
-                progress.update(done)
-    return Outcome(out.named, n_slices, 0)
+                progress.update(done, f"{len(failures):,} failed" if failures else "")
+        out.write(FAILURES, failures_bytes(failures))
+    return Outcome(out.named, n_slices - len(failures), len(failures))
 
 
 def _absolute(name: str) -> str:
@@ -157,10 +175,24 @@ def _image(
 
 
 def _write(batch: dict[str, np.ndarray], *, work: "ray.ObjectRef") -> dict[str, np.ndarray]:
-    """Task: slices by number -> files."""
+    """Task: slices by number -> files, or why they could not be read or written."""
     scan, views, theta, together, settings, out, names = shared(work)
+    unread, unwritten = [], []
     for row in batch["data"].tolist():
-        image = _image(scan, row, views, theta, together, settings)
-        with out.writing(names[row]) as path:
-            tifffile.imwrite(path, image)
-    return batch
+        why = ["", ""]
+        try:
+            image = _image(scan, row, views, theta, together, settings)
+        except InputError as error:
+            why[0] = str(error)
+        else:
+            try:
+                with out.writing(names[row]) as path:
+                    tifffile.imwrite(path, image)
+            except (OSError, NotShared) as error:
+                why[1] = str(error)
+        unread.append(why[0])
+        unwritten.append(why[1])
+    return batch | {
+        "unread": np.array(unread, object),
+        "unwritten": np.array(unwritten, object),
+    }

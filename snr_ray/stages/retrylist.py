@@ -40,10 +40,11 @@ class Asked:
 
 def asked_for(text: str) -> Asked:
     """What the user's SRC means. Raises InputError with the way out."""
-    if Path(text).name != NAME or not _is_list(text):
+    folder = _folder_of_list(text)
+    if folder is None:
         source = open_images(text)
         return Asked(source, anywhere(text), np.ones(len(source.ids), bool))
-    table = read_failures(open_folder(Path(text).parent), Path(text).name)
+    table = read_failures(folder)
     origin = (table.schema.metadata or {}).get(_SOURCE, b"").decode()
     if not origin:
         raise InputError(
@@ -72,15 +73,15 @@ def write_failures(out: Folder, tables: Sequence[pa.Table], text: str) -> int:
     return len(table)
 
 
-def read_failures(out: Folder, name: str = NAME) -> pa.Table:
+def read_failures(out: Folder) -> pa.Table:
     """What failed; nothing where no such table is. Raises InputError if it is damaged."""
-    if not out.exists(name):
+    if not out.exists(NAME):
         return FAILURES_SCHEMA.empty_table()
     try:
-        return pq.read_table(pa.BufferReader(out.read(name))).select(FAILURES_SCHEMA.names)
+        return pq.read_table(pa.BufferReader(out.read(NAME))).select(FAILURES_SCHEMA.names)
     except (pa.ArrowException, KeyError) as error:
         raise InputError(
-            f"{out}/{name} must be a list of failures, but is not ({error})."
+            f"{out}/{NAME} must be a list of failures, but is not ({error})."
         ) from None
 
 
@@ -94,8 +95,15 @@ def anywhere(text: str) -> str:
     return os.path.abspath(os.path.expanduser(text))
 
 
-def _is_list(text: str) -> bool:
+def _folder_of_list(text: str) -> Folder | None:
+    """Where a table of failures lies; None if SRC is something else."""
+    place, mark, query = text.partition("?") if "://" in text else (text, "", "")
+    above, _, name = place.rpartition("/")
+    if name != NAME:
+        return None
+    folder = open_folder(f"{above}{mark}{query}" if "://" in text else Path(text).parent)
     try:
-        return set(FAILURES_SCHEMA.names) <= set(pq.read_schema(text).names)
+        names = pq.read_schema(pa.BufferReader(folder.read(NAME))).names
     except (pa.ArrowException, OSError):
-        return False
+        return None
+    return folder if set(FAILURES_SCHEMA.names) <= set(names) else None

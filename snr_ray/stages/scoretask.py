@@ -91,25 +91,28 @@ def _score_block(table: pa.Table, *, work: "ray.ObjectRef") -> pa.Table:
     trained = _model(job["model"])
     assert isinstance(trained, TrainedModel)
     config: Config = job["config"]
+    if "error" in table.column_names:
+        table = table.filter(pc.equal(table["error"], ""))
+        if not len(table):
+            return SCORES.empty_table()
     pairs, _ = gather(iter([table]), config)
     rows: list[dict[str, Any]] = []
-    if len(pairs):
-        ids = np.array(sorted(pairs.ids))
-        beside = {label: _model(folder) for label, folder in job["beside"]}
-        elsewhere = config.noise if job["elsewhere"] else None
-        scorer = Scorer(trained, job["baselines"], beside, pairs, elsewhere)
-        for row, scores in scorer.run().items():
-            for k, name in enumerate(ids[scores.which]):
-                found = None if scores.found is None else int(scores.found[k])
-                rows.append(
-                    {
-                        "id": name,
-                        **row._asdict(),
-                        "psnr": scores.psnr[k],
-                        "ssim": scores.ssim[k],
-                        "seconds": scores.seconds,
-                        "found": found,
-                        "right": None if found is None else float(found == row.n_views),
-                    }
-                )
+    ids = np.array(sorted(pairs.ids))
+    beside = {label: _model(folder) for label, folder in job["beside"]}
+    elsewhere = config.noise if job["elsewhere"] else None
+    scorer = Scorer(trained, job["baselines"], beside, pairs, elsewhere)
+    for row, scores in scorer.run().items():
+        for k, name in enumerate(ids[scores.which]):
+            found = None if scores.found is None else int(scores.found[k])
+            rows.append(
+                {
+                    "id": name,
+                    **row._asdict(),
+                    "psnr": scores.psnr[k],
+                    "ssim": scores.ssim[k],
+                    "seconds": scores.seconds,
+                    "found": found,
+                    "right": None if found is None else float(found == row.n_views),
+                }
+            )
     return pa.Table.from_pylist(rows, SCORES)

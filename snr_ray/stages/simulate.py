@@ -24,7 +24,7 @@ from snr_ray import __version__
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
 from snr_ray.config import Config
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, RunError
 from snr_ray.folder import Folder, NotShared
 from snr_ray.hashing import fingerprint, hash64
 from snr_ray.images.collection import SPLITS, Source
@@ -39,6 +39,7 @@ from snr_ray.images.datafolder import (
     tensor_array,
     whole,
 )
+from snr_ray.lock import check_free, locked
 from snr_ray.noise.operator import noise_operator, noise_specs, spec_hash
 from snr_ray.outputs import FILES, Progress, claim
 from snr_ray.stages.cluster import ON_CORES, connected, cpus, shared
@@ -74,6 +75,7 @@ def simulate(
     source.check(source.select("train", config.images.limit), config.images)
     noise = noise_specs(config.noise)
     out = open_folder(out)
+    check_free(out)
     claim(
         out,
         {
@@ -94,13 +96,13 @@ def simulate(
         if all(whole(out, shard["path"]) for shard in plan):
             counts = json.loads(out.read("manifest.json"))
             return Outcome(out.named, counts["images"], counts["failed"])
-    with connected():
+    with locked(out, "simulate"), connected():
         plan = _plan(config, source, out)
         todo = [shard for shard in plan if not whole(out, shard["path"])]
         if todo:
             out.remove("manifest.json")
             _write_shards(plan, todo, source, config, out)
-    return _finish(config, source, out, plan)
+        return _finish(config, source, out, plan)
 
 
 def stream(source: Source, rows: npt.NDArray[np.int64], config: Config) -> "ray.data.Dataset":
@@ -199,7 +201,7 @@ def _write_shards(
     """Write what is missing, a task per shard.
 
     Raises:
-        InputError: if the disk is full or refuses to be written.
+        RunError: if the disk is full or refuses to be written.
     """
     out.sweep()  # what a killed job left
     total = sum(len(shard["rows"]) for shard in plan)
@@ -218,7 +220,7 @@ def _write_shards(
         for batch in results.iter_batches(batch_size=None, batch_format="numpy"):
             errors = [error for error in batch["error"] if error]
             if errors:
-                raise InputError(
+                raise RunError(
                     f"{out} must be a folder that can be written, but {errors[0]}; {done:,} of "
                     f"{total:,} images are done: mend it and run the same command to continue."
                 )

@@ -20,6 +20,11 @@ def check_paths(args: Namespace, config: Config) -> None:
         "--out": args.out,
         "--data": getattr(args, "data", None),
         "--images": _path_of_source(getattr(args, "images", None)),
+        "--like": _path_of_source(getattr(args, "like", None)),
+        "--rates": getattr(args, "rates", None),
+        "--sinogram": getattr(args, "sinogram", None),
+        "--flats": getattr(args, "flats", None),
+        "--darks": getattr(args, "darks", None),
         "--model": _path_of_model(getattr(args, "model", None)),
         "train.start": _path_of_model(config.train.start),
     }
@@ -43,8 +48,10 @@ def _is_absolute(path: str | Path) -> bool:
     return "://" in str(path) or Path(path).expanduser().is_absolute()
 
 
-def _path_of_source(text: str | None) -> str | None:
-    """The path in a SRC; None where it is made or downloaded."""
+def _path_of_source(text: str | int | None) -> str | None:
+    """The path in a SRC; None where it is made or downloaded, or a number of images."""
+    if isinstance(text, int):
+        return None
     name, _, path = (text or "").partition(":")
     return (path if name in NAMES and not path.startswith("//") else text) or None
 

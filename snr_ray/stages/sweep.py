@@ -36,7 +36,7 @@ from sqlalchemy.exc import OperationalError
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
 from snr_ray.config import Config
-from snr_ray.errors import InputError, Lost
+from snr_ray.errors import InputError, Lost, RunError
 from snr_ray.folder import Folder
 from snr_ray.learning.validation import Metrics
 from snr_ray.lock import check_free, locked
@@ -85,6 +85,8 @@ PAGE = ("best.yaml", CONFIRMED, "trials.csv", "history.png", "split.png", "front
         "report.html")  # fmt: skip
 OWNED = ("data", JOURNAL, f"{JOURNAL}.lock", DRIVER_FILE, "trials", RUNS, *PAGE)
 POLL_S = 1.0
+FAILS_IN_A_ROW = 3
+"""So many trials that fail one after the other say that the next will fail, too."""
 
 
 def sweep(
@@ -118,6 +120,7 @@ def sweep(
     Raises:
         InputError: for a source, folder or setting the user can put right.
         Lost: if the storage went away.
+        RunError: if trials fail one after the other.
     """
     goals = goals or Goals()
     if trials < 1:
@@ -220,7 +223,7 @@ class _Sweep:
         self.study, self.heart, self.config, self.goals = study, heart, config, goals
         self.origin, self.desk, self.driver = origin, desk, driver
         self.live: dict[Any, _Live] = {}
-        self.failed = 0
+        self.failed = self.in_a_row = 0
 
     def run(self, trials: int) -> int:
         """Run trials until so many of the study have finished; returns how many failed."""
@@ -292,9 +295,14 @@ class _Sweep:
             self.failed += 1
             reason = str(error).strip().splitlines()[-1]
             print(f"sweep: trial {trial.number} failed: {reason}", flush=True)
-            if self.failed >= 3 and not self._count(*FINISHED):
-                raise InputError(f"The first three trials failed: {reason}") from None
+            self.in_a_row += 1
+            if self.in_a_row >= FAILS_IN_A_ROW:
+                raise RunError(
+                    f"A sweep goes on where a trial fails, but {self.in_a_row} in a row did, the "
+                    f"last with: {reason} Mend it, and the same command continues."
+                ) from None
             return ""
+        self.in_a_row = 0
         trial.set_user_attr(MEASURED, measured)
         for bound in self.goals.bounds:
             trial.set_constraint(bound.text, bound.excess(measured))

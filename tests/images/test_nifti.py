@@ -50,15 +50,16 @@ def test_slices_are_read_and_the_volume_comes_back(dtype: type, kind: Any) -> No
     assert after.header.get_xyzt_units()[0] == "mm"
 
 
-def test_slope_and_intercept_are_kept() -> None:
-    stored = np.round((UNITS + 1024) / 0.5).astype(np.int16)
+@pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64])
+def test_slope_and_intercept_are_kept(dtype: type) -> None:
+    stored = np.round((UNITS + 1024) / 0.5).astype(dtype)
     data = volume(stored, slope=0.5, inter=-1024.0)
     pixels, written = again(data, window=WINDOW)
     cut = np.clip(stored * 0.5 - 1024, *WINDOW)
     np.testing.assert_allclose(pixels[2][0], (cut[:, :, 2].T + 1000) / 1400, atol=1e-6)
     after = nibabel.Nifti1Image.from_bytes(written)
     assert (after.dataobj.slope, after.dataobj.inter) == (0.5, -1024.0)
-    assert after.get_data_dtype() == np.int16
+    assert after.get_data_dtype() == dtype
     np.testing.assert_allclose(after.get_fdata(), cut, atol=0.25)
 
 

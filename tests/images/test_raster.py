@@ -10,6 +10,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from snr_ray.errors import InputError
 from snr_ray.images.formats import decode, encode, open_file
+from snr_ray.images.headers import n_values
 
 Y, X = np.mgrid[:32, :24]
 GREY = (120 + 100 * np.sin(Y / 9) * np.cos(X / 5 + 1)).astype(np.uint8)
@@ -97,6 +98,16 @@ def test_inks_of_a_jpeg_become_rgb_without_the_profile_of_the_inks() -> None:
     after = Image.open(io.BytesIO(written))
     assert after.mode == "RGB"
     assert "icc_profile" not in after.info
+
+
+def test_how_large_an_image_may_be_is_not_for_pillow_to_say() -> None:
+    data = saved(
+        Image.new("1", (15_000, 12_000), 1), "PNG"
+    )  # Pillow itself reads up to 179 million
+    assert n_values(data, "a.png") == 180_000_000
+    pixels = open_file(data, "a.png").frames[0].pixels
+    assert pixels.shape == (1, 12_000, 15_000)
+    assert pixels.min() == 1
 
 
 def test_the_first_picture_of_a_phone_is_the_image() -> None:

@@ -43,9 +43,8 @@ def few(model_folder: Path) -> TrainedModel:
 
 def test_a_model_of_a_range_knows_views_per_pixel_at_any_size(ranged: TrainedModel) -> None:
     assert ranged.views_per_pixel == (0.2, 0.9)
-    assert ranged.sizes == (16, 16)
-    for n_views, known in ((19, False), (20, True), (55, True), (90, True), (91, False)):
-        assert ranged.knows(n_views, 100, 70) == known
+    assert ranged.views is not None
+    assert ranged.views.counts(100) == (20, 90)
     assert ranged.geometry(33) == NoiseSpec(33)
     assert ranged.can_be_told
 
@@ -53,7 +52,6 @@ def test_a_model_of_a_range_knows_views_per_pixel_at_any_size(ranged: TrainedMod
 def test_a_model_of_few_counts_knows_these(few: TrainedModel) -> None:
     assert few.views is None
     assert few.views_per_pixel == (6 / 16, 12 / 16)
-    assert [few.knows(n_views, 16, 16) for n_views in (12, 9, 6)] == [True, False, True]
 
 
 def test_donors_of_any_count_inject_that_count(ranged: TrainedModel) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config
+from snr_ray.learning import health
 from snr_ray.learning.batches import PairFeed, Pairs, Share
 from snr_ray.learning.fit import fit
 from snr_ray.learning.health import Diverged
@@ -102,6 +103,18 @@ def test_a_run_that_diverged_is_no_success(tiny: Config, pairs: Pairs) -> None:
         fit(learner, feed.batches(0), log=logged.append, checkpoint=saved.append)
     assert learner.step < 150
     assert True not in saved
+
+
+def test_a_run_that_goes_on_has_as_much_time_to_come_back(
+    tiny: Config, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "LOSS_RATIO", -1e6)  # all losses are far above the first
+    config = configs.replace(tiny, {"train.steps": 400, "train.checkpoint_every_steps": 400})
+    learner = Learner(config)
+    learner.step = 395  # as loaded from a state
+    learner.first_loss = torch.tensor(1.0)
+    with pytest.raises(Diverged, match="since step 395"):
+        _run(config, pairs, learner)
 
 
 def test_one_bad_batch_is_skipped_and_told(tiny: Config, pairs: Pairs) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import ray
 
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, Lost
 from snr_ray.stages.bulk import FIRST, Block, Work, plan, tables
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
@@ -100,7 +100,7 @@ def test_blocks_are_planned_as_they_are_needed() -> None:
 
 def test_a_job_that_finishes_nothing_is_ended() -> None:
     since = time.monotonic()
-    with pytest.raises(InputError, match=r"within 0\.01 minutes, but none of 2 blocks"):
+    with pytest.raises(Lost, match=r"within 0\.01 minutes, but none of 2 blocks"):
         list(tables(plan(2, np.zeros(2, bool), 1), work(indices_of(sleep=8)), stall_minutes=0.01))
     assert time.monotonic() - since < 8
 

@@ -29,6 +29,7 @@ from snr_ray.errors import InputError
 from snr_ray.images.formats import decode
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import load_model
+from snr_ray.lock import locked
 from snr_ray.metrics import psnr
 from snr_ray.network.swap import swap
 from snr_ray.noise.operator import NoiseSpec, noise_operator
@@ -213,6 +214,16 @@ def test_outputs_of_killed_jobs_are_kept_and_completed(
     assert outputs(out) == outputs(whole)
     for name in outputs(whole):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_second_driver_is_told_of_the_first(
+    model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out, "denoise"), pytest.raises(InputError, match="in use by snr denoise"):
+        cleaning(model=str(model_folder), images=str(image_folder), out=out)
+    assert not list(out.iterdir())
 
 
 def test_bad_requests_are_refused(

@@ -23,6 +23,9 @@ from snr_ray.scoring.scores import Row
 from snr_ray.stages.dataset import Origin
 from snr_ray.stages.evaluate import evaluate, settle_group
 
+BLOCK_ROWS = 32
+"""Images of 16 pixels that are scored together."""
+
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 
 
@@ -268,6 +271,22 @@ def test_bad_requests_are_refused(
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(images / "one.png")
     with pytest.raises(InputError, match="The test split must hold images"):
         run(images=str(images))
+
+
+def test_images_that_cannot_be_read_are_failures_wherever_they_are(
+    tiny: Config, model_folder: Path, tmp_path: Path
+) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for k in range(BLOCK_ROWS + 1):  # the last is in a block of its own
+        Image.fromarray(np.full((16, 16), 7 * k, np.uint8)).save(scans / f"{k:02d}.png")
+    (scans / "10.png").write_bytes(b"broken")
+    outcome = evaluate(
+        tiny, model=str(model_folder), images=str(scans), out=tmp_path / "out", baselines=(),
+        n_views=(12,), split="all",
+    )  # fmt: skip
+    assert (outcome.images, outcome.failed) == (BLOCK_ROWS, 1)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["failed"] == 1
 
 
 def test_model_and_report_may_be_in_a_bucket(

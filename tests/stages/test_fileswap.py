@@ -27,7 +27,7 @@ from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.likelyviews import Likely, likely
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.stages.cleaning import Cleaning, _read_block
-from snr_ray.stages.fileswap import FileSwapper
+from snr_ray.stages.fileswap import FileSwapper, _joined
 from snr_ray.stages.imagefiles import (
     MANIFEST_SCHEMA,
     Answer,
@@ -133,6 +133,17 @@ def test_grey_model_takes_rgb_channel_by_channel(model_folder: Path, tmp_path: P
     with Image.open(tmp_path / "g.png") as g, Image.open(tmp_path / "c.png") as c:
         difference = np.asarray(c).astype(int) - np.asarray(g)[:, :, None]
         assert np.abs(difference).max() <= 1  # rounding
+
+
+def test_parts_that_failed_lack_what_the_others_have() -> None:
+    pixels = np.zeros((3, 1, 4, 4), np.float32)
+    bad = Answer(pixels, [-1] * 3, ["no"] * 3)
+    good = Answer(pixels[:2], [0, 1], ["", ""], pixels[:2] + 1, np.array([40.0, 50.0]))
+    joined = _joined([bad, good])
+    assert joined.deviations is not None
+    assert joined.explained is not None
+    assert joined.deviations.shape == (5, 1, 4, 4)
+    np.testing.assert_array_equal(joined.explained, [0, 0, 0, 40, 50])
 
 
 def test_file_that_cannot_be_written_fails_alone(model_folder: Path, tmp_path: Path) -> None:

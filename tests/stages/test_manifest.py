@@ -48,6 +48,18 @@ def test_parts_are_one_table_and_say_what_is_done(tmp_path: Path) -> None:
     assert left == ["01.png", "11.png", "20.png", "21.png"]
 
 
+def test_a_result_without_its_second_file_is_made_again(tmp_path: Path) -> None:
+    out = LocalFolder(tmp_path)
+    rows = Manifest(out)
+    rows.add(table(["a.png", "b.png"]))
+    rows.flush()
+    for name in ("a.png", "a.png.std.npy", "b.png"):
+        out.write(name, b"")
+    these = source(["a.png", "b.png"])
+    assert Manifest(out).resume(these).tolist() == [True, True]
+    assert Manifest(out).resume(these, beside=".std.npy").tolist() == [True, False]
+
+
 def test_a_part_cut_short_is_done_again(tmp_path: Path) -> None:
     out = LocalFolder(tmp_path)
     rows = Manifest(out)

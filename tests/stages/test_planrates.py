@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from snr_ray.config import Config
@@ -69,6 +70,18 @@ def test_images_of_ones_own_are_taken_over_and_over(image_folder: Path, tmp_path
     assert [path.name for path in copies[:2]] == ["000000-00.png", "000001-02.png"]
     assert len(copies) == 30
     assert copies[24].read_bytes() == (image_folder / "a" / "00.png").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_images_that_fail_are_no_measure(tiny: Config, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.full((16, 16), 900, np.int16))  # needs images.white or .window
+    with pytest.raises(
+        InputError, match=r"of which none fails, but \d+ of \d+ did: .*images\.white"
+    ):
+        planrates.measure(
+            tiny, stage="denoise", model="notmnist", size=16, n_views=10, like=str(tmp_path)
+        )
 
 
 def test_a_measurement_that_is_refused_says_why(tiny: Config) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tifffile
 from skimage.data import shepp_logan_phantom
@@ -78,6 +79,25 @@ def test_npy_with_fields_of_their_own_another_centre_and_wider_bins(
     assert np.corrcoef(image.ravel(), truth.ravel())[0, 1] > 0.9
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_a_slice_that_cannot_be_read_fails_alone(integrals: np.ndarray, tmp_path: Path) -> None:
+    bad = integrals.copy()
+    bad[3, 1] = np.nan
+    np.save(tmp_path / "s.npy", bad)
+    words = ["reconstruct", "--sinogram", str(tmp_path / "s.npy"), "--out", str(tmp_path / "out")]
+    assert main(words) == 3
+    assert (tmp_path / "out" / "s_0000.tif").is_file()
+    (row,) = pq.read_table(tmp_path / "out" / "failures.parquet").to_pylist()
+    assert row["id"] == "s_0001.tif"
+    assert "must be finite, but slice 1" in row["reason"]
+    # The file put right is another scan, which does not pass for the one before.
+    np.save(tmp_path / "s.npy", integrals)
+    assert main(words) == 2
+    assert main([*words, "--overwrite"]) == 0
+    assert len(list((tmp_path / "out").glob("*.tif"))) == 2
+
+
 def test_bad_scans_are_one_sentence(integrals: np.ndarray, scan: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "s.npy", integrals)
     np.save(tmp_path / "d.npy", np.zeros((1, 2, 48)))
@@ -100,6 +120,11 @@ def test_bad_scans_are_one_sentence(integrals: np.ndarray, scan: Path, tmp_path:
     refused("must hold the data set x/y, but holds exchange/data", f"{scan}#x/y")
     refused(r"\[views, bins\] or \[views, slices, bins\], but .* \[2, 2, 2, 48\]", "four.npy")
     refused("must be finite, but slice 0", "nan.npy")
+    np.save(tmp_path / "f3.npy", np.ones((3, 3, 48)))
+    np.save(tmp_path / "f40.npy", np.ones((3, 40)))
+    for fields in ("f3", "f40"):
+        refused(r"\[fields, 48 bins\] or \[fields, 2 slices, 48 bins\], .*f\w+\.npy holds \[3, ",
+                flats=str(tmp_path / f"{fields}.npy"))  # fmt: skip
     refused("--darks say nothing without --flats", darks=str(tmp_path / "d.npy"))
     refused("--every must be at most the 36 views", every=37)
     refused("--every must be at least 1", every=0)

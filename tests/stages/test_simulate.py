@@ -13,7 +13,7 @@ from PIL import Image
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
 from snr_ray.config import Config
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, RunError
 from snr_ray.folder import JOB
 from snr_ray.images.collection import SPLITS, Source
 from snr_ray.images.datafolder import DataFolder, tensors
@@ -21,6 +21,7 @@ from snr_ray.images.sources import open_source
 from snr_ray.learning.batches import Share
 from snr_ray.learning.shardfeed import ShardFeed
 from snr_ray.localfolder import LocalFolder
+from snr_ray.lock import locked
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.stages import simulate as stage
 from snr_ray.stages.dataset import Origin, collect_pairs, count_rows, open_rows, settle
@@ -145,10 +146,16 @@ def test_folder_that_cannot_be_written_is_a_sentence(tiny: Config, tmp_path: Pat
         shard.unlink()
     (out / "train").rmdir()
     (out / "train").write_text("in the way")
-    with pytest.raises(InputError, match=r"must be a folder that can be written, but .* continue"):
+    with pytest.raises(RunError, match=r"must be a folder that can be written, but .* continue"):
         simulate(tiny, images="glyphs", out=out)
     (out / "train").unlink()
     assert simulate(tiny, images="glyphs", out=out).images == 200
+
+
+def test_a_second_driver_is_told_of_the_first(tiny: Config, tmp_path: Path) -> None:
+    with locked(tmp_path, "simulate"), pytest.raises(InputError, match="in use by snr simulate"):
+        simulate(tiny, images="glyphs", out=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_images_become_rows_of_failures(

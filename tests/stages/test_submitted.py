@@ -35,6 +35,18 @@ EVALUATE = {"--model": "notmnist", "--images": "glyphs", "--out": "s3:/b/x"}
         ("denoise", {**DENOISE, "--donor": "clean.png"}, "--donor", "/mnt/share/clean.png"),
         ("evaluate", {**EVALUATE, "--out": "/nfs/e", "--beside": "u"}, "--beside (1)", "/nfs/u"),
         ("demo", {}, "--out", "/mnt/share/demo"),
+        (
+            "reconstruct",
+            {"--sinogram": "s.npy", "--out": "/nfs/r"},
+            "--sinogram",
+            "/nfs/s.npy",
+        ),
+        (
+            "plan",
+            {"--images": "1e6", "--size": "32", "--views": "10", "--like": "scans"},
+            "--like",
+            "/mnt/share/scans",
+        ),
     ],
 )
 def test_relative_path_is_refused_with_the_one_to_use(

@@ -8,6 +8,7 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+import ray
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -17,7 +18,7 @@ from stages.postgres import free_port
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
 from snr_ray.config import Config
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, RunError
 from snr_ray.stages import sweep as module
 from snr_ray.stages.confirm import confirm, read_confirmation
 from snr_ray.stages.dataset import Origin
@@ -129,3 +130,24 @@ def test_a_storage_that_is_not_there_leaves_the_folder_alone(tiny: Config, tmp_p
     with pytest.raises(InputError, match="cannot be reached"):
         sweep(tiny, origin=GLYPHS, out=tmp_path / "s", trials=1, storage=url)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_trials_that_fail_one_after_the_other_end_a_sweep(tiny: Config, tmp_path: Path) -> None:
+    """Also where trials have finished before, as where a disk is full by now."""
+
+    @ray.remote
+    def fail() -> None:
+        raise InputError("No space left on device.")
+
+    study = optuna.create_study()
+    study.add_trial(optuna.trial.create_trial(value=40.0))
+    driving = module._Sweep(study, None, tiny, Goals(), GLYPHS, None, None)  # type: ignore[arg-type]
+    for k in range(module.FAILS_IN_A_ROW):
+        ref = fail.remote()
+        driving.live[ref] = module._Live(study.ask(), str(k), open_folder(tmp_path))
+        if k < module.FAILS_IN_A_ROW - 1:
+            assert not driving._end(ref, driving.live[ref])
+    with pytest.raises(RunError, match=r"3 in a row did, the last with: .*No space left"):
+        driving._end(ref, driving.live[ref])

@@ -107,7 +107,7 @@ def test_a_range_of_views_is_learned_on_several_sizes(
     outcome = train(config, origin=origin, out=out)
     trained = load_model(out / "model")
     assert trained.views_per_pixel == (0.2, 0.9)
-    assert trained.sizes == (8, 16)
+    assert trained.config.train.sizes == (8, 16)
     rows = read_metrics(out / "metrics.jsonl")
     assert rows[-2]["views_error"] > 0
     assert {"told_psnr", "told_psnr_12", "swap_psnr_6"} <= set(rows[-1])
