@@ -27,6 +27,8 @@ from snr_ray.stages.outcome import Outcome
 
 FAILURES = "failures.parquet"
 FEWEST_BINS = 8
+_ENDS = {"find": InputError, "write": RunError}
+"""What a slice that has no place on the output folder ends the job with."""
 
 
 def reconstruct(
@@ -130,17 +132,16 @@ def reconstruct(
             progress, done = Progress("reconstruct", len(todo), "slices"), 0
             written = rows.map_batches(task, batch_size=None, batch_format="numpy", **ON_CORES)
             for batch in written.iter_batches(batch_size=None, batch_format="numpy"):
-                unwritten = [reason for reason in batch["unwritten"] if reason]
-                if unwritten:
-                    raise RunError(
-                        f"{out} must be a folder that can be written, but {unwritten[0]}; mend it "
-                        "and run the same command to continue."
-                    )
-                failures += [
-                    {"id": names[row], "stage": "read", "reason": reason}
-                    for row, reason in zip(batch["data"], batch["unread"], strict=True)
-                    if reason
-                ]
+                for row, stage, reason in zip(
+                    batch["data"], batch["stage"], batch["reason"], strict=True
+                ):
+                    if stage in _ENDS:
+                        raise _ENDS[stage](
+                            f"{out} must be a folder that can be written, but {reason}; mend it "
+                            "and run the same command to continue."
+                        )
+                    if stage:
+                        failures.append({"id": names[row], "stage": stage, "reason": reason})
                 done += len(batch["data"])
                 progress.update(done, f"{len(failures):,} failed" if failures else "")
         out.write(FAILURES, failures_bytes(failures))
@@ -177,22 +178,18 @@ def _image(
 def _write(batch: dict[str, np.ndarray], *, work: "ray.ObjectRef") -> dict[str, np.ndarray]:
     """Task: slices by number -> files, or why they could not be read or written."""
     scan, views, theta, together, settings, out, names = shared(work)
-    unread, unwritten = [], []
-    for row in batch["data"].tolist():
-        why = ["", ""]
+    stages, reasons = [""] * len(batch["data"]), [""] * len(batch["data"])
+    for k, row in enumerate(batch["data"].tolist()):
         try:
             image = _image(scan, row, views, theta, together, settings)
         except InputError as error:
-            why[0] = str(error)
-        else:
-            try:
-                with out.writing(names[row]) as path:
-                    tifffile.imwrite(path, image)
-            except (OSError, NotShared) as error:
-                why[1] = str(error)
-        unread.append(why[0])
-        unwritten.append(why[1])
-    return batch | {
-        "unread": np.array(unread, object),
-        "unwritten": np.array(unwritten, object),
-    }
+            stages[k], reasons[k] = "read", str(error)
+            continue
+        try:
+            with out.writing(names[row]) as path:
+                tifffile.imwrite(path, image)
+        except NotShared as error:
+            stages[k], reasons[k] = "find", str(error)
+        except OSError as error:
+            stages[k], reasons[k] = "write", str(error)
+    return batch | {"stage": np.array(stages, object), "reason": np.array(reasons, object)}

@@ -202,6 +202,7 @@ def _write_shards(
 
     Raises:
         RunError: if the disk is full or refuses to be written.
+        InputError: if a node does not see the folder.
     """
     out.sweep()  # what a killed job left
     total = sum(len(shard["rows"]) for shard in plan)
@@ -220,7 +221,8 @@ def _write_shards(
         for batch in results.iter_batches(batch_size=None, batch_format="numpy"):
             errors = [error for error in batch["error"] if error]
             if errors:
-                raise RunError(
+                ended = RunError if batch["shared"].all() else InputError
+                raise ended(
                     f"{out} must be a folder that can be written, but {errors[0]}; {done:,} of "
                     f"{total:,} images are done: mend it and run the same command to continue."
                 )
@@ -238,7 +240,7 @@ def _write_shard(
     item = shard.to_pylist()[0]
     rows = np.array(item["rows"])
     failures: list[Failure] = []
-    error, size = "", 0
+    error, size, shared_folder = "", 0, True
     try:
         with out.writing(item["path"]) as partial, contextlib.ExitStack() as stack:
             writer = None
@@ -253,12 +255,13 @@ def _write_shard(
             stack.close()
             size = partial.stat().st_size
     except (OSError, NotShared) as problem:
-        error = str(problem)
+        error, shared_folder = str(problem), not isinstance(problem, NotShared)
     return {
         "rows": np.array([len(rows)]),
         "failed": np.array([len(failures)]),
         "bytes": np.array([size]),
         "error": np.array([error], object),
+        "shared": np.array([shared_folder]),
     }
 
 
