@@ -27,7 +27,9 @@ class ImagesConfig:
     other numbers of bits their largest."""
     window: tuple[float, float] | None = None
     """Hounsfield units that mean 0.0 and 1.0, in CT slices (DICOM) and in 16-bit and float images
-    of any format where `white` is not set; those outside are clipped."""
+    of any format where `white` is not set. Those outside are clipped for the network; a cleaned
+    image has what was above where it is at that end of the window, and below unless it ends at
+    air."""
     crop: int | None = None
     """Keep a square of so many pixels of each image, at a place drawn by its id, after the noise of
     the whole image was made: streaks come from all of it."""

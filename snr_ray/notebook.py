@@ -24,6 +24,10 @@ PASS_PIXELS = 2**20
 """Pixels that go through the network together; bounds memory whatever the number of images."""
 
 
+BRIGHTEST = 2.0
+"""Noise keeps the mean of an image: one above this has its white elsewhere than at 1."""
+
+
 def add_noise(images: npt.NDArray[np.floating], noise: int | NoiseSpec) -> Array:
     """Filtered back projections of few views: what a sparse-view scan makes of clean images.
 
@@ -39,7 +43,11 @@ def add_noise(images: npt.NDArray[np.floating], noise: int | NoiseSpec) -> Array
         InputError: if images are integers, too small, or hold NaN or infinity, or for a view count
             below 1 or above 4 per pixel of the longer side.
     """
-    check(images.ndim >= 2, f"Images must be [..., H, W], but got {list(images.shape)}.")
+    _check_array(images)
+    check(
+        images.ndim >= 2 and images.size > 0,
+        f"Images must be [..., H, W], but got {list(images.shape)}.",
+    )
     spec = noise if isinstance(noise, NoiseSpec) else NoiseSpec(noise)
     return noise_operator(spec, images.shape[-2], images.shape[-1])(images)
 
@@ -66,6 +74,7 @@ def denoise(
         InputError: for images of another shape or of integers, with NaN or infinity, or a view
             count that the model cannot be told.
     """
+    _check_array(images)
     shape = images.shape
     batch = images[None] if images.ndim == 3 else images[None, None] if images.ndim == 2 else images
     if batch.ndim != 4 or batch.shape[1] not in (1, 3):
@@ -79,6 +88,12 @@ def denoise(
         "means white.",
     )
     check(bool(np.isfinite(images).all()), "Images must be finite, but some hold NaN or infinity.")
+    mean = float(images.mean()) if images.size else 0.0
+    check(
+        mean < BRIGHTEST,
+        f"Images must have white at 1, but the mean of these is {mean:.3g}; divide by the value "
+        "that means white.",
+    )
     trained = model if isinstance(model, TrainedModel) else load_model(model)
     physics = trained.config.model.physics
     check(
@@ -102,3 +117,10 @@ def denoise(
             trained.model, part, code, noise_ids=ids, geometry=geometry
         )
     return np.clip(out, 0, 1).reshape(shape)
+
+
+def _check_array(images: object) -> None:
+    check(
+        isinstance(images, np.ndarray),
+        f"Images must be a NumPy array, but got {type(images).__name__}; give numpy.asarray(...).",
+    )

@@ -75,6 +75,13 @@ def test_wrong_input_is_one_sentence(
         (lambda: snr_ray.denoise(clean * np.nan, model_folder), "must be finite"),
         (lambda: snr_ray.denoise(clean, blind_folder, n_views=9), "this one is blind"),
         (lambda: snr_ray.denoise(clean, "nosuch"), "come with snr_ray"),
+        (lambda: snr_ray.denoise(255 * clean, model_folder), "must have white at 1, but the mean"),
+        (lambda: snr_ray.denoise(clean.tolist(), model_folder), "a NumPy array, but got list"),
+        (lambda: snr_ray.denoise(clean, model_folder, n_views=9.5), "whole number .* got 9.5"),
+        (lambda: snr_ray.denoise(clean, model_folder, n_views="detect"), "whole number .*'detect'"),
+        (lambda: snr_ray.add_noise(clean, True), "whole number .* got True"),
+        (lambda: snr_ray.add_noise(clean, [9, 6]), r"whole number .* got \[9, 6\]"),
+        (lambda: snr_ray.add_noise(clean[:0], 9), r"\[\.\.\., H, W\], but got \[0, "),
         (lambda: snr_ray.add_noise(clean, 0), "at least 1"),
         (lambda: snr_ray.add_noise(clean[0, 0, 0], 9), r"\[\.\.\., H, W\]"),
     ]

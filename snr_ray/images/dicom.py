@@ -231,6 +231,8 @@ def _derive(file: Any, made: Made) -> None:
         file.SourceImageSequence = [source]
     for tag in ("SOPInstanceUID", "SeriesInstanceUID"):
         old = str(file.get(tag, ""))
+        if not old and tag == "SOPInstanceUID":  # which two slices never share
+            old = made.image
         setattr(file, tag, generate_uid(entropy_srcs=[tag, old, made.job]))
     file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID
     if "SOPClassUID" in file:

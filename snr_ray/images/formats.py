@@ -7,9 +7,10 @@ that says so.
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from posixpath import splitext
+from types import MappingProxyType
 
 import numpy as np
 
@@ -46,6 +47,7 @@ KINDS = {
 }
 SUFFIXES = tuple(KINDS)
 NOT_SAID = Made()
+NONE_KEPT: Mapping[int, Values] = MappingProxyType({})
 HEAD_BYTES = 132
 """Bytes that say what a file is."""
 _HEADS = (
@@ -72,7 +74,13 @@ class OpenFile:
     """Of `Contents`."""
 
     def encode(
-        self, frames: Sequence[Array], name: str, *, clip: bool = True, made: Made = NOT_SAID
+        self,
+        frames: Sequence[Array],
+        name: str,
+        *,
+        clip: bool = True,
+        made: Made = NOT_SAID,
+        kept: Mapping[int, Values] = NONE_KEPT,
     ) -> bytes:
         """The bytes of a file like this one, with other pixels.
 
@@ -80,17 +88,22 @@ class OpenFile:
             frames: [C, H, W] each, in the order of `self.frames` and of their shapes.
             name: of the result; its suffix says the format, which is the file's own if it has
                 none. Metadata is kept where the format stays.
-            clip: cut pixels to [0, 1], the window where there is one.
+            clip: cut pixels to [0, 1], the window where there is one; what of the file lay beyond
+                a window stays where the pixels are at its end.
             made: what is said of it in a DICOM result, whose identifiers follow from the job and
                 the old ones, so that the same job writes the same bytes.
+            kept: stored values of frames that stay as they are, by their number, of
+                `stored_frames`.
 
         Raises:
             InputError: if the format of `name` cannot hold the pixels, or its metadata is such that
                 it cannot be written again.
         """
         values = [
-            stored_values(pixels, old.depth, old.span, clip=clip)
-            for pixels, old in zip(frames, self.frames, strict=True)
+            kept[k]
+            if k in kept
+            else stored_values(pixels, old.depth, old.span, clip=clip, beyond=old.beyond)
+            for k, (pixels, old) in enumerate(zip(frames, self.frames, strict=True))
         ]
         kind = KINDS.get(split(name)[1].lower(), self.kind)
         if kind != self.kind:
@@ -137,6 +150,24 @@ def open_file(
         InputError: if the file is empty, unreadable, transparent, or its pixels have no known
             range.
     """
+    kind, contents = _contents(data, name)
+    frames = [scale(stored, name, white=white, window=window) for stored in contents.frames]
+    check(
+        bool(frames),
+        f"An image file must hold pixels, but {name} holds no picture; replace the file.",
+    )
+    return OpenFile(name, kind, frames, contents.write)
+
+
+def stored_frames(data: bytes, name: str) -> list[Values]:
+    """The values of all pictures of a file, as `OpenFile.encode` keeps them: [H, W] or [H, W, 3].
+    Raises as `open_file`."""
+    values = [stored.values for stored in _contents(data, name)[1].frames]
+    return [v[:, :, 0] if v.ndim == 3 and v.shape[2] == 1 else v for v in values]
+
+
+def _contents(data: bytes, name: str) -> tuple[str, Contents]:
+    """The format of a file and what is in it."""
     if not data:
         raise InputError(f"An image file must hold pixels, but {name} is empty (0 bytes).")
     kind = recognise(data[:HEAD_BYTES]) or KINDS.get(split(name)[1].lower(), "")
@@ -146,12 +177,7 @@ def open_file(
         raise
     except Exception as error:  # decoders raise anything on damaged bytes
         raise unreadable(name, error, "as an image") from None
-    frames = [scale(stored, name, white=white, window=window) for stored in contents.frames]
-    check(
-        bool(frames),
-        f"An image file must hold pixels, but {name} holds no picture; replace the file.",
-    )
-    return OpenFile(name, kind, frames, contents.write)
+    return kind, contents
 
 
 def decode(

@@ -28,6 +28,33 @@ image, so that noise, however strong, does not bring it there; slices in Hounsfi
 -0.5."""
 
 
+AIR = -1000.0
+"""Hounsfield units of air: below it there is nothing, and what is read there is noise."""
+EDGE = 0.1
+"""Share of the window next to each end: a cleaned pixel in it has the more of what lay beyond the
+nearer it is to the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beyond:
+    """What of an image lies outside its window: bone, teeth and metal, or all but soft tissue."""
+
+    places: npt.NDArray[np.int32]
+    """In the order of [H, W, C]."""
+    values: Array
+    """By how much they are above the window, or (negative) below; what is below air is left out."""
+
+    def added_to(self, values: Values, pixels: Array) -> Values:
+        """Stored values [H, W, C] with it, where `pixels`, in the same order and white at 1, are at
+        that end of the window: noise leaves the window too, and is not to come back."""
+        inside = pixels.reshape(-1)[self.places]
+        inside = np.where(self.values > 0, inside, 1 - inside)
+        share = np.clip((inside - (1 - EDGE)) / EDGE, 0, 1)
+        whole = values.reshape(-1)
+        whole[self.places] += share * self.values
+        return whole.reshape(values.shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """Pixels [C, H, W] float32 of one image, white at 1; the depth and span they were stored in."""
@@ -35,6 +62,8 @@ class Decoded:
     pixels: Array
     depth: np.dtype
     span: Span
+    beyond: Beyond | None = None
+    """Of an image that was cut to a window."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +84,10 @@ class Made:
 
     job: str = ""
     """What names the job: identifiers of a result follow from it and those of its input."""
-    noise: Literal["removed", "injected"] = "removed"
+    noise: Literal["removed", "injected", "kept"] = "removed"
+    """What became of it; kept where no result explained the image."""
+    image: str = ""
+    """What names the input in the job, where it has no identifier itself."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +117,7 @@ def scale(
         name: used in errors.
         white: the stored value that means 1.0, for 16-bit and float pixels.
         window: stored values that mean 0.0 and 1.0, for those of Hounsfield units, and for 16-bit
-            and float pixels where there is no white; values outside are cut to it.
+            and float pixels where there is no white; values outside are cut to it, and kept beside.
         tensors: they are float with white at 1.
 
     Raises:
@@ -104,8 +136,11 @@ def scale(
     if depth.kind == "b":
         values = values.astype(np.uint8) * 255
     (low, high), cut = _range(picture, name, white, window, tensors)
+    beyond = None
     if cut:
-        values = np.clip(values, low, high) - np.float32(low)
+        inside = np.clip(values, low, high)
+        beyond = _beyond(values, inside, low)
+        values = inside - np.float32(low)
     pixels: Array = np.divide(
         values.transpose(2, 0, 1), np.float32(high - low), dtype=np.float32, order="C"
     )
@@ -117,7 +152,15 @@ def scale(
             f"({pixels.mean() * high:.0f}); for Hounsfield units say which of them mean black and "
             "white, for example --set images.window=[-1000,1000] --set images.white=null."
         )
-    return Decoded(pixels, depth, (low, high))
+    return Decoded(pixels, depth, (low, high), beyond)
+
+
+def _beyond(values: Values, inside: Values, low: float) -> Beyond:
+    over = np.subtract(values, inside, dtype=np.float32).ravel()
+    if low <= AIR:
+        over = np.maximum(over, 0)
+    places = np.flatnonzero(over).astype(np.int32)
+    return Beyond(places, over[places])
 
 
 def _range(
@@ -148,7 +191,9 @@ def _range(
     )
 
 
-def stored_values(pixels: Array, depth: np.dtype, span: Span | None, *, clip: bool) -> Values:
+def stored_values(
+    pixels: Array, depth: np.dtype, span: Span | None, *, clip: bool, beyond: Beyond | None = None
+) -> Values:
     """The reverse of `scale`: [C, H, W] -> [H, W] or [H, W, 3] of a depth.
 
     Args:
@@ -156,17 +201,28 @@ def stored_values(pixels: Array, depth: np.dtype, span: Span | None, *, clip: bo
         depth: bool gives uint8.
         span: values that mean 0 and 1; by default 0 and 1, or 255 of integers.
         clip: cut to [0, 1] first. Integers are cut to what their depth can hold in any case.
+        beyond: what lay outside the span, if it was a window.
     """
-    image = np.moveaxis(np.clip(pixels, 0, 1) if clip else pixels, 0, 2)
+    image = np.ascontiguousarray(np.moveaxis(np.clip(pixels, 0, 1) if clip else pixels, 0, 2))
     low, high = span or (0.0, 1.0 if depth.kind == "f" else 255.0)
     values: Values = image * np.float32(high - low) + np.float32(low)
+    if beyond is not None:
+        values = beyond.added_to(values, image)
     if depth.kind == "f":
         values = values.astype(depth)
     else:
         whole = np.dtype(np.uint8) if depth.kind == "b" else depth
-        limits = np.iinfo(whole)
-        values = np.clip(np.round(values.astype(np.float64)), limits.min, limits.max).astype(whole)
+        values = saturated(values.astype(np.float64), whole)
     return values[:, :, 0] if values.shape[2] == 1 else values
+
+
+def saturated(values: Values, depth: np.dtype) -> Values:
+    """Float values as the nearest integers of a depth, cut to what it holds."""
+    limits = np.iinfo(depth)
+    with np.errstate(invalid="ignore"):
+        whole = np.clip(np.round(values), limits.min, limits.max).astype(depth)
+    # The largest of 64 bits is none of the floats: what rounds above it would become the smallest.
+    return np.where(values >= float(limits.max), limits.max, whole)
 
 
 def without_alpha(values: Values, name: str, opaque: float | None = None) -> Values:

@@ -79,7 +79,7 @@ def write(values: Values, kind: str, **kept: Any) -> bytes:
             ".tif or .npy."
         )
     if deep and values.ndim == 3:
-        return bytes(imagecodecs.png_encode(np.ascontiguousarray(values)))
+        return _deep_png_bytes(values, kept)
     options: dict[str, dict[str, Any]] = {
         "JPEG": {"quality": JPEG_QUALITY, "subsampling": 0},
         "WEBP": {"lossless": True, "exact": True},
@@ -89,6 +89,24 @@ def write(values: Values, kind: str, **kept: Any) -> bytes:
     out = io.BytesIO()
     Image.fromarray(values).save(out, format=kind, **options.get(kind, {}), **kept)
     return out.getvalue()
+
+
+def _deep_png_bytes(values: Values, kept: dict[str, Any]) -> bytes:
+    """16-bit colour, which Pillow cannot write, with what Pillow writes of `kept` into a small PNG:
+    its chunks come after the header of 25 bytes, behind the signature of 8.
+
+    Source: PNG specification, section 5: each is a length, a type, so many bytes and a checksum.
+    """
+    pixels = bytes(imagecodecs.png_encode(np.ascontiguousarray(values)))
+    out = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(out, format="PNG", **kept)
+    other, at, chunks = out.getvalue(), 33, b""
+    while at < len(other):
+        end = at + 12 + int.from_bytes(other[at : at + 4])
+        if other[at + 4 : at + 8] in (b"iCCP", b"pHYs", b"eXIf"):
+            chunks += other[at:end]
+        at = end
+    return pixels[:33] + chunks + pixels[33:]
 
 
 def _rewrite(kind: str, kept: dict[str, Any], frames: Sequence[Values], made: Made) -> bytes:

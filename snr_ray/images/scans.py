@@ -7,6 +7,7 @@
 `FILE#NAME` names another data set of an HDF5 file.
 """
 
+import posixpath
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class Scan:
             return None
         try:
             with _opened(path, THETA) as theta:
-                return np.asarray(theta[...], np.float64)
+                return np.asarray(theta[...], np.float64).ravel()
         except InputError:
             return None
 
@@ -108,11 +109,15 @@ class Scan:
 
 
 def open_scan(data: str, flats: str = "", darks: str = "") -> Scan:
-    """A scan; flats and darks of an HDF5 file are found by themselves where none are named."""
+    """A scan; flats and darks of an HDF5 file are found by themselves where none are named: beside
+    the data set of the views."""
     path, _, name = data.partition("#")
-    if path.lower().endswith(HDF5_SUFFIXES) and not name:
-        flats, darks = (given or _within(path, own)
-                        for given, own in ((flats, FLATS), (darks, DARKS)))  # fmt: skip
+    if path.lower().endswith(HDF5_SUFFIXES):
+        group = posixpath.dirname(name) if name else "exchange"
+        flats, darks = (
+            given or _within(path, posixpath.join(group, posixpath.basename(own)))
+            for given, own in ((flats, FLATS), (darks, DARKS))
+        )
     return Scan(data, flats, darks)
 
 

@@ -1,6 +1,7 @@
 """Parquet tables as a source: rows with encoded images (bytes, or a struct of bytes and path) or
 with tensors. Each table names its columns as it likes; one that is broken is one failed item."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -118,7 +119,8 @@ def _table_rows(
         classes = pa.array([], pa.string())
         if "label" in file.schema_arrow.names:
             labels = file.read_row_group(group, ["label"]).column(0)
-            classes = labels.cast(pa.string()).combine_chunks()
+            with contextlib.suppress(pa.ArrowException):  # lists or structs, which name no class
+                classes = labels.cast(pa.string()).combine_chunks()
         found.append((ids, classes, (path, group, columns.image)))
     return found
 

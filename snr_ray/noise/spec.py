@@ -29,6 +29,10 @@ class NoiseSpec:
     """Photons that leave the source per detector bin and view; 0 counts none (no noise)."""
 
     def __post_init__(self) -> None:
+        check(
+            isinstance(self.n_views, (int, np.integer)) and not isinstance(self.n_views, bool),
+            f"n_views must be a whole number of views, but got {self.n_views!r}.",
+        )
         check(self.n_views >= 1, f"n_views must be at least 1, but got {self.n_views}.")
         check(
             self.filter in FILTERS,

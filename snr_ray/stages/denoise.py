@@ -117,6 +117,11 @@ def denoise(
         network()  # says what is wrong with it
     if n_views is not None:
         _check_views(trained, n_views, inject)
+    check(
+        inject is None or inject >= 1,
+        f"--inject must be a view count of at least 1, but got {inject}; leave it out to remove "
+        "noise.",
+    )
     trained.check_noise(inject or 0)
     config = _as_trained(config, trained)
     folder = open_folder(out)

@@ -269,9 +269,16 @@ class Job:
         self._say(summary, trained)
         if self.out.local is not None:
             found = _count_files(self.out.local, self.begun)
-            if found < files_per_image * summary.images:
+            known = files_per_image * summary.images
+            if found > known:
+                print(
+                    f"{self.out} also holds {found - known:,} files that are no results of this "
+                    "job, such as those of an earlier one.",
+                    file=sys.stderr,
+                )
+            if found < known:
                 raise RunError(
-                    f"{self.out} must hold {files_per_image * summary.images:,} files of "
+                    f"{self.out} must hold {known:,} files of "
                     f"{summary.images:,} images, but holds {found:,}: some were removed, or "
                     "written where this machine does not see them; the same command makes them "
                     "anew."

@@ -24,8 +24,8 @@ from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError, RunError
 from snr_ray.folder import Folder, NotShared
 from snr_ray.images.collection import Source, Texts
-from snr_ray.images.formats import OpenFile, open_file
-from snr_ray.images.pixels import Made
+from snr_ray.images.formats import OpenFile, open_file, stored_frames
+from snr_ray.images.pixels import Made, Values
 from snr_ray.images.zarrfolder import write_image
 from snr_ray.stages.room import check_room
 
@@ -356,15 +356,27 @@ def _write_one(one: Opened, pictures: list[_Picture], target: Target) -> Row:
 
 
 def _encoded(one: Opened, pictures: list[_Picture], target: Target, *, copied: bool) -> bytes:
-    """The result's file, or the input itself; its pixels where the output has another format."""
-    file = one.file
-    if copied and splitext(file.name)[1].lower() == splitext(file.output)[1].lower():
+    """The result's file, in which doubtful pictures are as they were if they are to be `copied`."""
+    file, injected = one.file, target.inject
+    doubtful = [k for k, picture in enumerate(pictures) if copied and picture.known("doubtful")]
+    all_kept = len(doubtful) == len(pictures)
+    same_format = splitext(file.name)[1].lower() == splitext(file.output)[1].lower()
+    # A slice belongs into the series of the others, which is a new one.
+    if all_kept and same_format and one.open.kind != "dicom":
         return file.data
+    kept = dict[int, Values]()
+    if doubtful and same_format:
+        stored = stored_frames(file.data, file.name)
+        kept = {k: stored[k] for k in doubtful if stored[k].dtype.kind != "b"}
     # Noise leaves the range of clean images; float files can hold that.
-    whole = copied or (target.inject and one.open.frames[0].depth.kind == "f")
-    frames = [picture.pixels if copied else picture.result for picture in pictures]
-    made = Made(target.job, "injected" if target.inject else "removed")
-    return one.open.encode(frames, file.output, clip=not whole, made=made)
+    whole = all_kept or (injected and one.open.frames[0].depth.kind == "f")
+    frames = [
+        picture.pixels if k in doubtful else picture.result for k, picture in enumerate(pictures)
+    ]
+    noise: Any = "kept" if all_kept else "injected" if injected else "removed"
+    return one.open.encode(
+        frames, file.output, clip=not whole, made=Made(target.job, noise, file.id), kept=kept
+    )
 
 
 def _npy(deviations: Sequence[Array]) -> bytes:

@@ -27,6 +27,8 @@ from snr_ray.stages.outcome import Outcome
 
 FAILURES = "failures.parquet"
 FEWEST_BINS = 8
+MOST_PER_BIN = 8
+"""Pixels along an image for each bin of a view, at most."""
 _ENDS = {"find": InputError, "write": RunError}
 """What a slice that has no place on the output folder ends the job with."""
 
@@ -82,6 +84,12 @@ def reconstruct(
         len(theta) == n_views,
         f"Every view needs an angle, but {sinogram} has {len(theta)} angles of {n_views} views.",
     )
+    check(bool(np.isfinite(theta).all()), f"Angles must be finite, but some of {sinogram} are not.")
+    if n_views > 1 and np.ptp(theta) <= 2 * np.pi:
+        _tell(
+            f"the angles span {np.ptp(theta):.3g} degrees; if those of the file are radians, "
+            "give them in degrees"
+        )
     views = slice(0, n_views // every * every, every)
     if center is not None:  # of bins that are means of several
         check(
@@ -90,9 +98,12 @@ def reconstruct(
         )
         center = (center - (together - 1) / 2) / together
     check(
-        size is None or size >= FEWEST_BINS,
-        f"--size must be at least {FEWEST_BINS}, but got {size}.",
+        size is None or FEWEST_BINS <= size <= MOST_PER_BIN * n_bins,
+        f"--size must be from {FEWEST_BINS} to {MOST_PER_BIN * n_bins}, {MOST_PER_BIN} for each "
+        f"bin, but got {size}.",
     )
+    if not scan.flats:
+        _tell("no fields without a sample (--flats), so the numbers are taken as line integrals")
     # Whatever else is wrong shows with the first slice, before the cluster works.
     settings: dict[str, Any] = {"center": center, "size": size, "filter": filter}
     first = _image(scan, 0, views, theta[views], together, settings)

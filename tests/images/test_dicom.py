@@ -67,7 +67,7 @@ def test_a_slice_comes_back_as_a_derived_slice_in_its_own_units() -> None:
         file.frames[0].pixels[0], np.clip((UNITS + 1000) / 1200, 0, 1), atol=1e-6
     )
     _, after = rewritten(file)
-    np.testing.assert_allclose(units(after), np.clip(UNITS, *WINDOW), atol=1)
+    np.testing.assert_allclose(units(after), np.maximum(UNITS, -1000), atol=1)
     new = {element.keyword for element in after if element.tag not in before
            or element.value != before[element.tag].value}  # fmt: skip
     assert new == {"SOPInstanceUID", "SeriesInstanceUID", "SeriesDescription", "ImageType",
@@ -89,6 +89,16 @@ def test_identifiers_follow_from_the_old_ones_and_the_job() -> None:
     assert len({first.SOPInstanceUID, second.SOPInstanceUID, other.SOPInstanceUID}) == 3
 
 
+def test_slices_without_identifiers_get_different_ones() -> None:
+    file = open_file(saved(dataset(SOPInstanceUID=None)), "a.dcm", window=WINDOW)
+    pixels = [frame.pixels for frame in file.frames]
+    made = [
+        pydicom.dcmread(io.BytesIO(file.encode(pixels, "a.dcm", made=Made("job", image=name))))
+        for name in ("a.dcm", "b.dcm", "a.dcm")
+    ]
+    assert made[0].SOPInstanceUID == made[2].SOPInstanceUID != made[1].SOPInstanceUID
+
+
 def test_padding_is_neither_cut_nor_cleaned() -> None:
     stored = STORED.astype(np.int16) - 500
     stored[0] = -2000
@@ -97,7 +107,7 @@ def test_padding_is_neither_cut_nor_cleaned() -> None:
                       PixelData=stored.tobytes())), "a.dcm", window=WINDOW)  # fmt: skip
     _, after = rewritten(file)
     assert (after.pixel_array[0] == -2000).all()
-    np.testing.assert_allclose(units(after)[1:], np.clip(2.0 * stored[1:], *WINDOW), atol=1)
+    np.testing.assert_allclose(units(after)[1:], np.maximum(2.0 * stored[1:], -1000), atol=1)
 
 
 def test_values_beyond_the_bits_are_cut_to_them() -> None:
@@ -176,13 +186,13 @@ def test_other_byte_orders_and_files_without_a_preamble() -> None:
     out = io.BytesIO()
     pydicom.dcmwrite(out, big, implicit_vr=False, little_endian=False, enforce_file_format=True)
     opened = open_file(out.getvalue(), "a.dcm", window=WINDOW)
-    np.testing.assert_allclose(units(rewritten(opened)[1]), np.clip(UNITS, *WINDOW), atol=1)
+    np.testing.assert_allclose(units(rewritten(opened)[1]), np.maximum(UNITS, -1000), atol=1)
     bare = io.BytesIO()
     del (plain := dataset()).file_meta
     plain.preamble = None
     plain.save_as(bare, implicit_vr=True, little_endian=True)
     opened = open_file(bare.getvalue(), "a.ima", window=WINDOW)
-    np.testing.assert_allclose(units(rewritten(opened)[1]), np.clip(UNITS, *WINDOW), atol=1)
+    np.testing.assert_allclose(units(rewritten(opened)[1]), np.maximum(UNITS, -1000), atol=1)
 
 
 @pytest.mark.parametrize("name", ["IM0001", "a.IMA", "a.dicom", "a.png", "1.2.840.113"])

@@ -9,8 +9,8 @@ from PIL import Image
 
 from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError
-from snr_ray.images.formats import decode, encode
-from snr_ray.images.pixels import prepare, with_channels
+from snr_ray.images.formats import decode, encode, open_file
+from snr_ray.images.pixels import prepare, stored_values, with_channels
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (9, 7), dtype=np.uint8)
@@ -168,3 +168,23 @@ def test_orientation_tag_is_applied() -> None:
     image.save(out, format="png", exif=exif)
     expected = np.moveaxis(np.rot90(RGB, -1), 2, 0) / 255
     np.testing.assert_allclose(decode(out.getvalue(), "a.png").pixels, expected, atol=1e-6)
+
+
+def test_noise_that_left_the_window_does_not_come_back_but_bone_does() -> None:
+    data = io.BytesIO()
+    np.save(data, np.array([[-1400, 700, 900, 3000]], np.float32))  # noisy air, tissue, bone, tooth
+    file = open_file(data.getvalue(), "a.npy", window=(-1000.0, 400.0))
+    cleaned = (np.array([[-1000, 60, 390, 400]], np.float32) + 1000) / 1400
+    written = np.load(io.BytesIO(file.encode([cleaned[None]], "a.npy")))
+    assert written[0, :2].tolist() == pytest.approx([-1000, 60], abs=1e-3)
+    assert 390 < written[0, 2] < 900
+    assert written[0, 3] == pytest.approx(3000, abs=1e-3)
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16, np.int64, np.uint64])
+def test_white_is_the_largest_number_not_the_smallest(depth: type) -> None:
+    largest = np.iinfo(depth).max
+    pixels = np.array([[[0.5, 1.0, 1.5]]], np.float32)
+    values = stored_values(pixels, np.dtype(depth), (0.0, float(largest)), clip=False)
+    assert values[0, 1:].tolist() == [largest] * 2
+    assert values[0, 0] == pytest.approx(largest / 2, rel=0.01)

@@ -6,11 +6,12 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from snr_ray.errors import InputError
 from snr_ray.images.formats import decode, encode, open_file
 from snr_ray.images.headers import n_values
+from snr_ray.images.raster import write
 
 Y, X = np.mgrid[:32, :24]
 GREY = (120 + 100 * np.sin(Y / 9) * np.cos(X / 5 + 1)).astype(np.uint8)
@@ -64,6 +65,20 @@ def test_resolution_profile_and_exif_are_kept(kind: str) -> None:
     assert after.getexif().get(0x0112, 1) == 1
     if kind != "webp":
         assert round(after.info["dpi"][0]) == 300
+
+
+def test_sixteen_bits_of_colour_keep_resolution_profile_and_exif() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "scanner"
+    pixels = np.arange(5 * 4 * 3, dtype=np.uint16).reshape(5, 4, 3) * 1000
+    data = write(pixels, "PNG", dpi=(300, 300), icc_profile=profile, exif=exif.tobytes())
+    _, written = again(data, "a.png", white=65535)
+    with Image.open(io.BytesIO(written)) as image:
+        assert image.info["icc_profile"] == profile
+        assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+        assert image.getexif()[ExifTags.Base.Make] == "scanner"
+    np.testing.assert_array_equal(imagecodecs.png_decode(written), pixels)
 
 
 def test_profile_and_gamma_do_not_change_pixels() -> None:

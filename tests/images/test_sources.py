@@ -101,7 +101,7 @@ def test_parquet_of_structs_bytes_and_tensors(tmp_path: Path) -> None:
     structs = [{"bytes": data, "path": f"p{k}.png"} for k, data in enumerate(files)]
     tensors = np.random.default_rng(0).random((5, 1, 12, 12), dtype=np.float32)
     tables = {
-        "structs": pa.table({"img": structs, "label": list(range(5))}),
+        "structs": pa.table({"img": structs, "label": [[k, k + 1] for k in range(5)]}),
         "bytes": pa.table({"name": [f"p{k}.png" for k in range(5)], "image": files}),
         "plain": pa.table({"image": files}),
         "tensors": pa.table({"id": [f"x/{k}.png" for k in range(5)],

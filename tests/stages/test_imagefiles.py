@@ -95,16 +95,20 @@ def test_what_is_held_at_once_is_bounded() -> None:
 
 
 def answered(
-    out: LocalFolder, inputs: list[ImageFile], doubtful: Doubtful, doubted: bool
+    out: LocalFolder,
+    inputs: list[ImageFile],
+    doubtful: Doubtful,
+    doubted: bool | list[bool],
+    images: ImagesConfig | None = None,
 ) -> list[dict]:
-    (opened, stacks, _) = next(iter(open_files(inputs, ImagesConfig(white=1.0))))
+    (opened, stacks, _) = next(iter(open_files(inputs, images or ImagesConfig(white=1.0))))
     answers = [
         Answer(
             np.zeros_like(stack.pixels),
             [0] * len(stack.ids),
             [""] * len(stack.ids),
             explained=np.full(len(stack.ids), 3.0),
-            doubtful=np.full(len(stack.ids), doubted),
+            doubtful=np.broadcast_to(doubted, len(stack.ids)),
         )
         for stack in stacks
     ]
@@ -128,6 +132,30 @@ def test_a_doubtful_result_is_not_written_as_if_it_were_clean(tmp_path: Path) ->
     assert not (tmp_path / "fail").exists()
     rows = answered(LocalFolder(tmp_path / "good"), inputs, "fail", doubted=False)
     assert [row["status"] for row in rows] == ["done"] * 2
+
+
+def test_only_the_doubtful_pages_of_a_stack_stay_as_they_were(tmp_path: Path) -> None:
+    pages = np.full((3, 9, 9), 100, np.uint8)
+    out, stack = LocalFolder(tmp_path / "out"), io.BytesIO()
+    tifffile.imwrite(stack, pages, photometric="minisblack")
+    inputs = [ImageFile("a.tif", "a.tif", "a.tif", stack.getvalue())]
+    rows = answered(out, inputs, "copy", doubted=[False, True, False])
+    assert rows[0]["status"] == "doubtful"
+    assert tifffile.imread(out.path / "a.tif")[:, 0, 0].tolist() == [0, 100, 0]
+
+
+def test_a_doubtful_slice_stays_in_the_series_of_the_others(tmp_path: Path) -> None:
+    pydicom = pytest.importorskip("pydicom")
+    from images.test_dicom import dataset, saved
+
+    out, series = LocalFolder(tmp_path), []
+    for doubted in (False, True):
+        inputs = [ImageFile("a.dcm", "a.dcm", "a.dcm", saved(dataset()))]
+        answered(out, inputs, "copy", doubted=doubted, images=ImagesConfig(window=(-100.0, 50.0)))
+        series.append(pydicom.dcmread(out.path / "a.dcm"))
+    assert series[0].SeriesInstanceUID == series[1].SeriesInstanceUID != dataset().SeriesInstanceUID
+    np.testing.assert_array_equal(series[1].pixel_array, dataset().pixel_array)
+    assert series[1].SeriesDescription.endswith("noise kept")
 
 
 def test_of_a_doubtful_folder_the_largest_level_is_copied(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from skimage.transform import iradon, radon, resize
 
 from snr_ray.cli import main
 from snr_ray.errors import InputError
+from snr_ray.images.scans import open_scan
 from snr_ray.stages.reconstruct import reconstruct
 
 ANGLES = np.arange(36) * 5.0
@@ -98,6 +99,27 @@ def test_a_slice_that_cannot_be_read_fails_alone(integrals: np.ndarray, tmp_path
     assert len(list((tmp_path / "out").glob("*.tif"))) == 2
 
 
+def test_the_fields_of_a_named_data_set_lie_beside_it(scan: Path) -> None:
+    named = open_scan(f"{scan}#exchange/data")
+    assert named.flats == f"{scan}#exchange/data_white"
+    assert named.darks == f"{scan}#exchange/data_dark"
+    assert not open_scan(f"{scan}#other/data").flats
+
+
+@pytest.mark.parametrize(
+    ("theta", "sentence"),
+    [(np.full((36, 1), np.nan), "must be finite"), (ANGLES[:30], "30 angles")],
+)
+def test_angles_that_are_none_are_refused(
+    theta: np.ndarray, sentence: str, integrals: np.ndarray, tmp_path: Path
+) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        file["exchange/data"], file["exchange/theta"] = integrals, theta
+    with pytest.raises(InputError, match=sentence):
+        reconstruct(sinogram=str(tmp_path / "s.h5"), out=tmp_path / "out")
+
+
 def test_bad_scans_are_one_sentence(integrals: np.ndarray, scan: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "s.npy", integrals)
     np.save(tmp_path / "d.npy", np.zeros((1, 2, 48)))
@@ -130,4 +152,5 @@ def test_bad_scans_are_one_sentence(integrals: np.ndarray, scan: Path, tmp_path:
     refused("--every must be at least 1", every=0)
     refused("--center must be a bin of the detector, 0 to 47, but got 48", center=48)
     refused("at least 8 bins, but .* has 48, in groups of 7", together=7)
-    refused("--size must be at least 8, but got 4", size=4)
+    for size in (4, 8 * 48 + 1):
+        refused(f"--size must be from 8 to 384, 8 for each bin, but got {size}", size=size)
