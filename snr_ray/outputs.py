@@ -76,7 +76,7 @@ def claim(
     except OSError as error:
         raise InputError(
             f"--out must be a folder that can be written, but {out} cannot "
-            f"({without_secrets(str(error))})."
+            f"({without_secrets(str(error))}); look at its permissions, or give another --out."
         ) from None
 
 

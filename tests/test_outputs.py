@@ -12,6 +12,7 @@ from snr_ray.address import open_folder
 from snr_ray.errors import InputError
 from snr_ray.folder import JOB, Folder
 from snr_ray.localfolder import LocalFolder
+from snr_ray.lock import locked
 from snr_ray.outputs import FILES, Progress, claim
 
 MINE = {"stage": "denoise", "source": "scans"}
@@ -142,6 +143,23 @@ def test_a_place_that_cannot_be_written_is_a_sentence(
         take(open_folder(tmp_path / "file"), MINE)
     with pytest.raises(InputError, match=r"can be written, but s3://nowhere/out\?.* cannot"):
         take(open_folder(f"s3://nowhere/out?{bucket[1]}"), MINE)
+
+
+def test_a_bucket_without_write_permission_is_a_sentence(
+    bucket: tuple[pafs.FileSystem, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moto.s3.responses import S3Response
+
+    text = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+    denied = (403, {"Content-Type": "application/xml"}, text)
+    monkeypatch.setattr(S3Response, "put_object", lambda _: denied)
+    place = open_folder(f"s3://bucket/out?{bucket[1]}")
+    with pytest.raises(
+        InputError, match=r"written, but s3://bucket/out\S* cannot \(.*AccessDenied"
+    ):
+        take(place, MINE)
+    with pytest.raises(InputError, match=r"a lock .*AccessDenied.*give another --out"):
+        locked(place, "train").__enter__()
 
 
 @pytest.fixture
