@@ -101,6 +101,10 @@ def denoise(
         "n_views tells a model with model.physics or model.unrolled how many views its images "
         "have, but this one is blind; leave it out.",
     )
+    check(
+        n_views is None or (isinstance(n_views, (int, np.integer)) and n_views is not True),
+        f"n_views must be a whole number of views, but got {n_views!r}.",
+    )
     geometry = None if n_views is None else trained.geometry(n_views)
     known = trained.noise_id(n_views) if physics and n_views is not None else None
     batch = np.ascontiguousarray(batch, np.float32)

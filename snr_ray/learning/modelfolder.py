@@ -72,9 +72,9 @@ class Knowledge:
     def geometry(self, n_views: int) -> NoiseSpec | None:
         """What to tell the unrolled solver of images of a view count; None where there is none.
 
-        Raises InputError if it is no whole number above 0.
+        Raises InputError if it is below 1.
         """
-        NoiseSpec(n_views)
+        check(n_views >= 1, f"A view count must be at least 1, but got {n_views}.")
         if not self.unrolls:
             return None
         return noise_specs(dataclasses.replace(self.config.noise, n_views=(n_views,)))[0]
