@@ -53,6 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         print(f"snr {args.stage}: {error}", file=sys.stderr)
         return 1
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:  # which Ray answers itself while it starts
+            raise
+        print(f"snr {args.stage}: interrupted; the same command continues.", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print(f"\nsnr {args.stage}: interrupted; the same command continues.", file=sys.stderr)
         return 143 if terminated.is_set() else 1

@@ -10,6 +10,8 @@ from typing import Literal
 from snr_ray.errors import check
 
 VIEWS_PER_PIXEL = 4
+MOST_PHOTONS = 10**18
+"""NumPy draws Poisson counts up to 9.2e18."""
 """Views per pixel of the longer side of an image, at most: more add memory and nothing else."""
 FILTERS = ("ramp", "shepp-logan", "cosine", "hamming", "hann", "none")
 
@@ -100,6 +102,10 @@ class NoiseConfig:
             f"{self.angle_range:g}.",
         )
         check(self.photons >= 0, f"noise.photons must not be negative, but got {self.photons}.")
+        check(
+            self.photons <= MOST_PHOTONS,
+            f"noise.photons must be at most {MOST_PHOTONS:.0e}, but got {self.photons}.",
+        )
         if self.views_per_pixel is not None:
             low, high = self.views_per_pixel
             check(
@@ -376,6 +382,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self.seed >= 0, f"seed must not be negative, but got {self.seed}.")
+        check(self.seed < 2**32, f"seed must be at most {2**32 - 1}, but got {self.seed}.")
         self._check_batches()
         self._check_physics()
         self._check_range()

@@ -124,7 +124,7 @@ def _read(source: str | Path) -> dict[str, Any]:
 def _yaml(text: str, origin: str | Path) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
@@ -187,7 +187,7 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     if kind is float and not isinstance(value, bool):
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
             return number

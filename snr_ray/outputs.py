@@ -5,6 +5,7 @@ or finds itself done; another job is refused, so nothing a user had is mixed or 
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,19 @@ EMPTYING = "emptying"
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a file that is there whole or not at all, whatever happens meanwhile."""
     LocalFolder(path.parent).write(path.name, data)
+
+
+def check_file(path: Path | None) -> None:
+    """Raise InputError for a file that cannot be written; for before long work."""
+    if path is None:
+        return
+    above = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(
+            f"--out must be a file that can be written, but {path} "
+            + ("is a folder" if path.is_dir() else f"would lie in {above}, which takes none")
+            + "; give another."
+        )
 
 
 FILES = "sizes and times of the images"
@@ -89,13 +103,13 @@ def _claim(out: Folder, identity: dict[str, Any], owned: tuple[str, ...], overwr
     text = json.dumps(identity, indent=2) + "\n"
     taken = out.exists(JOB)
     before = {} if overwrite or not taken else _job(out)
-    for key in identity:
-        if key == FILES and key not in before:  # of a job of an earlier version
+    for key in [*identity, *(key for key in before if key not in identity)]:
+        if key == EMPTYING or (key == FILES and key not in before):  # of an earlier version
             continue
-        if before and before.get(key) != identity[key]:
+        if before and before.get(key) != identity.get(key):
             raise InputError(
                 f"{out} belongs to another job ({key}: {before.get(key)!r} there, "
-                f"{identity[key]!r} now); give another --out, or --overwrite to replace it."
+                f"{identity.get(key)!r} now); give another --out, or --overwrite to replace it."
             )
     if before and EMPTYING not in before:
         return True

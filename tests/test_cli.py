@@ -142,3 +142,16 @@ def test_a_stage_that_is_stopped_says_so_whatever_ray_makes_of_the_signal(
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "\nsnr train: interrupted; the same command continues.\n"
+
+
+def test_a_signal_that_ray_answers_itself_is_an_interruption(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While it starts, Ray ends the process by its own handler of SIGTERM."""
+
+    def end(*_: object) -> int:
+        sys.exit(signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "_run", end)
+    assert cli.main(["simulate", "--images", "glyphs", "--out", "o"]) == 143
+    assert capsys.readouterr().err == "snr simulate: interrupted; the same command continues.\n"

@@ -4,6 +4,7 @@ import io
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
@@ -13,7 +14,7 @@ from snr_ray.errors import InputError
 from snr_ray.folder import JOB, Folder
 from snr_ray.localfolder import LocalFolder
 from snr_ray.lock import locked
-from snr_ray.outputs import FILES, Progress, claim
+from snr_ray.outputs import FILES, Progress, check_file, claim
 
 MINE = {"stage": "denoise", "source": "scans"}
 OTHER = {"stage": "denoise", "source": "photos"}
@@ -27,7 +28,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     return open_folder(f"s3://bucket/out?{query}")
 
 
-def take(place: Folder, identity: dict[str, str], overwrite: bool = False) -> bool:
+def take(place: Folder, identity: dict[str, Any], overwrite: bool = False) -> bool:
     return claim(place, identity, owned=("manifest", "parts"), overwrite=overwrite)
 
 
@@ -201,3 +202,19 @@ def test_progress_is_in_units_that_say_something(
     now += seconds
     progress.update(done, "3 failed")
     assert line.getvalue() == said
+
+
+def test_what_only_the_job_before_had_makes_it_another(place: Folder) -> None:
+    take(place, MINE | {"size": 32})
+    with pytest.raises(InputError, match=r"belongs to another job \(size: 32 there, None now\)"):
+        take(place, MINE)
+
+
+@pytest.mark.parametrize("name", ["folder", "file/x.json"])
+def test_a_file_that_cannot_be_written_is_told_before(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    check_file(None)
+    check_file(tmp_path / "new" / "x.json")
+    with pytest.raises(InputError, match=r"--out must be a file that can be written, but "):
+        check_file(tmp_path / name)

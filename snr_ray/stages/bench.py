@@ -23,7 +23,7 @@ from snr_ray.learning.learner import Learner
 from snr_ray.learning.shardfeed import ShardFeed
 from snr_ray.metrics import as_json
 from snr_ray.noise.operator import NoiseSpec, RadonNoise
-from snr_ray.outputs import write_atomic
+from snr_ray.outputs import check_file, write_atomic
 from snr_ray.stages.benchdenoise import measure_denoise
 from snr_ray.stages.benchjob import CURVE, Rows, measure_job
 from snr_ray.stages.benchstep import measure_step
@@ -51,6 +51,7 @@ def bench(config: Config, name: str, *, out: Path | None) -> int:
         "denoise": measure_denoise,
         "sweep": _sweep,
     }
+    check_file(out)
     rows: Rows = []
     since = time.monotonic()
     for row in measures[name](config):

@@ -6,12 +6,13 @@ wrote on one of them is better.
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
 from snr_ray.config import Config
 from snr_ray.errors import check
-from snr_ray.outputs import write_atomic
+from snr_ray.outputs import check_file, write_atomic
 from snr_ray.stages.forecast import forecast_job, table
 from snr_ray.stages.planrates import Stage, measure, read_rates
 
@@ -58,6 +59,12 @@ def plan(
     for name, number in (("--images", images), ("--size", size), ("--nodes", nodes),
                          ("--cores", cores)):  # fmt: skip
         check(number >= 1, f"{name} must be at least 1, but got {number}.")
+    check(8 <= size <= 4096, f"--size must be from 8 to 4096 pixels, but got {size}.")
+    check(
+        price is None or 0 <= price < math.inf,
+        f"--price must be a number of 0 or more, but got {price}.",
+    )
+    check_file(out)
     check(gpus >= 0, f"--gpus must not be negative, but got {gpus}.")
     check(stage == "denoise" or not gpus, "simulate uses no GPUs; leave --gpus out.")
     check(

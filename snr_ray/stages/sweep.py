@@ -78,7 +78,7 @@ from snr_ray.stages.study import (
 )
 from snr_ray.stages.sweeppage import share_run, write_page
 from snr_ray.stages.tracker import check_tracker, settings
-from snr_ray.stages.trainsetup import identity
+from snr_ray.stages.trainsetup import check_room, identity
 from snr_ray.stages.trial import ask_for_room, ending, slots_of, start_run
 
 PAGE = ("best.yaml", CONFIRMED, "trials.csv", "history.png", "split.png", "front.png",
@@ -175,6 +175,7 @@ def sweep(
                 print("sweep: every trial runs to its end: of several objectives none can be told "
                       "to be hopeless before.", flush=True)  # fmt: skip
             with connected():
+                check_room(config)
                 if origin.images:  # simulated once, for all trials
                     data = place.join("data")
                     simulate(config, images=origin.images, out=data)

@@ -19,6 +19,7 @@ as if it were the last. A run in a bucket is worked on in copies: see `snr_ray.s
 
 import contextlib
 import functools
+import math
 import signal
 import sys
 import threading
@@ -35,7 +36,7 @@ from ray.train import UserCallback
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
 from snr_ray.config import Config
-from snr_ray.errors import InputError, RunError
+from snr_ray.errors import InputError, RunError, check
 from snr_ray.folder import Folder
 from snr_ray.images.datafolder import Failure
 from snr_ray.learning.modelfolder import WEIGHTS_FILE, model_place
@@ -108,6 +109,10 @@ def train(
         InputError: for a source, folder or setting the user can put right.
         RunError: for a run that went wrong; what it had is kept.
     """
+    check(
+        wait is None or 0 <= wait < math.inf,
+        f"--wait must be minutes, 0 or more, but got {wait}.",
+    )
     config = settle_start(settle(config, origin))
     place = open_folder(out)
     desk = Desk(place)

@@ -133,6 +133,12 @@ def check_images(
             )
 
 
+def check_room(config: Config) -> None:
+    """Raise InputError if workers of a run need more than the cluster has, where none may come."""
+    if not pools.has_autoscaler() and _lacks(config):
+        _refuse(config, "")
+
+
 def wait_for_room(config: Config, minutes: float | None, *, tell: bool) -> None:
     """Return once the cluster has free what the workers need, or will bring it when asked.
 
@@ -157,7 +163,7 @@ def wait_for_room(config: Config, minutes: float | None, *, tell: bool) -> None:
             break
         waited = time.monotonic() - begun
         if lacks and not minutes:
-            _refuse(config)
+            _refuse(config, "; --wait MINUTES waits for more")
         if minutes is not None and waited >= 60 * minutes:
             raise InputError(
                 f"After --wait {minutes:g} minutes the cluster still has not free what training "
@@ -203,13 +209,12 @@ def _lacks(config: Config) -> bool:
     return any(config.train.num_workers * each > there.get(key, 0) for key, each in wants)
 
 
-def _refuse(config: Config) -> None:
+def _refuse(config: Config, way_out: str) -> None:
     train, most = config.train, int(ray.cluster_resources().get("CPU", 0))
     if train.num_workers * train.cpus_per_worker > most:
         raise InputError(
             f"train.num_workers x train.cpus_per_worker must be at most the cluster's {most} "
-            f"cores, but got {train.num_workers} x {train.cpus_per_worker}; --wait MINUTES waits "
-            "for more."
+            f"cores, but got {train.num_workers} x {train.cpus_per_worker}{way_out}."
         )
     raise InputError(
         f"train.use_gpu needs one GPU per worker ({train.num_workers}), but the "

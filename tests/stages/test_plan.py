@@ -17,6 +17,9 @@ from snr_ray.stages.forecast import forecast_job
     [
         (["--nodes", "0"], "--nodes must be at least 1"),
         (["--size", "0"], "--size must be at least 1"),
+        (["--size", "100000"], "--size must be from 8 to 4096 pixels, but got 100000"),
+        (["--price", "nan"], "--price must be a number of 0 or more, but got nan"),
+        (["--out", "."], "--out must be a file that can be written, but . is a folder"),
         (["--gpus", "1"], "--gpus needs --rates FILE"),
         (["--of", "simulate", "--gpus", "1"], "simulate uses no GPUs"),
         (["--rates", "none.json", "--like", "glyphs"], "--like is for a measurement"),

@@ -98,6 +98,23 @@ def _confirms(given: Config, out: Path) -> None:
     assert [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs] == before
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_2_cpus")
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"train.use_gpu": True}, r"needs one GPU per worker \(1\), but the cluster has 0"),
+        ({"train.num_workers": 4}, r"at most the cluster's 2 cores, but got 4 x 1\."),
+    ],
+)
+def test_trials_that_never_have_room_are_refused(
+    changes: dict[str, Any], sentence: str, tiny: Config, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        sweep(configs.replace(tiny, changes), origin=GLYPHS, out=tmp_path / "s", trials=1)
+    assert not (tmp_path / "s" / "data").exists()
+
+
 def test_zero_trials_are_refused(tiny: Config, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--trials must be at least 1, but got 0"):
         sweep(tiny, origin=GLYPHS, out=tmp_path / "s", trials=0)
