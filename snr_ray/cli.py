@@ -18,7 +18,7 @@ from snr_ray.environment import prepare_environment
 from snr_ray.errors import InputError, Lost, RunError
 
 if TYPE_CHECKING:
-    from snr_ray.stages.outcome import Outcome
+    from snr_ray.stages.job.outcome import Outcome
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         presets = ["demo", *args.config] if args.stage == "demo" else args.config
         config = configs.load(presets, args.set)
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # the entrypoint of a job
-            from snr_ray.stages.submitted import check_paths
+            from snr_ray.stages.job.submitted import check_paths
 
             check_paths(args, config)
         return _run(args, config)
@@ -96,13 +96,13 @@ def _demo(args: argparse.Namespace, config: Config) -> int:
 
 
 def _bench(args: argparse.Namespace, config: Config) -> int:
-    from snr_ray.stages.bench import bench
+    from snr_ray.stages.measuring.bench import bench
 
     return bench(config, args.name, out=args.out)
 
 
 def _plan(args: argparse.Namespace, config: Config) -> int:
-    from snr_ray.stages.plan import plan
+    from snr_ray.stages.measuring.plan import plan
 
     return plan(
         config,
@@ -122,7 +122,7 @@ def _plan(args: argparse.Namespace, config: Config) -> int:
 
 
 def _simulate(args: argparse.Namespace, config: Config) -> "tuple[Outcome, str]":
-    from snr_ray.stages.simulate import simulate
+    from snr_ray.stages.simulation.simulate import simulate
 
     outcome = simulate(config, images=args.images, out=args.out, overwrite=args.overwrite)
     return outcome, f"{outcome.images:,} images in {outcome.out}"
@@ -130,8 +130,8 @@ def _simulate(args: argparse.Namespace, config: Config) -> "tuple[Outcome, str]"
 
 def _train(args: argparse.Namespace, config: Config) -> "tuple[Outcome, str]":
     from snr_ray.learning.recipe import with_batch_size
-    from snr_ray.stages.dataset import Origin
-    from snr_ray.stages.train import train
+    from snr_ray.stages.simulation.dataset import Origin
+    from snr_ray.stages.training.train import train
 
     if args.batch_size is not None:
         config = with_batch_size(config, args.batch_size)
@@ -141,9 +141,9 @@ def _train(args: argparse.Namespace, config: Config) -> "tuple[Outcome, str]":
 
 
 def _sweep(args: argparse.Namespace, config: Config) -> "tuple[Outcome, str]":
-    from snr_ray.stages.dataset import Origin
-    from snr_ray.stages.objectives import read_goals
-    from snr_ray.stages.sweep import sweep
+    from snr_ray.stages.simulation.dataset import Origin
+    from snr_ray.stages.sweeping.objectives import read_goals
+    from snr_ray.stages.sweeping.sweep import sweep
 
     outcome = sweep(
         config,
@@ -164,8 +164,8 @@ def _sweep(args: argparse.Namespace, config: Config) -> "tuple[Outcome, str]":
 
 
 def _denoise(args: argparse.Namespace, config: Config) -> "tuple[Outcome, str]":
-    from snr_ray.stages.denoise import denoise
-    from snr_ray.stages.denoisejob import Running
+    from snr_ray.stages.denoising.denoise import denoise
+    from snr_ray.stages.denoising.denoisejob import Running
 
     outcome = denoise(
         config,
@@ -191,7 +191,7 @@ def _denoise(args: argparse.Namespace, config: Config) -> "tuple[Outcome, str]":
 
 def _evaluate(args: argparse.Namespace, config: Config) -> "tuple[Outcome, str]":
     from snr_ray.scoring.methods import QUICK_BASELINES
-    from snr_ray.stages.evaluate import evaluate
+    from snr_ray.stages.evaluation.evaluate import evaluate
 
     asked = QUICK_BASELINES if args.baselines is None else args.baselines.split(",")
     outcome = evaluate(

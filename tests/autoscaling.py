@@ -24,7 +24,7 @@ from ray.autoscaler.tags import (
     TAG_RAY_USER_NODE_TYPE,
 )
 
-from snr_ray.stages import pools
+from snr_ray.stages.job import pools
 
 IDLE_MINUTES = 0.1
 POOLS = {"cpu": ({"CPU": 2}, 2), "gpu": ({"CPU": 2, "GPU": 1}, 1)}

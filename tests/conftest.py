@@ -39,7 +39,7 @@ def ray_2_cpus() -> Iterator[None]:
     """One local Ray for the whole session; never attaches to a running cluster."""
     import ray
 
-    from snr_ray.stages.cluster import quiet_data
+    from snr_ray.stages.job.connection import quiet_data
 
     ray.init(
         address="local",
@@ -94,8 +94,8 @@ def bucket(
 @pytest.fixture(scope="session")
 def unbroken(tiny: Config, ray_2_cpus: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 20 steps on one worker, from the glyphs; not to be written to."""
-    from snr_ray.stages.dataset import Origin
-    from snr_ray.stages.train import train
+    from snr_ray.stages.simulation.dataset import Origin
+    from snr_ray.stages.training.train import train
 
     out = tmp_path_factory.mktemp("train") / "run"
     return train(tiny, origin=Origin(images="glyphs"), out=out).out

@@ -81,7 +81,7 @@ def test_bench_radon_writes_its_json(
 ) -> None:
     import json
 
-    from snr_ray.stages import bench
+    from snr_ray.stages.measuring import bench
 
     monkeypatch.setattr(bench, "RADON_SIZES", ((16, 4), (40, 6)))
     assert main(["bench", "radon", "--out", str(tmp_path / "b.json")]) == 0
@@ -100,7 +100,7 @@ def test_bench_simulate_measures_a_real_job(
 ) -> None:
     import json
 
-    from snr_ray.stages import benchjob
+    from snr_ray.stages.measuring import benchjob
 
     monkeypatch.setattr(benchjob, "GENERATED_ROWS", 100)
     out = tmp_path / "b.json"

@@ -19,7 +19,7 @@ from ray._private.runtime_env.packaging import create_package
 
 from snr_ray import __version__
 from snr_ray.arguments import parser
-from snr_ray.stages.cluster import OFF_HEAD, ON_CORES
+from snr_ray.stages.job.connection import OFF_HEAD, ON_CORES
 
 REPOSITORY = Path(__file__).parents[1]
 CLUSTER = REPOSITORY / "cluster"

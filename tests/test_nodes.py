@@ -29,7 +29,7 @@ from snr_ray.config import Config
 from snr_ray.hashing import hash64
 from snr_ray.images.sources import open_source
 from snr_ray.noise.operator import NoiseSpec, noise_operator
-from snr_ray.stages.runlog import read_metrics
+from snr_ray.stages.training.runlog import read_metrics
 
 pytestmark = pytest.mark.ray
 
@@ -92,7 +92,7 @@ def check_cleaned(out: Path, as_in: Path, count: int) -> None:
 WHERE = """
 import collections, json, time
 import ray
-from snr_ray.stages.cluster import OFF_HEAD, ON_CORES
+from snr_ray.stages.job.connection import OFF_HEAD, ON_CORES
 
 def pool(*_):
     time.sleep(1)

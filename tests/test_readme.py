@@ -22,6 +22,9 @@ def test_readme_names_what_exists() -> None:
     assert ground == sorted(p.name for p in package.glob("[!_]*.py"))
     rooms = dict(re.findall(r"^ {2}(\w+)/ .*(?:\n {17}(.*))?$", tree.group(1), re.MULTILINE))
     assert set(rooms) == {p.name for p in package.iterdir() if p.is_dir()} - {"__pycache__"}
+    inner = dict(re.findall(r"^ {4}(\w+)/ +(.*)$", tree.group(1), re.MULTILINE))
+    assert set(inner) == {p.parent.name for p in package.glob("stages/*/__init__.py")}
+    rooms |= {f"stages/{room}": modules for room, modules in inner.items()}
     for room, modules in rooms.items():
         assert modules.split() == sorted(p.stem for p in (package / room).glob("[!_]*.py")), room
     for command in re.findall(r"^snr (\w+)", text, re.MULTILINE):

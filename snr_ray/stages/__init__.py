@@ -1,7 +1,7 @@
-"""A module for each verb of `snr`, and what only they share; the only room that knows Ray.
+"""The verbs of `snr`, each in a room with what only it needs; the only rooms that know Ray.
 
-Under `train` lie `trainsetup`, `trainworker` and `runlog`; under `denoise` `denoisejob`, `bulk`,
-the engine, `cleaning`, `imagefiles`, `fileswap`, `manifest`, `retrylist` and `room`; under
-`evaluate` `scoretask`; under `plan` `planrates` and `forecast`. `cluster` connects, `counters`
-tells Prometheus, `dataset` brings rows. Stages talk through files. Read `denoise` first.
+`job` is what all of them share; then `simulation`, `denoising`, `training`, `evaluation`,
+`sweeping` and `measuring` (`bench` and `plan`). A verb that needs no room lies here:
+`reconstruct`, and `demo`, which runs them all. Stages talk through files.
+Read `denoising` first.
 """

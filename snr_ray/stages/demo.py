@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from snr_ray.config import Config
-from snr_ray.stages.cluster import connected
-from snr_ray.stages.dataset import Origin
-from snr_ray.stages.denoise import denoise
-from snr_ray.stages.evaluate import evaluate
-from snr_ray.stages.simulate import simulate
-from snr_ray.stages.train import train
+from snr_ray.stages.denoising.denoise import denoise
+from snr_ray.stages.evaluation.evaluate import evaluate
+from snr_ray.stages.job.connection import connected
+from snr_ray.stages.simulation.dataset import Origin
+from snr_ray.stages.simulation.simulate import simulate
+from snr_ray.stages.training.train import train
 
 INTRODUCTION = """\
 snr demo: sparse-view noise out of rendered letters, about 5 minutes on 2 cores.

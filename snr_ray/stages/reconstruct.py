@@ -22,8 +22,8 @@ from snr_ray.images.datafolder import Failure, failures_bytes
 from snr_ray.images.scans import Scan, open_scan
 from snr_ray.noise.fbp import back_project, binned, line_integrals
 from snr_ray.outputs import FILES, Progress, claim
-from snr_ray.stages.cluster import ON_CORES, connected, shared
-from snr_ray.stages.outcome import Outcome
+from snr_ray.stages.job.connection import ON_CORES, connected, shared
+from snr_ray.stages.job.outcome import Outcome
 
 FAILURES = "failures.parquet"
 FEWEST_BINS = 8

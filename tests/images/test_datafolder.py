@@ -10,7 +10,7 @@ import pytest
 from snr_ray.config import Config
 from snr_ray.errors import InputError
 from snr_ray.images.datafolder import DataFolder
-from snr_ray.stages.simulate import simulate
+from snr_ray.stages.simulation.simulate import simulate
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 

@@ -10,7 +10,7 @@ from snr_ray.images.datafolder import DataFolder, tensors
 from snr_ray.learning import shardfeed
 from snr_ray.learning.batches import Batch, Share
 from snr_ray.learning.shardfeed import ShardFeed
-from snr_ray.stages.simulate import simulate
+from snr_ray.stages.simulation.simulate import simulate
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_2_cpus")]
 
@@ -25,7 +25,7 @@ def folder(
     config: Config, ray_2_cpus: None, tmp_path_factory: pytest.TempPathFactory
 ) -> DataFolder:
     patch = pytest.MonkeyPatch()
-    patch.setattr("snr_ray.stages.simulate.GROUP_BYTES", 120_000)  # 39 rows
+    patch.setattr("snr_ray.stages.simulation.simulate.GROUP_BYTES", 120_000)  # 39 rows
     patch.setattr(shardfeed, "WINDOW_BYTES", 500_000)
     data = simulate(config, images="glyphs", out=tmp_path_factory.mktemp("data") / "d").out
     yield DataFolder.open(data)
