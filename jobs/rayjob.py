@@ -7,7 +7,10 @@ import sys
 
 from snr_ray.cli import main
 
-FINAL = {2: "its input must be put right", 3: "the images that failed are in failures.parquet"}
+FINAL = {
+    2: "its input must be put right",
+    3: "images that failed are in failures.parquet, doubtful ones in the manifest",
+}
 
 
 def once(argv: list[str]) -> int:

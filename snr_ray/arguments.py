@@ -135,7 +135,8 @@ def _denoise(stage: argparse.ArgumentParser) -> None:
         type=_views,
         help="view count of the images, also one that the model was not trained on (but for a "
         "model with model.physics), or detect, which tries all on a few images; by default the "
-        "noise code of each image says which of those that the model was trained on",
+        "noise code of each image says which of those that the model was trained on, or, of a "
+        "model of a range such as any and ct, its spectrum does",
     )
     add("--doubtful", choices=("write", "copy", "fail"), default="copy",
         help="what becomes of a result that does not explain its image: write it all the same, "

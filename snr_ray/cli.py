@@ -16,6 +16,7 @@ from snr_ray.arguments import parser
 from snr_ray.config import Config
 from snr_ray.environment import prepare_environment
 from snr_ray.errors import InputError, Lost, RunError
+from snr_ray.usage import USES
 
 if TYPE_CHECKING:
     from snr_ray.stages.job.outcome import Outcome
@@ -39,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         presets = ["demo", *args.config] if args.stage == "demo" else args.config
         config = configs.load(presets, args.set)
+        if args.stage in USES:
+            configs.check_used(args.stage, USES[args.stage], args.set)
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # the entrypoint of a job
             from snr_ray.stages.job.submitted import check_paths
 

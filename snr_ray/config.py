@@ -10,9 +10,9 @@ from typing import Literal
 from snr_ray.errors import check
 
 VIEWS_PER_PIXEL = 4
+"""Views per pixel of the longer side of an image, at most: more add memory and nothing else."""
 MOST_PHOTONS = 10**18
 """NumPy draws Poisson counts up to 9.2e18."""
-"""Views per pixel of the longer side of an image, at most: more add memory and nothing else."""
 FILTERS = ("ramp", "shepp-logan", "cosine", "hamming", "hann", "none")
 
 
@@ -36,7 +36,7 @@ class ImagesConfig:
     """Keep a square of so many pixels of each image, at a place drawn by its id, after the noise of
     the whole image was made: streaks come from all of it."""
     limit: int | None = None
-    """Use at most this many images, chosen by the hash of their ids; none means all."""
+    """Use at most this many images, chosen by the hash of their ids; null means all."""
     group: str | None = None
     """What keeps images together in one split: `PatientID` of DICOM files, `folder` that an image
     lies in (`folder:2`: its first two folders), a column of Parquet tables, or `none`. Left out, it
@@ -184,6 +184,11 @@ class ModelConfig:
                 f"model.{name} must not be negative, but got {getattr(self, name)}.",
             )
         check(
+            self.correction == 0 or self.unrolled >= 1,
+            f"model.correction needs model.unrolled of at least 1, whose operator it asks, but got "
+            f"{self.unrolled}; set model.correction=0 or some model.unrolled.",
+        )
+        check(
             self.kind != "itnet" or (self.unrolled >= 1 and not self.physics),
             f"model.kind=itnet needs model.unrolled of at least 1 and no model.physics, but got "
             f"{self.unrolled} and {str(self.physics).lower()}.",
@@ -202,7 +207,7 @@ class LossConfig:
     free_bits: float = 0.0
     """Nats per image and code (content and noise of each level) that the KL gives for free."""
     warmup: float = 0.15
-    """Fraction of the run over which KL, content pull and triplet weights rise from 0."""
+    """Fraction of the run over which the weights of KL and content pull rise from 0."""
     sigma: float = 0.05
     """Standard deviation of the Gaussian likelihood (the start value where it is learned)."""
     sigma_learned: bool = True

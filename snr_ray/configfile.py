@@ -5,6 +5,7 @@ Unknown keys are errors.
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ import yaml
 from snr_ray.config import Config
 from snr_ray.errors import InputError, check
 
+_INT, _FLOAT, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "merge"))
 BEFORE_THE_KEY: dict[str, dict[str, Any]] = {
     "images": {"group": "none"},
     "model": {"upsampling": "nearest", "decoder": "network", "unrolled": 0},
@@ -56,6 +58,18 @@ def load(sources: Iterable[str | Path] = (), overrides: Iterable[str] = ()) -> C
             leaf = {part: leaf}
         _merge(tree, leaf)
     return from_dict(tree)
+
+
+def check_used(stage: str, uses: Iterable[str], overrides: Iterable[str]) -> None:
+    """Raise InputError for a `key.path=value` that a stage would not look at."""
+    known = tuple(uses)
+    for override in overrides:
+        key = override.partition("=")[0]
+        check(
+            any(f"{key}.".startswith(f"{name}.") for name in known),
+            f"--set of snr {stage} takes {', '.join(known) or 'nothing'}, but got {key}, which has "
+            "no part in it; leave it out.",
+        )
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
@@ -101,11 +115,13 @@ def _presets() -> Any:
 
 def _read(source: str | Path) -> dict[str, Any]:
     path = Path(source)
-    if path.is_file():
+    if _is_file(path):
         try:
             text = path.read_text()
         except UnicodeDecodeError:
             raise InputError(f"{source} must be a YAML text file, but is binary.") from None
+        except OSError as error:
+            raise InputError(f"{source} must be a file that can be read, but: {error}.") from None
     elif str(source) in preset_names():
         text = (_presets() / f"{source}.yaml").read_text()
     else:
@@ -121,9 +137,42 @@ def _read(source: str | Path) -> dict[str, Any]:
     return tree
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for one
+        return False
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: no key twice, and 010 and 1:30 are texts, not 8 and 90."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value if key.tag != _MERGE]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                problem=f"it says {twice[0]} twice in one section", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in rules if tag not in (_INT, _FLOAT)]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"
+               r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)  # fmt: skip
+
+
 def _yaml(text: str, origin: str | Path) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}.") from None
 
@@ -168,7 +217,8 @@ def _coerce(value: Any, kind: Any, key: str) -> Any:
     """A YAML value as the annotated type; PyYAML reads `3e-4` as a string, so floats are cast."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return None if value is None else _coerce(value, args[0], key)
+        nothing = value is None or (value == "none" and args[0] is not str)
+        return None if nothing else _coerce(value, args[0], key)
     if origin is Literal:
         check(
             any(value == one and type(value) is type(one) for one in args),

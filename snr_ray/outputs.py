@@ -41,7 +41,9 @@ def check_file(path: Path | None) -> None:
 
 
 FILES = "sizes and times of the images"
-"""Key of an identity, as a refusal names it; earlier versions did not look at them."""
+DONORS = "sizes and times of the donors"
+SETTINGS = "settings of the model"
+"""Keys of identities, as a refusal names them; earlier versions did not look at these."""
 
 
 def claim(
@@ -104,7 +106,7 @@ def _claim(out: Folder, identity: dict[str, Any], owned: tuple[str, ...], overwr
     taken = out.exists(JOB)
     before = {} if overwrite or not taken else _job(out)
     for key in [*identity, *(key for key in before if key not in identity)]:
-        if key == EMPTYING or (key == FILES and key not in before):  # of an earlier version
+        if key == EMPTYING or (key in (FILES, DONORS, SETTINGS) and key not in before):
             continue
         if before and before.get(key) != identity.get(key):
             raise InputError(

@@ -1,7 +1,7 @@
 """What `snr STAGE --help` says of each stage beside its flags: what it is for, and examples."""
 
 PURPOSE = {
-    "demo": "simulate, train, denoise and evaluate on rendered letters; about 5 minutes on 2 cores",
+    "demo": "simulate, train, denoise and evaluate on rendered letters; 10 minutes on 2 cores",
     "simulate": "make clean and noisy versions of images: a data folder of Parquet shards",
     "train": "train a model; the same command again continues a killed run",
     "sweep": "search the noise/content split and the loss weights with Optuna",
@@ -48,8 +48,7 @@ EXAMPLES = {
     "reconstruct": """snr reconstruct --sinogram scan.h5 --center 295.5 --out slices
   snr reconstruct --sinogram scan.h5 --center 295.5 --every 4 --bin 4 --out slices45
   snr reconstruct --sinogram sinogram.npy --flats flats.npy --darks darks.npy --out slices
-  snr denoise --model places64 --images slices45/ --out cleaned --views 45 \\
-      --set images.white=0.03""",
+  snr denoise --images slices45/ --out cleaned --views 45 --set images.white=0.03""",
     "bench": """snr bench radon
   snr bench train --out train.json
   snr bench simulate --set images.size=32 --set images.limit=1000000 --out simulate.json""",
@@ -58,6 +57,16 @@ EXAMPLES = {
   snr plan --images 1e6 --size 512 --views 160 --model ct --like 'slices/a*.dcm'
   snr plan --images 1e8 --size 128 --views 30 --rates there.json --gpus 8 --nodes 4""",
 }
+
+USES = {
+    "simulate": ("images", "noise"),
+    "denoise": ("seed", "images.white", "images.window"),
+    "evaluate": tuple(
+        f"images.{key}" for key in ("fit", "white", "window", "limit", "channels", "group")
+    ),
+    "reconstruct": (),
+}
+"""Sections and keys of the configuration that a stage reads; those that are not here read all."""
 
 SRC_HELP = """SRC is one of
   glyphs              letters A to J in matplotlib's fonts, made here

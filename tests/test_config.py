@@ -7,6 +7,7 @@ import pytest
 from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.errors import InputError
+from snr_ray.usage import USES
 
 
 @pytest.mark.parametrize("name", configs.preset_names())
@@ -71,7 +72,7 @@ def test_later_sources_win_and_set_wins_over_all(tmp_path: Path) -> None:
         ("noise.photons=-1", r"noise\.photons must not be negative, but got -1"),
         ("noise.photons=10000000000000000000000", r"noise\.photons must be at most 1e\+18"),
         ("seed=4294967296", r"seed must be at most 4294967295, but got 4294967296"),
-        ("seed=0b_", r"seed=0b_ is not valid YAML"),
+        ("seed=0b_", "seed must be a whole number, but got '0b_'"),
         ("images.group=2024-13-45", r"images\.group=2024-13-45 is not valid YAML"),
         ("train.lr=1" + 400 * "0", r"train\.lr must be a number"),
         ("images.window=[5,5]", r"images\.window must be \[low, high\]"),
@@ -111,6 +112,63 @@ def test_broken_yaml_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("train: [1,")
     with pytest.raises(InputError, match=r"bad\.yaml is not valid YAML"):
         configs.load([tmp_path / "bad.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("images: {size: 32}\nimages: {channels: 3}\n", "says images twice in one section"),
+        ("images: {size: 32, size: 64}\n", "says size twice in one section"),
+        ("images: {size: 010}\n", r"images\.size must be a whole number, but got '010'"),
+        ("train: {steps: 1:30}\n", r"train\.steps must be a whole number, but got '1:30'"),
+    ],
+)
+def test_yaml_that_reads_otherwise_than_it_looks_is_refused(
+    text: str, sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=sentence):
+        configs.load([path])
+
+
+def test_numbers_of_yaml_are_read_as_before() -> None:
+    keys = ("train.lr=1e-3", "loss.beta=.5", "loss.grain=0.", "train.steps=1_000", "seed=+4")
+    config = configs.load([], keys)
+    assert (config.train.lr, config.loss.beta, config.loss.grain) == (1e-3, 0.5, 0.0)
+    assert (config.train.steps, config.seed) == (1000, 4)
+
+
+@pytest.mark.parametrize("nothing", ["null", "none"])
+def test_an_optional_number_may_be_none(nothing: str) -> None:
+    assert configs.load([], ["images.limit=7", f"images.limit={nothing}"]).images.limit is None
+
+
+def test_a_name_too_long_for_a_file_is_neither_file_nor_preset() -> None:
+    with pytest.raises(InputError, match="which is neither"):
+        configs.load(["x" * 300])
+
+
+@pytest.mark.parametrize(
+    ("stage", "override"),
+    [
+        ("denoise", "images.limit=1"),
+        ("denoise", "noise.photons=50"),
+        ("evaluate", "noise.filter=hann"),
+        ("evaluate", "images.size=40"),
+        ("reconstruct", "images.size=64"),
+        ("simulate", "train.steps=7"),
+    ],
+)
+def test_a_setting_that_a_stage_does_not_look_at_is_refused(stage: str, override: str) -> None:
+    with pytest.raises(InputError, match=f"{override.partition('=')[0]}, which has no part in it"):
+        configs.check_used(stage, USES[stage], [override])
+
+
+def test_settings_that_a_stage_looks_at_are_settings() -> None:
+    tree = configs.to_dict(configs.load())
+    within = {f"{section}.{key}" for section in ("images", "noise") for key in tree[section]}
+    assert {name for names in USES.values() for name in names} <= {*tree, *within}
 
 
 def test_binary_config_file_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from snr_ray import configfile as configs
 from snr_ray.address import open_folder, without_secrets
 from snr_ray.config import Config
 from snr_ray.errors import InputError, check
+from snr_ray.hashing import fingerprint
 from snr_ray.noise.spec import NoiseSpec, noise_specs
 from snr_ray.noise.viewrange import ViewRange
 
@@ -95,6 +96,16 @@ class ModelFolder(Knowledge):
     config: Config
     weights: bytes
     metrics: dict[str, Any]
+
+    @property
+    def settings(self) -> str:
+        """Fingerprint of what decides its answers beside the weights: the network, the noise, how
+        images are read, and which answers are trusted."""
+        config = configs.to_dict(self.config)
+        images = {key: config["images"][key] for key in ("size", "channels", "window")}
+        trusted = {k: v for k, v in self.metrics.items() if k.startswith(LEAST_EXPLAINED)}
+        its = [config["model"], config["noise"], images, trusted, self.metrics.get(BF16_COSTS)]
+        return fingerprint(json.dumps(its, sort_keys=True))
 
 
 def read_model(folder: str | Path) -> ModelFolder:

@@ -27,6 +27,8 @@ from snr_ray.stages.job.outcome import Outcome
 
 FAILURES = "failures.parquet"
 FEWEST_BINS = 8
+LOOK_AT = 8
+"""Slices of which one should be good."""
 MOST_PER_BIN = 8
 """Pixels along an image for each bin of a view, at most."""
 _ENDS = {"find": InputError, "write": RunError}
@@ -80,6 +82,7 @@ def reconstruct(
     theta = scan.theta()
     if theta is None:
         theta = np.arange(n_views) * 180.0 / n_views
+        _tell("there are no angles beside the views, so they are taken as even over 180 degrees")
     check(
         len(theta) == n_views,
         f"Every view needs an angle, but {sinogram} has {len(theta)} angles of {n_views} views.",
@@ -91,12 +94,12 @@ def reconstruct(
             "give them in degrees"
         )
     views = slice(0, n_views // every * every, every)
-    if center is not None:  # of bins that are means of several
-        check(
-            0 <= center <= n_bins - 1,
-            f"--center must be a bin of the detector, 0 to {n_bins - 1}, but got {center:g}.",
-        )
-        center = (center - (together - 1) / 2) / together
+    check(
+        center is None or 0 <= center <= n_bins - 1,
+        f"--center must be a bin of the detector, 0 to {n_bins - 1}, but got {center}.",
+    )
+    if together > 1:  # the same axis among bins that are means of several
+        center = ((n_bins // 2 if center is None else center) - (together - 1) / 2) / together
     check(
         size is None or FEWEST_BINS <= size <= MOST_PER_BIN * n_bins,
         f"--size must be from {FEWEST_BINS} to {MOST_PER_BIN * n_bins}, {MOST_PER_BIN} for each "
@@ -104,9 +107,9 @@ def reconstruct(
     )
     if not scan.flats:
         _tell("no fields without a sample (--flats), so the numbers are taken as line integrals")
-    # Whatever else is wrong shows with the first slice, before the cluster works.
+    # Whatever else is wrong shows with a slice, before the cluster works.
     settings: dict[str, Any] = {"center": center, "size": size, "filter": filter}
-    first = _image(scan, 0, views, theta[views], together, settings)
+    first = _first(scan, n_slices, views, theta[views], together, settings)
     _tell(
         f"{len(theta[views])} views of {n_slices} slices, images of {first.shape[0]} pixels; "
         f"values from {first.min():.4g} to {first.max():.4g} per pixel"
@@ -165,6 +168,17 @@ def _absolute(name: str) -> str:
 
 def _tell(what: str) -> None:
     print(f"reconstruct: {what}.", flush=True)
+
+
+def _first(scan: Scan, n_slices: int, *of_slice: Any) -> np.ndarray:
+    """The first slice that can be made. Raises what the first of all says where none can."""
+    wrong: list[InputError] = []
+    for row in range(min(n_slices, LOOK_AT)):
+        try:
+            return _image(scan, row, *of_slice)
+        except InputError as error:
+            wrong.append(error)
+    raise wrong[0]
 
 
 def _image(

@@ -99,6 +99,25 @@ def test_a_slice_that_cannot_be_read_fails_alone(integrals: np.ndarray, tmp_path
     assert len(list((tmp_path / "out").glob("*.tif"))) == 2
 
 
+def test_the_first_slice_fails_alone_as_any_other(integrals: np.ndarray, tmp_path: Path) -> None:
+    broken = integrals.copy()
+    broken[4, 0, 9] = np.nan
+    np.save(tmp_path / "broken.npy", broken)
+    outcome = reconstruct(sinogram=str(tmp_path / "broken.npy"), out=tmp_path / "out")
+    assert (outcome.images, outcome.failed) == (integrals.shape[1] - 1, 1)
+
+
+def test_wider_bins_leave_the_axis_where_it_is(integrals: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "scan.npy", integrals)
+    middle = integrals.shape[2] // 2
+    images = []
+    for center in (None, middle):
+        out = tmp_path / f"out{center}"
+        reconstruct(sinogram=str(tmp_path / "scan.npy"), out=out, center=center, together=2)
+        images.append(tifffile.imread(out / "scan_0000.tif"))
+    np.testing.assert_array_equal(*images)
+
+
 def test_the_fields_of_a_named_data_set_lie_beside_it(scan: Path) -> None:
     named = open_scan(f"{scan}#exchange/data")
     assert named.flats == f"{scan}#exchange/data_white"

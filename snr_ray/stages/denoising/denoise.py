@@ -38,7 +38,7 @@ from snr_ray.images.collection import Source
 from snr_ray.images.sources import open_source
 from snr_ray.learning.modelfolder import Knowledge, is_shipped, read_model
 from snr_ray.lock import check_free, locked
-from snr_ray.outputs import claim
+from snr_ray.outputs import DONORS, SETTINGS, claim
 from snr_ray.stages.denoising.cleaning import Cleaning
 from snr_ray.stages.denoising.denoisejob import Job, Running
 from snr_ray.stages.denoising.imagefiles import (
@@ -134,16 +134,18 @@ def denoise(
     asked = asked_for(images)
     source = asked.source
     check_output_names(source, samples=samples > 0)
-    pool = donor if donor in LENT else _pool(network(), donor, config)
+    lenders = None if donor in LENT else _lenders(donor)
+    pool = donor if lenders is None else _pool(network(), lenders, config)
     told = _detect_views(network(), source, config) if n_views == "detect" else n_views
-    weights = fingerprint(trained.weights)
     _check_format(folder, overwrite=overwrite)
     identity = {
         "stage": "denoise",
         "format": FORMAT,
-        "model": weights,
+        "model": fingerprint(trained.weights),
+        SETTINGS: trained.settings,
         "source": source.home,
-        "donor": donor,
+        "donor": donor if lenders is None else lenders.identity,
+        **({} if lenders is None else {DONORS: lenders.files()}),
         "samples": samples,
         "inject": inject,
         "n_views": n_views,
@@ -271,16 +273,20 @@ def _as_trained(config: Config, trained: Knowledge) -> Config:
     return configs.replace(config, {"images.window": list(window)})
 
 
-def _pool(trained: "TrainedModel", donor: str, config: Config) -> list[Array]:
-    """Noise codes of the images of a source, per level: [n_donors, C_noise, h, w]."""
-    from snr_ray.network.swap import noise_code
-
+def _lenders(donor: str) -> Source:
+    """The images of --donor."""
     try:
-        lenders = open_source(donor)
+        return open_source(donor)
     except InputError as error:
         raise InputError(
             f"--donor must be mean, random or images to borrow from: {error}"
         ) from None
+
+
+def _pool(trained: "TrainedModel", lenders: Source, config: Config) -> list[Array]:
+    """Noise codes of the images of a source, per level: [n_donors, C_noise, h, w]."""
+    from snr_ray.network.swap import noise_code
+
     codes = []
     for index in range(len(lenders.ids)):
         pixels = lenders.read(index, config.images).pixels
@@ -289,6 +295,6 @@ def _pool(trained: "TrainedModel", donor: str, config: Config) -> list[Array]:
     if len(shapes) > 1:
         raise InputError(
             "Donors of a model with spatial noise codes must have one size, but those of "
-            f"{donor} differ; give one donor or resize them."
+            f"{lenders.name} differ; give one donor or resize them."
         )
     return [np.concatenate(level) for level in zip(*codes, strict=True)]

@@ -84,9 +84,7 @@ class Manifest:
         ordered = hashes[order]
         local = self.out.local is not None  # objects in a bucket do not go by themselves
         for name in list(self.parts):
-            try:
-                _rows(self.out, name)
-            except pa.ArrowException:  # cut short by a power failure: its images are done again
+            if not self._intact(name):  # its images are done again
                 self.out.remove(name)
                 self.parts.remove(name)
                 continue
@@ -111,6 +109,19 @@ class Manifest:
                 table = _rows(self.out, name).read().filter(pa.array(mask))
                 self.out.write(name, parquet_bytes(table))
         return done
+
+    def _intact(self, name: str) -> bool:
+        """Whether all of a part can be read: a power failure cuts files short, disks err."""
+        data = io.BytesIO(self.out.read(name))
+        try:
+            with pq.ParquetFile(data, page_checksum_verification=True) as part:
+                if part.schema_arrow.names != MANIFEST_SCHEMA.names:
+                    return False
+                for _ in part.iter_batches(BATCH_ROWS):
+                    pass
+        except (pa.ArrowException, OSError):
+            return False
+        return True
 
     def summary(
         self, side: int, sample: int, worst: int, views: ViewRange | None = None

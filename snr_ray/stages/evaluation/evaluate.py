@@ -13,6 +13,7 @@ OUT/calibration.png  predicted against true error
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from snr_ray.images.datafolder import failures_bytes, parquet_bytes
 from snr_ray.images.groups import NONE
 from snr_ray.learning.batches import Pairs
 from snr_ray.learning.checkpoint import TrainedModel, load_model
-from snr_ray.learning.modelfolder import model_path, model_place
+from snr_ray.learning.modelfolder import model_path, model_place, read_model
 from snr_ray.metrics import as_json
 from snr_ray.noise.lmmse import LMMSE_PIXELS
-from snr_ray.outputs import FILES, claim
+from snr_ray.outputs import FILES, SETTINGS, claim
 from snr_ray.scoring import probes
 from snr_ray.scoring.beside import means, open_beside
 from snr_ray.scoring.grids import GRID_ROWS, draw_elsewhere, draw_own
@@ -85,7 +86,7 @@ def evaluate(
         raise InputError(f"--limit must be at least 1, but got {limit}.")
     trained = load_model(model)
     others = open_beside(trained.config, beside)
-    elsewhere = bool(size or n_views or split == ALL)
+    elsewhere = size is not None or bool(n_views) or split == ALL
     keep = {f"images.{k}": getattr(config.images, k) for k in ("fit", "white", "window", "limit")}
     per_channel = config.images.channels == 3 and trained.config.images.channels == 1
     if per_channel:
@@ -119,6 +120,7 @@ def evaluate(
             FILES: origin.source.files(),
             "baselines": list(baselines),
             "beside": [f"{other.label} {_fingerprint(other.folder)}" for other in others],
+            SETTINGS: [read_model(folder).settings for folder in (model, *beside)],
             "limit": limit,
             **({"size": size, "n_views": list(n_views), "split": split} if elsewhere else {}),
             **keep,
@@ -129,8 +131,9 @@ def evaluate(
         overwrite=overwrite,
     )  # fmt: skip
     if resumed and out.exists("metrics.json"):
-        done = json.loads(out.read("metrics.json"))
-        return Outcome(out.named, done["images"], done["failed"])
+        with suppress(ValueError, TypeError, KeyError):  # damaged: all is scored again
+            done = json.loads(out.read("metrics.json"))
+            return Outcome(out.named, int(done["images"]), int(done["failed"]))
     with connected():
         _tell(f"fitting baselines ({', '.join(baselines) or 'none'})")
         job = {

@@ -67,8 +67,7 @@ def connected(*, data: bool = True) -> Iterator[None]:
             if not late or attempt == ATTEMPTS - 1:
                 raise _sentence(address, error) from error
             ray.shutdown()  # what has started of it
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stops)  # Ray's own prints the stack of its C++
+    _hear(stops)  # Ray's own prints the stack of its C++
     if data:
         quiet_data()
     done = threading.Event()
@@ -85,6 +84,13 @@ def connected(*, data: bool = True) -> Iterator[None]:
         # A prefetching thread that is late finds Ray gone, which is no news.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.shutdown()
+        _hear(stops)  # which Ray has taken away, behind Python's back
+
+
+def _hear(stops: Any) -> None:
+    """Let SIGTERM do what it did before Ray; only a main thread may say so."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stops)
 
 
 def _start(address: str, options: dict[str, Any]) -> None:

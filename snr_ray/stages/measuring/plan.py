@@ -79,7 +79,7 @@ def plan(
         )
         known = measure(config, stage=stage, model=model, size=size, n_views=n_views, like=like)
     else:
-        known = read_rates(rates, stage, size, n_views, config.images.channels, gpus)
+        known = read_rates(rates, stage, size, n_views, config.images.channels, gpus, model)
     forecast = forecast_job(known, images=images, nodes=nodes, cores=cores, gpus=gpus, price=price)
     print(table(known, forecast, measured=rates is None, cores=cores, nodes=nodes, here=here))
     if out:

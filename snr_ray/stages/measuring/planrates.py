@@ -27,6 +27,7 @@ from snr_ray import configfile as configs
 from snr_ray.address import open_folder
 from snr_ray.config import Config
 from snr_ray.errors import InputError, check
+from snr_ray.hashing import fingerprint
 from snr_ray.images.collection import Source
 from snr_ray.images.samples import crop_photo, photo_ids
 from snr_ray.learning.modelfolder import read_model
@@ -72,22 +73,34 @@ class Rates:
     stage: Stage = "denoise"
     shared_bytes: float = 0.0
     """Memory that all workers of a node share, such as the code of libraries."""
+    model: str = ""
+    """Fingerprint of the weights that denoise was measured with; "" where none says."""
 
 
 def read_rates(
-    path: Path, stage: Stage, size: int, n_views: int, channels: int, gpus: int
+    path: Path, stage: Stage, size: int, n_views: int, channels: int, gpus: int, model: str
 ) -> Rates:
     """Rates out of the JSON of an earlier plan.
 
     Raises:
-        InputError: if it is none, is of other images, or says nothing of GPUs that are asked for.
+        InputError: if it is none, is of other images or another model, or says nothing of GPUs
+            that are asked for.
     """
+    its_model = fingerprint(read_model(model).weights) if stage == "denoise" else ""
     try:
         rates = Rates(**json.loads(path.read_text())["rates"])
+        for key in ("images_per_s_per_core", "output_bytes", "driver_bytes", "worker_bytes"):
+            if not 0 < float(getattr(rates, key)) < math.inf:
+                raise ValueError(f"{key} is {getattr(rates, key)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"--rates must be a file that `snr plan --out` wrote, but {path} is not ({error})."
         ) from None
+    check(
+        not rates.model or rates.model == its_model,
+        f"--rates must be of the same work, but {path} is of another model than {model}; measure "
+        "that.",
+    )
     for name, mine, theirs in (("stage", stage, rates.stage), ("size", size, rates.size),
                                ("views", n_views, rates.n_views),
                                ("images.channels", channels, rates.channels)):  # fmt: skip
@@ -120,6 +133,7 @@ def measure(
         cores = get_num_cpus()
     memory = _Memory()
     first, more = _counts(stage, channels * size**2, cores)
+    weights = ""
     count = first
     times: list[tuple[int, float]] = []
     with tempfile.TemporaryDirectory(prefix="snr-plan-") as folder:
@@ -130,6 +144,7 @@ def measure(
         else:
             words += ["--model", model]
             its = read_model(model)
+            weights = fingerprint(its.weights)
             if its.can_be_told and not its.config.model.physics:
                 words += ["--views", str(n_views)]
         configs.save(config, Path(words[1]))
@@ -160,6 +175,7 @@ def measure(
     rate = (many - few) / max(longer - brief, 1e-3)
     return Rates(
         stage=stage,
+        model=weights,
         size=size,
         n_views=n_views,
         channels=channels,

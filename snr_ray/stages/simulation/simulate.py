@@ -91,13 +91,14 @@ def simulate(
         inputs=source.folder,
         inputs_alone=source.alone,
     )
-    if out.exists("manifest.json") and out.exists("plan.json"):
-        plan = _plan(config, source, out)
+    done, rows_per_shard = _outcome(out), _rows_per_shard(out)
+    if done and rows_per_shard:
+        plan = _plan(config, source, rows_per_shard)
         if all(whole(out, shard["path"]) for shard in plan):
-            counts = json.loads(out.read("manifest.json"))
-            return Outcome(out.named, counts["images"], counts["failed"])
+            return done
     with locked(out, "simulate"), connected():
-        plan = _plan(config, source, out)
+        rows_per_shard = _rows_per_shard(out) or _settled(config, source, out)
+        plan = _plan(config, source, rows_per_shard)
         todo = [shard for shard in plan if not whole(out, shard["path"])]
         if todo:
             out.remove("manifest.json")
@@ -169,21 +170,42 @@ def _stream_batch(
     return table.combine_chunks()
 
 
-def _plan(config: Config, source: Source, out: Folder) -> list[dict[str, Any]]:
-    """Shards with their rows; kept on disk, since a resumed job may run on more or fewer cores."""
-    chosen = {split: source.select(split, config.images.limit) for split in SPLITS}
-    if not out.exists("plan.json"):
-        total = sum(map(len, chosen.values()))
-        by_size = SHARD_BYTES // row_bytes(config.images, len(config.noise.n_views))
-        # An autoscaler brings nodes for tasks that wait, and so for shards.
-        cores = max(cpus(), MAY_COME) if has_autoscaler() else cpus()
-        by_cores = max(MIN_SHARD_ROWS, math.ceil(total / (2 * cores)))
-        rows_per_shard = max(1, min(by_size, by_cores))
-        out.write("plan.json", json.dumps({"rows_per_shard": rows_per_shard}), durable=True)
-    rows_per_shard = json.loads(out.read("plan.json"))["rows_per_shard"]
+def _outcome(out: Folder) -> Outcome | None:
+    """What a finished job left; None where there is none, or it is damaged and made anew."""
+    if out.exists("manifest.json"):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            counts = json.loads(out.read("manifest.json"))
+            return Outcome(out.named, int(counts["images"]), int(counts["failed"]))
+    return None
+
+
+def _rows_per_shard(out: Folder) -> int | None:
+    """What plan.json says; None where there is none, or it is damaged."""
+    if out.exists("plan.json"):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            return int(json.loads(out.read("plan.json"))["rows_per_shard"]) or None
+    return None
+
+
+def _settled(config: Config, source: Source, out: Folder) -> int:
+    """Rows of a shard; kept on disk, since a resumed job may run on more or fewer cores."""
+    total = sum(len(source.select(split, config.images.limit)) for split in SPLITS)
+    by_size = SHARD_BYTES // row_bytes(config.images, len(config.noise.n_views))
+    # An autoscaler brings nodes for tasks that wait, and so for shards.
+    cores = max(cpus(), MAY_COME) if has_autoscaler() else cpus()
+    by_cores = max(MIN_SHARD_ROWS, math.ceil(total / (2 * cores)))
+    rows_per_shard = max(1, min(by_size, by_cores))
+    for split in SPLITS:  # shards of a plan that is lost
+        out.remove(split)
+    out.write("plan.json", json.dumps({"rows_per_shard": rows_per_shard}), durable=True)
+    return rows_per_shard
+
+
+def _plan(config: Config, source: Source, rows_per_shard: int) -> list[dict[str, Any]]:
+    """Shards with their rows."""
     plan = []
-    for split, rows in chosen.items():
-        rows = source.gathered(rows)
+    for split in SPLITS:
+        rows = source.gathered(source.select(split, config.images.limit))
         n_shards = math.ceil(len(rows) / rows_per_shard)
         for k in range(n_shards):
             part = rows[k * rows_per_shard : (k + 1) * rows_per_shard]

@@ -22,6 +22,7 @@ them at once are the Pareto front; best.yaml is the best by the first objective 
 beyond a bound (--at-most, --at-least) none is the best, nor on the front.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -360,8 +361,7 @@ def _finish(study: optuna.Study, config: Config, goals: Goals, desk: Desk, comma
     front = [trial.number for trial in study.best_trials] if len(goals.objectives) > 1 else []
     out = desk.path
     best, place = best_of(trials, goals), out / "best.yaml"
-    before = configs.load([place]) if place.is_file() else None
-    if best is None or config_of(best.params, config) != before:
+    if best is None or config_of(best.params, config) != _saved(place):
         for old in (place, out / CONFIRMED):  # what was confirmed was another
             old.unlink(missing_ok=True)
     if best is not None:
@@ -386,6 +386,13 @@ def _finish(study: optuna.Study, config: Config, goals: Goals, desk: Desk, comma
             flush=True,
         )
     return config_of(best.params, config)
+
+
+def _saved(place: Path) -> Config | None:
+    """The best config so far; None where there is none, or it is damaged and written anew."""
+    with contextlib.suppress(InputError):
+        return configs.load([place]) if place.is_file() else None
+    return None
 
 
 def _confirm(

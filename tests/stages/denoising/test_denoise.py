@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,6 +144,24 @@ def test_donor_images_and_injection_change_the_result(
         cleaning(model=str(model_folder), images=str(image_folder / "a"), out=out, **options)
         results[name] = tuple((out / f).read_bytes() for f in sorted(outputs(out)))
     assert len(set(results.values())) == 3
+
+
+def test_a_job_is_that_of_its_donors_and_of_its_model_as_it_is(
+    model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    model, donor = tmp_path / "model", tmp_path / "donor.png"
+    shutil.copytree(model_folder, model)
+    shutil.copy(image_folder / "b" / "01.png", donor)
+    job = functools.partial(cleaning, images=str(image_folder / "a"), donor=str(donor))
+    job(model=str(model), out=tmp_path / "out")
+    job(model=str(model_folder), out=tmp_path / "out")  # a copy is the same model
+    text = (model / "config.yaml").read_text()
+    (model / "config.yaml").write_text(text.replace("filter: ramp", "filter: hann"))
+    with pytest.raises(InputError, match=r"belongs to another job \(settings of the model"):
+        job(model=str(model), out=tmp_path / "out")
+    shutil.copy(image_folder / "a" / "00.png", donor)
+    with pytest.raises(InputError, match=r"belongs to another job \(sizes and times of the donors"):
+        job(model=str(model_folder), out=tmp_path / "out")
 
 
 def test_tensors_of_a_data_folder_become_float_tiff(

@@ -76,6 +76,24 @@ def test_a_part_cut_short_is_done_again(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "manifest.parquet")["id"].to_pylist() == ["a", "b"]
 
 
+@pytest.mark.parametrize("damage", ["flipped", "another table"])
+def test_a_damaged_part_is_done_again(damage: str, tmp_path: Path) -> None:
+    out = LocalFolder(tmp_path)
+    rows = Manifest(out)
+    for name in ("a", "b"):
+        out.write(name, b"")
+        rows.add(table([name]))
+        rows.flush()
+    part = tmp_path / "manifest.parquet" / "part-000001.parquet"
+    if damage == "flipped":  # the footer is whole
+        data = bytearray(part.read_bytes())
+        data[4:60] = bytes(byte ^ 0xFF for byte in data[4:60])
+        part.write_bytes(data)
+    else:
+        pq.write_table(pq.read_table(part).drop_columns("output"), part)
+    assert Manifest(out).resume(source(["a", "b"])).tolist() == [True, False]
+
+
 def test_a_job_without_results_has_an_empty_table(tmp_path: Path) -> None:
     Manifest(LocalFolder(tmp_path)).flush(last=True)
     assert pq.read_table(tmp_path / "manifest.parquet").schema.equals(MANIFEST_SCHEMA)

@@ -189,6 +189,16 @@ def test_finished_evaluation_is_left_alone(
     assert (report / "metrics.json").stat().st_mtime_ns == stamp
 
 
+def test_a_damaged_evaluation_is_made_anew(
+    tiny: Config, model_folder: Path, beside: tuple[str, ...], report: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(report, copy)
+    (copy / "metrics.json").write_text((report / "metrics.json").read_text()[:100])
+    evaluate(tiny, model=str(model_folder), images="glyphs", out=copy, beside=beside)
+    assert json.loads((copy / "metrics.json").read_text()).keys() >= {"results", "images"}
+
+
 def test_physics_model_has_a_row_for_detected_view_counts(
     tiny: Config, physics_folder: Path, tmp_path: Path
 ) -> None:

@@ -173,7 +173,10 @@ def stage(*_, **__):
                  for c in p.net_connections("tcp") if c.status == "LISTEN"]
         print(*ports, flush=True)
         print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
-        time.sleep(60)
+        if "after" not in sys.argv:
+            time.sleep(60)
+    print("Ray is gone", flush=True)
+    time.sleep(60)
 
 simulate.simulate = stage
 os.environ.pop("RAY_ADDRESS", None)
@@ -182,10 +185,10 @@ sys.exit(cli.main(["simulate", "--images", "glyphs", "--out", "nowhere"]))
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("how", ["SIGTERM", "raylet"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGTERM after", "raylet"])
 def test_a_local_ray_is_closed_and_ends_in_a_sentence(how: str, tmp_path: Path) -> None:
     run = subprocess.Popen(
-        [sys.executable, "-c", STAGE], cwd=tmp_path, text=True,
+        [sys.executable, "-c", STAGE, *how.split()[1:]], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert run.stdout
@@ -196,13 +199,15 @@ def test_a_local_ray_is_closed_and_ends_in_a_sentence(how: str, tmp_path: Path) 
     assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
     closed = session.parents[1]
     assert closed.stat().st_mode & 0o777 == 0o700
-    if how == "SIGTERM":
+    if how == "SIGTERM after":
+        assert run.stdout.readline() == "Ray is gone\n"
+    if how.startswith("SIGTERM"):
         run.terminate()
     else:
         next(p for p in map(psutil.Process, pids) if p.name() == "raylet").kill()
     _, said = run.communicate(timeout=60)
     lines = [line for line in said.splitlines() if line]
-    if how == "SIGTERM":
+    if how.startswith("SIGTERM"):
         assert run.returncode == 143
         assert lines == ["snr simulate: interrupted; the same command continues."]
     else:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 
 from snr_ray.config import Config
 from snr_ray.errors import InputError
+from snr_ray.hashing import fingerprint
 from snr_ray.images.sources import open_source
+from snr_ray.learning.modelfolder import read_model
 from snr_ray.stages.measuring import planrates
 from snr_ray.stages.measuring.planrates import Rates, Stage, read_rates
 
@@ -29,20 +32,33 @@ RATES = Rates(
 def test_rates_are_read_back_and_must_fit(tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
     file.write_text(json.dumps({"rates": dataclasses.asdict(RATES)}))
-    assert read_rates(file, "denoise", 128, 30, 1, 2) == RATES
+    assert read_rates(file, "denoise", 128, 30, 1, 2, "places64") == RATES
     for size, views, channels in ((64, 30, 1), (128, 20, 1), (128, 30, 3)):
         with pytest.raises(InputError, match="must be of the same work"):
-            read_rates(file, "denoise", size, views, channels, 0)
+            read_rates(file, "denoise", size, views, channels, 0, "any")
     with pytest.raises(InputError, match="has stage denoise where simulate is asked for"):
-        read_rates(file, "simulate", 128, 30, 1, 0)
+        read_rates(file, "simulate", 128, 30, 1, 0, "")
     without = dataclasses.replace(RATES, images_per_s_per_gpu=None)
     file.write_text(json.dumps({"rates": dataclasses.asdict(without)}))
     with pytest.raises(InputError, match="needs images_per_s_per_gpu"):
-        read_rates(file, "denoise", 128, 30, 1, 1)
-    for text in ("", "{}", '{"rates": {}}', "[1]"):
+        read_rates(file, "denoise", 128, 30, 1, 1, "any")
+    odd = (0, "fast", math.nan, -1.0)
+    by_hand = [dataclasses.asdict(RATES) | {"images_per_s_per_core": rate} for rate in odd]
+    edited = [json.dumps({"rates": rates}) for rates in by_hand]
+    for text in ("", "{}", '{"rates": {}}', "[1]", *edited):
         file.write_text(text)
         with pytest.raises(InputError, match="must be a file that `snr plan --out` wrote"):
-            read_rates(file, "denoise", 128, 30, 1, 0)
+            read_rates(file, "denoise", 128, 30, 1, 0, "any")
+
+
+def test_rates_of_another_model_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rates.json"
+    its = fingerprint(read_model("any").weights)
+    rates = dataclasses.replace(RATES, model=its)
+    file.write_text(json.dumps({"rates": dataclasses.asdict(rates)}))
+    assert read_rates(file, "denoise", 128, 30, 1, 0, "any") == rates
+    with pytest.raises(InputError, match="of another model than places64; measure that"):
+        read_rates(file, "denoise", 128, 30, 1, 0, "places64")
 
 
 @pytest.mark.ray

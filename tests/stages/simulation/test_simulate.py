@@ -197,6 +197,19 @@ def test_interrupted_job_continues_and_finished_one_is_left_alone(
     assert shards[0].stat().st_mtime_ns == finished
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[]", "{}", '{"images": null}'])
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
+def test_damaged_files_of_a_job_are_made_anew(
+    name: str, damage: str, tiny: Config, tmp_path: Path
+) -> None:
+    out = simulate(tiny, images="glyphs", out=tmp_path / "data").out
+    whole, rows = (out / name).read_text(), {split: read(out, split).keys() for split in SPLITS}
+    (out / name).write_text(damage)
+    simulate(tiny, images="glyphs", out=out)
+    assert (out / name).read_text() == whole
+    assert {split: read(out, split).keys() for split in SPLITS} == rows
+
+
 def test_folder_of_another_job_is_refused_and_replaced_on_demand(
     tiny: Config, tmp_path: Path
 ) -> None:
@@ -277,6 +290,7 @@ def test_shards_are_many_where_nodes_may_come_but_not_without_bound(
     monkeypatch.setattr(stage, "cpus", lambda: 2)
     many = Source("many", [f"{k}.png" for k in range(100_000)], lambda index: b"")
     whole = configs.replace(tiny, {"images.limit": None})
-    plan = stage._plan(whole, many, open_folder(tmp_path))
+    rows_per_shard = stage._settled(whole, many, open_folder(tmp_path))
+    plan = stage._plan(whole, many, rows_per_shard)
     assert at_least <= len(plan) <= at_most
     assert sum(len(shard["rows"]) for shard in plan) == 100_000

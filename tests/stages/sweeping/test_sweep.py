@@ -64,6 +64,10 @@ def test_killed_sweep_resumes_its_trial_and_ends_with_a_usable_config(
     assert trials[1].user_attrs["folder"] == trials[0].user_attrs["folder"] == "0000"
     assert trials[1].params == trials[0].params
     best = configs.load([out / "best.yaml"])
+    whole = (out / "best.yaml").read_text()
+    (out / "best.yaml").write_text(whole[:40] + "{")  # damaged
+    sweep(tiny, origin=GLYPHS, out=out, trials=2)
+    assert (out / "best.yaml").read_text() == whole
     assert best.train.steps == tiny.sweep.steps
     for name in ("history.png", "split.png"):
         with Image.open(out / name) as image:
