@@ -6,6 +6,7 @@ or finds itself done; another job is refused, so nothing a user had is mixed or 
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -40,6 +41,7 @@ def check_file(path: Path | None) -> None:
         )
 
 
+_FINGERPRINT = re.compile("[0-9a-f]{16}")
 FILES = "sizes and times of the images"
 DONORS = "sizes and times of the donors"
 SETTINGS = "settings of the model"
@@ -110,8 +112,8 @@ def _claim(out: Folder, identity: dict[str, Any], owned: tuple[str, ...], overwr
             continue
         if before and before.get(key) != identity.get(key):
             raise InputError(
-                f"{out} belongs to another job ({key}: {before.get(key)!r} there, "
-                f"{identity.get(key)!r} now); give another --out, or --overwrite to replace it."
+                f"{out} belongs to another job ({_difference(key, before, identity)}); give "
+                "another --out, or --overwrite to replace it."
             )
     if before and EMPTYING not in before:
         return True
@@ -137,6 +139,14 @@ def _claim(out: Folder, identity: dict[str, Any], owned: tuple[str, ...], overwr
             out.remove(name)
     out.write(JOB, text, durable=True)
     return False
+
+
+def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How two jobs differ; a fingerprint tells nobody anything."""
+    values = [job.get(key) for job in (before, now)]
+    if all(isinstance(value, str) and _FINGERPRINT.fullmatch(value) for value in values):
+        return f"{key} changed"
+    return f"{key}: {values[0]!r} there, {values[1]!r} now"
 
 
 def _job(out: Folder) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from snr_ray.address import open_folder
 from snr_ray.errors import InputError
 from snr_ray.folder import JOB, Folder
+from snr_ray.hashing import fingerprint
 from snr_ray.localfolder import LocalFolder
 from snr_ray.lock import locked
 from snr_ray.outputs import FILES, Progress, check_file, claim
@@ -208,6 +209,12 @@ def test_what_only_the_job_before_had_makes_it_another(place: Folder) -> None:
     take(place, MINE | {"size": 32})
     with pytest.raises(InputError, match=r"belongs to another job \(size: 32 there, None now\)"):
         take(place, MINE)
+
+
+def test_a_fingerprint_that_differs_is_said_to_and_not_shown(place: Folder) -> None:
+    take(place, MINE | {"ids": fingerprint("a")})
+    with pytest.raises(InputError, match=r"belongs to another job \(ids changed\); give"):
+        take(place, MINE | {"ids": fingerprint("b")})
 
 
 @pytest.mark.parametrize("name", ["folder", "file/x.json"])

@@ -215,7 +215,7 @@ def test_folder_of_another_job_is_refused_and_replaced_on_demand(
 ) -> None:
     simulate(tiny, images="glyphs", out=tmp_path / "data")
     other = configs.replace(tiny, {"noise.n_views": [8], "train.batch_size": 16})
-    with pytest.raises(InputError, match=r"belongs to another job \(noise: .*--overwrite"):
+    with pytest.raises(InputError, match=r"another job \(noise changed\); .*--overwrite"):
         simulate(other, images="glyphs", out=tmp_path / "data")
     simulate(other, images="glyphs", out=tmp_path / "data", overwrite=True)
     table = pq.read_table(tmp_path / "data" / "test")
