@@ -6,9 +6,10 @@ failures.parquet             images that could not be read: id, stage, reason
 manifest.json                noise specs and their hash, counts, version; written last
 """
 
+import contextlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ WRITING: dict[str, Any] = {
     "compression": "lz4",
     "use_dictionary": False,
     "write_statistics": False,
+    "write_page_checksum": True,
 }
 """How tables are written. Floats seldom repeat: dictionaries and statistics of them took most of
-the time; lz4 writes and reads several times as fast as zstd, for files a tenth larger."""
+the time; lz4 writes and reads several times as fast as zstd, for files a tenth larger. Checksums
+tell bytes that a disk or a copy changed, which are numbers like any others."""
 FAILURES_SCHEMA = pa.schema([("id", pa.string()), ("stage", pa.string()), ("reason", pa.string())])
 
 
@@ -68,15 +71,17 @@ class DataFolder:
         try:
             manifest = json.loads(place.read("manifest.json"))
         except ValueError as error:
-            raise InputError(
-                f"{file} is damaged ({error}); run the same `snr simulate` with --overwrite."
-            ) from None
+            raise _damaged(file, str(error)) from None
+        if not isinstance(manifest, dict):
+            raise _damaged(file, "it is no mapping")
         if manifest.get("format") != FORMAT:
             raise InputError(
                 f"--data must be a folder of format {FORMAT}, but {place} was written by snr_ray "
                 f"{manifest.get('version')} in format {manifest.get('format', 1)}; run "
                 "`snr simulate` into a new folder."
             )
+        if lacking := _lacking(manifest):
+            raise _damaged(file, f"its {lacking} is missing or of another kind")
         folder = cls(place, manifest)
         config = folder.settle(Config())
         spec = spec_hash(noise_specs(config.noise), config.images.size)
@@ -111,8 +116,9 @@ class DataFolder:
         """Names of the files of a split in the folder, in order."""
         return [name for name in self.place.list(split) if name.endswith(".parquet")]
 
-    def shard(self, name: str) -> pq.ParquetFile:
-        """A file of a split, open for reading; local ones are mapped into memory."""
+    def shard(self, name: str) -> contextlib.AbstractContextManager[pq.ParquetFile]:
+        """A file of a split, open for reading. What is read of it raises InputError if its bytes
+        are not those that were written."""
         return open_parquet(self.place, name)
 
     def count_rows(self, split: str) -> int:
@@ -120,10 +126,40 @@ class DataFolder:
         return sum(read_metadata(self.place, name).num_rows for name in self.shards(split))
 
 
-def open_parquet(place: Folder, name: str) -> pq.ParquetFile:
-    """A Parquet file in an output place."""
+def _lacking(manifest: dict[str, Any]) -> str:
+    """The first entry that is not as every manifest has it; "" where all are."""
+    config, splits = manifest.get("config"), manifest.get("splits")
+    if not isinstance(config, dict):
+        return "config"
+    for section in ("images", "noise"):
+        if not isinstance(config.get(section), dict):
+            return f"config.{section}"
+    if not isinstance(splits, dict) or not all(isinstance(splits.get(s), int) for s in SPLITS):
+        return "splits"
+    return "" if isinstance(manifest.get("noise_hash"), str) else "noise_hash"
+
+
+def _damaged(file: str, why: str) -> InputError:
+    return InputError(f"{file} is damaged ({why}); run the same `snr simulate` with --overwrite.")
+
+
+@contextlib.contextmanager
+def open_parquet(place: Folder, name: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file in an output place, open for reading; checksums are compared where it has
+    them. Raises InputError for one that is damaged, also while it is read."""
     fs, root = place.filesystem()
-    return pq.ParquetFile(f"{root}/{name}", filesystem=fs)
+    try:
+        with pq.ParquetFile(
+            f"{root}/{name}", filesystem=fs, page_checksum_verification=True
+        ) as file:
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno:  # of the file system, not of the file
+            raise
+        raise InputError(
+            f"{place}/{name} is damaged ({' '.join(str(error).split())[:200]}); delete it and run "
+            "the same `snr simulate` again, which writes what is missing."
+        ) from None
 
 
 def read_metadata(place: Folder, name: str) -> pq.FileMetaData:
@@ -136,7 +172,7 @@ def whole(place: Folder, shard: str) -> bool:
     """Whether a shard is there to its end, where Parquet keeps what it holds."""
     try:
         return read_metadata(place, shard).num_rows >= 0
-    except (OSError, pa.ArrowException):
+    except (OSError, InputError):
         return False
 
 

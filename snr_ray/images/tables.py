@@ -71,7 +71,7 @@ def table_source(
     for name in tables:
         path = prefix + name
         try:
-            file = pq.ParquetFile(path, filesystem=place.fs)
+            file = _opened(place.fs, path)
             columns = _columns(file.schema_arrow, path, place.column)
             if tensors is not None and tensors != columns.tensors:
                 left_out.add("tables of tensors beside tables of files, or the reverse", name)
@@ -104,6 +104,10 @@ def table_source(
         column=functools.partial(_read_column, place.fs, rows.groups, np.diff(rows.starts)),
         stamps=functools.partial(_stamp, place.fs, rows.groups, starts),
     )
+
+
+def _opened(fs: pafs.FileSystem, path: str) -> pq.ParquetFile:
+    return pq.ParquetFile(path, filesystem=fs, page_checksum_verification=True)
 
 
 def _table_rows(
@@ -219,7 +223,7 @@ def _read_column(
     """A column of all tables as text; null in those that lack it or cannot be read."""
     found = []
     for (path, group, _), length in zip(groups, lengths, strict=True):
-        file = None if group < 0 else pq.ParquetFile(path, filesystem=fs)
+        file = None if group < 0 else _opened(fs, path)
         if file is None or name not in file.schema_arrow.names:
             found.append(pa.nulls(length, pa.string()))
             continue
@@ -258,7 +262,7 @@ class _Hashable:
 
 @functools.lru_cache(maxsize=4)
 def _row_group(fs: _Hashable, path: str, group: int, column: str) -> pa.ChunkedArray:
-    return pq.ParquetFile(path, filesystem=fs.fs).read_row_group(group, [column]).column(0)
+    return _opened(fs.fs, path).read_row_group(group, [column]).column(0)
 
 
 @functools.lru_cache(maxsize=64)
