@@ -42,11 +42,13 @@ a few thousand."""
 SMALL = 2**24
 KEPT_TAGS = (
     271, 272, 305, 306, 315, 33432,  # make, model, software, date, artist, copyright
-    33550, 33922, 34264, 34735, 34736, 34737, 42112,  # place on the map
+    700,  # what else programs say of it, as XMP
+    33550, 33922, 34264, 34735, 34736, 34737, 42112, 42113,  # place on the map
 )  # fmt: skip
 _ALPHA = (1, 2)  # associated or not, in tag 338
 _BESIDE = 0b101  # reduced images and masks, in tag 254
 _JPEG = (COMPRESSION.OJPEG, COMPRESSION.JPEG)
+_FAX = (COMPRESSION.CCITTRLE, COMPRESSION.CCITTFAX3, COMPRESSION.CCITTFAX4, COMPRESSION.CCIRLEW)
 
 
 def read(data: bytes, name: str) -> Contents:
@@ -72,7 +74,9 @@ def read(data: bytes, name: str) -> Contents:
 def _rewrite(
     options: list[dict[str, Any]], big: bool, order: str, values: Sequence[Values], made: Made
 ) -> bytes:
-    return write(values, options, bigtiff=big, byteorder=order)
+    # Packed numbers are the same bytes in either order, but tifffile swaps them.
+    packed = any("bitspersample" in mine for mine in options)
+    return write(values, options, bigtiff=big, byteorder="<" if packed else order)
 
 
 def write(
@@ -84,6 +88,8 @@ def write(
         for k, values in enumerate(pages):
             colour = "rgb" if values.ndim == 3 else "minisblack"
             mine = {"photometric": colour, "metadata": None} | (options[k] if options else {})
+            if "bitspersample" in mine:  # what needs more bits would lose its highest
+                values = np.minimum(values, 2 ** mine["bitspersample"] - 1)
             file.write(values, contiguous=False, **mine)
     return out.getvalue()
 
@@ -100,7 +106,7 @@ def _check_size(page: tifffile.TiffPage, n_bytes: int, name: str) -> None:
 def _samples(file: tifffile.TiffFile, page: tifffile.TiffPage, n_pages: int) -> Iterator[Values]:
     """The pictures of a page, [H, W, samples]: one, but for volumes and stacks of one header."""
     whole = page.asarray(squeeze=False)  # [planes, depth, H, W, samples]
-    if n_pages == 1 and file.series and file.series[0].size > whole.size:
+    if n_pages == 1 and _goes_on(file, page):
         whole = file.series[0].asarray().reshape(-1, *whole.shape)
     else:
         whole = whole[None]
@@ -111,11 +117,23 @@ def _samples(file: tifffile.TiffFile, page: tifffile.TiffPage, n_pages: int) -> 
             yield from volume[0]
 
 
+def _goes_on(file: tifffile.TiffFile, page: tifffile.TiffPage) -> bool:
+    """Whether the bytes behind the only page are more pictures, as ImageJ and tifffile write stacks
+    under one header. Descriptions also tell of pictures of other files (OME), or of the file that
+    this one was cut from; the bytes are then too few."""
+    if not (page.is_imagej or page.is_shaped or page.is_stk) or page.compression > 1:
+        return False
+    room = file.filehandle.size - page.dataoffsets[0]
+    needed = 2 * min(page.nbytes, sum(page.databytecounts))
+    return room >= needed and bool(file.series[0].size > page.size)
+
+
 def _meant(samples: Values, page: tifffile.TiffPage, data: bytes, name: str) -> Stored:
     """What samples [H, W, samples] stand for, upright."""
-    kind, bits = page.photometric, int(page.bitspersample)
+    kind, bits = _kind(page), int(page.bitspersample)
     values = _without_extra(samples, page, name)
     white: float | None = None
+    upright = False
     if values.dtype.kind == "b" or (values.dtype.kind == "u" and bits < 16):
         white = 2.0**bits - 1
     if kind == PHOTOMETRIC.MINISWHITE:
@@ -125,28 +143,41 @@ def _meant(samples: Values, page: tifffile.TiffPage, data: bytes, name: str) -> 
     elif kind == PHOTOMETRIC.SEPARATED:
         values, white = _from_inks(values, page, name)
     elif kind == PHOTOMETRIC.YCBCR and page.compression not in _JPEG:
-        values = _by_pillow(data, page.index)
+        values, upright = _by_pillow(data, page.index), True
     if white is not None and white < 255:  # 1, 2, 4 bits and so on: written as 8
         values = np.round(values * np.float32(255 / white)).astype(np.uint8)
         white = 255.0
-    orientation = page.tags.get(274)
-    values = turn(values, int(orientation.value) if orientation else 1)
+    if not upright and 274 in page.tags:
+        values = turn(values, int(page.tags[274].value))
     return Stored(values, white)
+
+
+def _kind(page: tifffile.TiffPage) -> PHOTOMETRIC:
+    """What the samples of a page are. TIFF demands the tag; where it is missing, readers take 0 as
+    black, but fax as ink on paper, and three colours as RGB.
+
+    Source: libtiff, tif_getimage.c, TIFFRGBAImageBegin. tifffile would say that 0 is white.
+    """
+    if 262 in page.tags:
+        return page.photometric
+    if page.samplesperpixel - len(page.extrasamples) >= 3:
+        return PHOTOMETRIC.RGB
+    return PHOTOMETRIC.MINISWHITE if page.compression in _FAX else PHOTOMETRIC.MINISBLACK
 
 
 def _without_extra(samples: Values, page: tifffile.TiffPage, name: str) -> Values:
     """The colours alone; what else a pixel has must be an alpha that hides nothing."""
-    if page.photometric not in COLOURS:
-        kind = getattr(page.photometric, "name", page.photometric)
+    colour = _kind(page)
+    if colour not in COLOURS:
         raise InputError(
-            f"{name} holds pixels of the kind {kind} (tag 262), which are not read; convert them "
-            "to grey or RGB."
+            f"{name} holds pixels of the kind {getattr(colour, 'name', colour)} (tag 262), which "
+            "are not read; convert them to grey or RGB."
         )
-    n_colours, n = COLOURS[page.photometric], samples.shape[2]
+    n_colours, n = COLOURS[colour], samples.shape[2]
     kinds = [int(kind) for kind in page.extrasamples]
     if n < n_colours:
         raise InputError(
-            f"A pixel of the kind {page.photometric.name} has {n_colours} samples, but {name} has "
+            f"A pixel of the kind {colour.name} has {n_colours} samples, but {name} has "
             f"{n} (tag 277)."
         )
     if n_colours == 1 and n == 3 and not any(kind in _ALPHA for kind in kinds):
@@ -200,7 +231,7 @@ def _from_inks(values: Values, page: tifffile.TiffPage, name: str) -> tuple[Valu
 
 
 def _by_pillow(data: bytes, index: int) -> Values:
-    """RGB of a page of luma and chroma, which tifffile gives as they are."""
+    """RGB of a page of luma and chroma, which tifffile gives as they are; Pillow turns it, too."""
     with Image.open(io.BytesIO(data)) as file:
         file.seek(index)
         return np.asarray(file.convert("RGB"))
@@ -218,7 +249,7 @@ def _options(page: tifffile.TiffPage, frame: Stored) -> dict[str, Any]:
     if page.is_tiled:
         options["tile"] = (page.tilelength, page.tilewidth)
     tags = page.tags
-    if page.photometric == PHOTOMETRIC.MINISBLACK and values.ndim == 3 and values.shape[2] == 3:
+    if _kind(page) == PHOTOMETRIC.MINISBLACK and values.ndim == 3 and values.shape[2] == 3:
         options |= {"photometric": "minisblack", "planarconfig": "contig"}
     if 282 in tags and 283 in tags:
         across, down = (_ratio(tags[code].value) for code in (282, 283))
@@ -226,7 +257,7 @@ def _options(page: tifffile.TiffPage, frame: Stored) -> dict[str, Any]:
         options["resolution"] = (down, across) if turned else (across, down)
         unit = int(tags[296].value) if 296 in tags else 2
         options["resolutionunit"] = unit if unit in (1, 2, 3) else 1
-    if 34675 in tags and page.photometric != PHOTOMETRIC.SEPARATED:
+    if 34675 in tags and _kind(page) != PHOTOMETRIC.SEPARATED:
         options["iccprofile"] = tags[34675].value
     if 270 in tags and not str(tags[270].value).startswith('{"shape"'):  # tifffile's own
         options["description"] = str(tags[270].value).encode()
@@ -244,5 +275,7 @@ def _plain(value: Any) -> Any:
     return value.encode() if isinstance(value, str) else value
 
 
-def _ratio(value: tuple[int, int]) -> float:
-    return value[0] / value[1] if value[1] else 1.0
+def _ratio(value: Any) -> float:
+    """A resolution: two numbers, or as some writers store it, one of float."""
+    number, of = (*np.atleast_1d(value), 1)[:2]
+    return float(number / of) if of else 1.0
