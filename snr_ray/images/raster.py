@@ -6,7 +6,7 @@ gamma, no conversion between colour profiles; the profile stays in the file.
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import imagecodecs
@@ -22,6 +22,11 @@ FORMATS = ("PNG", "JPEG", "MPO", "BMP", "WEBP")
 JPEG_QUALITY = 95
 """Without chroma subsampling, too."""
 _ORIENTATION = ExifTags.Base.Orientation
+_ACROSS, _DOWN = ExifTags.Base.XResolution, ExifTags.Base.YResolution
+_COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB")
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+_HEADER_END = 33
+_XMP, _RAW_PROFILE = b"XML:com.adobe.xmp", b"Raw profile type "
 
 
 def read(data: bytes, name: str) -> Contents:
@@ -43,17 +48,26 @@ def read(data: bytes, name: str) -> Contents:
         kept: dict[str, Any] = {
             key: file.info[key] for key in ("dpi", "icc_profile") if key in file.info
         }
-        turned = exif.get(_ORIENTATION, 1) != 1
+        orientation = exif.get(_ORIENTATION, 1)
+        turned = orientation != 1
+        if kind == "PNG":
+            kept["chunks"] = _said(data, turned)
+            _widen_key(file, data)
         if kind == "PNG" and data[24] == 16 and data[25] != 0:
             values = _deep_png(data, name)
             if turned:
-                values = turn(values, exif[_ORIENTATION])
+                values = turn(values, orientation)
         else:
             image: Image.Image = ImageOps.exif_transpose(file) if turned else file
             values = _values(image, name)
             if file.mode == "CMYK":
                 kept.pop("icc_profile", None)  # of inks
     exif.pop(_ORIENTATION, None)
+    if orientation in (5, 6, 7, 8):  # what was across is down
+        if "dpi" in kept:
+            kept["dpi"] = kept["dpi"][::-1]
+        if _ACROSS in exif and _DOWN in exif:
+            exif[_ACROSS], exif[_DOWN] = exif[_DOWN], exif[_ACROSS]
     if len(exif):
         kept["exif"] = exif.tobytes()
     kind = "JPEG" if kind == "MPO" else kind
@@ -67,11 +81,12 @@ def write(values: Values, kind: str, **kept: Any) -> bytes:
     Args:
         values: uint8; PNG also takes uint16.
         kind: PNG, JPEG, BMP or WEBP.
-        kept: dpi, icc_profile and exif.
+        kept: dpi, icc_profile and exif; of PNG also chunks, as they stood in a file.
 
     Raises:
         InputError: if the format cannot hold such pixels.
     """
+    chunks: bytes = kept.pop("chunks", b"")
     deep = kind == "PNG" and values.dtype == np.uint16
     if values.dtype != np.uint8 and not deep:
         raise InputError(
@@ -79,7 +94,7 @@ def write(values: Values, kind: str, **kept: Any) -> bytes:
             ".tif or .npy."
         )
     if deep and values.ndim == 3:
-        return _deep_png_bytes(values, kept)
+        return _with_chunks(_deep_png_bytes(values, kept), chunks)
     options: dict[str, dict[str, Any]] = {
         "JPEG": {"quality": JPEG_QUALITY, "subsampling": 0},
         "WEBP": {"lossless": True, "exact": True},
@@ -88,25 +103,53 @@ def write(values: Values, kind: str, **kept: Any) -> bytes:
         kept.pop("exif", None)
     out = io.BytesIO()
     Image.fromarray(values).save(out, format=kind, **options.get(kind, {}), **kept)
-    return out.getvalue()
+    return _with_chunks(out.getvalue(), chunks)
 
 
 def _deep_png_bytes(values: Values, kept: dict[str, Any]) -> bytes:
-    """16-bit colour, which Pillow cannot write, with what Pillow writes of `kept` into a small PNG:
-    its chunks come after the header of 25 bytes, behind the signature of 8.
-
-    Source: PNG specification, section 5: each is a length, a type, so many bytes and a checksum.
-    """
+    """16-bit colour, which Pillow cannot write, with what Pillow writes of `kept` into a small
+    PNG."""
     pixels = bytes(imagecodecs.png_encode(np.ascontiguousarray(values)))
     out = io.BytesIO()
     Image.new("RGB", (1, 1)).save(out, format="PNG", **kept)
-    other, at, chunks = out.getvalue(), 33, b""
-    while at < len(other):
-        end = at + 12 + int.from_bytes(other[at : at + 4])
-        if other[at + 4 : at + 8] in (b"iCCP", b"pHYs", b"eXIf"):
-            chunks += other[at:end]
+    other = _chunks(out.getvalue())
+    return _with_chunks(pixels, b"".join(c for c in other if c[4:8] in (b"iCCP", b"pHYs", b"eXIf")))
+
+
+def _said(data: bytes, turned: bool) -> bytes:
+    """The chunks of a PNG that say what its numbers and its picture are and that Pillow does not
+    write again; EXIF in texts is written as EXIF, and XMP may say how to turn what is turned."""
+    left_out = (_RAW_PROFILE, _XMP) if turned else (_RAW_PROFILE,)
+    return b"".join(
+        chunk
+        for chunk in _chunks(data)
+        if chunk[4:8] in _COLOUR_CHUNKS
+        or (chunk[4:8] in _TEXT_CHUNKS and not chunk[8:].startswith(left_out))
+    )
+
+
+def _chunks(data: bytes) -> Iterator[bytes]:
+    """The chunks of a PNG after its header of 25 bytes, behind the signature of 8.
+
+    Source: PNG specification, section 5: each is a length, a type, so many bytes and a checksum.
+    """
+    at = _HEADER_END
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        yield data[at:end]
         at = end
-    return pixels[:33] + chunks + pixels[33:]
+
+
+def _with_chunks(png: bytes, chunks: bytes) -> bytes:
+    return png[:_HEADER_END] + chunks + png[_HEADER_END:]
+
+
+def _widen_key(file: Image.Image, data: bytes) -> None:
+    """Make the grey that means clear one of 8 bits, as Pillow makes pixels of 2 and 4 bits."""
+    bits, colour = data[24], data[25]
+    if colour == 0 and bits in (2, 4) and "transparency" in file.info:
+        top = 2**bits - 1
+        file.info["transparency"] = (file.info["transparency"] & top) * 255 // top
 
 
 def _rewrite(kind: str, kept: dict[str, Any], frames: Sequence[Values], made: Made) -> bytes:
@@ -115,8 +158,8 @@ def _rewrite(kind: str, kept: dict[str, Any], frames: Sequence[Values], made: Ma
 
 def _values(image: Image.Image, name: str) -> Values:
     clear = "transparency" in image.info
-    if image.mode == "P" or (image.mode in ("L", "RGB") and clear):
-        alpha = "LA" if image.mode == "L" else "RGBA"
+    if image.mode == "P" or (image.mode in ("1", "L", "RGB") and clear):
+        alpha = "LA" if image.mode in ("1", "L") else "RGBA"
         image = image.convert(alpha if clear else "RGB")
     if image.mode in ("LA", "RGBA", "PA"):
         full = image.convert("RGBA") if image.mode == "PA" else image

@@ -40,9 +40,10 @@ MOST_PACKED = 2**14
 """Bytes of pixels that a byte of a file may become; of blank pages in Zstandard, the best packed,
 a few thousand."""
 SMALL = 2**24
+_XMP = 700
 KEPT_TAGS = (
     271, 272, 305, 306, 315, 33432,  # make, model, software, date, artist, copyright
-    700,  # what else programs say of it, as XMP
+    _XMP,  # what else programs say of it, as XMP
     33550, 33922, 34264, 34735, 34736, 34737, 42112, 42113,  # place on the map
 )  # fmt: skip
 _ALPHA = (1, 2)  # associated or not, in tag 338
@@ -249,12 +250,13 @@ def _options(page: tifffile.TiffPage, frame: Stored) -> dict[str, Any]:
     if page.is_tiled:
         options["tile"] = (page.tilelength, page.tilewidth)
     tags = page.tags
+    orientation = int(tags[274].value) if 274 in tags else 1
+    turned = orientation != 1
     if _kind(page) == PHOTOMETRIC.MINISBLACK and values.ndim == 3 and values.shape[2] == 3:
         options |= {"photometric": "minisblack", "planarconfig": "contig"}
     if 282 in tags and 283 in tags:
         across, down = (_ratio(tags[code].value) for code in (282, 283))
-        turned = 274 in tags and int(tags[274].value) > 4
-        options["resolution"] = (down, across) if turned else (across, down)
+        options["resolution"] = (down, across) if orientation > 4 else (across, down)
         unit = int(tags[296].value) if 296 in tags else 2
         options["resolutionunit"] = unit if unit in (1, 2, 3) else 1
     if 34675 in tags and _kind(page) != PHOTOMETRIC.SEPARATED:
@@ -264,7 +266,7 @@ def _options(page: tifffile.TiffPage, frame: Stored) -> dict[str, Any]:
     options["extratags"] = [
         (code, tags[code].dtype, tags[code].count, _plain(tags[code].value), True)
         for code in KEPT_TAGS
-        if code in tags
+        if code in tags and not (code == _XMP and turned)  # may say how to turn what is turned
     ]
     options["software"] = False
     return options

@@ -1,6 +1,8 @@
 """PNG, JPEG, BMP and WebP: depth, colour and turn as stored, metadata kept, the rest refused."""
 
 import io
+import struct
+import zlib
 from typing import Any
 
 import imagecodecs
@@ -163,3 +165,72 @@ def test_a_transparent_colour_that_no_pixel_has_hides_nothing() -> None:
 def test_float_pixels_are_not_forced_into_a_format_that_cannot_hold_them(name: str) -> None:
     with pytest.raises(InputError, match=r"cannot hold float32 pixels; .*\.tif or \.npy"):
         encode(np.zeros((1, 4, 4), np.float32), name, depth=np.dtype(np.float32))
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+
+def few_bits(bits: int, *chunks: bytes) -> bytes:
+    """A grey PNG [8, 8] of all numbers of so many bits but the largest, and of no other chunks."""
+    values = (np.arange(64, dtype=np.uint8) % max(1, 2**bits - 1)).reshape(8, 8)
+    rows = np.unpackbits(values[:, :, None], axis=2)[:, :, -bits:].reshape(8, -1)
+    lines = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bits, 0, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + body
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_grey_that_means_clear_is_refused_at_every_depth(bits: int) -> None:
+    plain = decode(few_bits(bits), "a.png").pixels
+    unused = few_bits(bits, chunk(b"tRNS", struct.pack(">H", 2**bits - 1)))
+    np.testing.assert_array_equal(decode(unused, "a.png").pixels, plain)
+    for grey in range(2**bits - 1):
+        clear = few_bits(bits, chunk(b"tRNS", struct.pack(">H", grey)))
+        if bits < 8 or grey < 63:
+            with pytest.raises(InputError, match="must be opaque"):
+                decode(clear, "a.png")
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_a_png_says_of_its_colours_and_in_words_is_kept(deep: bool) -> None:
+    said = [
+        chunk(b"gAMA", struct.pack(">I", 45455)),
+        chunk(b"cHRM", struct.pack(">8I", *range(30000, 30008))),
+        chunk(b"sRGB", b"\1"),
+        chunk(b"tEXt", b"Title\0a slice"),
+        chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"thin")),
+        chunk(b"iTXt", b"Author\0\0\0\0\0" + "Jos\u00e9".encode()),
+    ]
+    plain = bytes(imagecodecs.png_encode(RGB.astype(np.uint16) * 257 if deep else RGB))
+    data = plain[:33] + b"".join(said) + plain[33:]
+    pixels, written = again(data, "a.png", white=65535)
+    for one in said:
+        assert one in written
+    np.testing.assert_array_equal(decode(written, "a.png", white=65535).pixels, pixels)
+    with Image.open(io.BytesIO(written)) as after:
+        assert (after.info["gamma"], after.info["Title"]) == (0.45455, "a slice")
+
+
+def test_xmp_does_not_turn_what_was_turned() -> None:
+    xmp = b'<x:xmpmeta xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    data = saved(RGB, "png")
+    data = data[:33] + chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp) + data[33:]
+    pixels, written = again(data, "a.png")
+    assert pixels.shape == (3, 24, 32)
+    np.testing.assert_array_equal(decode(written, "a.png").pixels, pixels)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_resolution_is_turned_with_the_picture(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    exif[ExifTags.Base.XResolution], exif[ExifTags.Base.YResolution] = 300.0, 150.0
+    _, written = again(saved(RGB, kind, exif=exif, dpi=(300, 150)), f"a.{kind}")
+    wanted = (150, 300) if orientation > 4 else (300, 150)
+    with Image.open(io.BytesIO(written)) as after:
+        assert after.info["dpi"] == pytest.approx(wanted, abs=0.1)
+        seen = after.getexif()
+        assert (seen[ExifTags.Base.XResolution], seen[ExifTags.Base.YResolution]) == wanted

@@ -144,3 +144,11 @@ def test_xmp_and_the_value_that_means_nothing_are_kept() -> None:
     with tifffile.TiffFile(io.BytesIO(written)) as after:
         assert after.pages[0].tags[700].value == xmp
         assert after.pages[0].tags[42113].value == "-9999"
+
+
+def test_xmp_that_may_say_how_to_turn_is_left_out_of_what_was_turned() -> None:
+    xmp = b'<x:xmpmeta xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    tags = [(700, "B", len(xmp), xmp, True), (274, "H", 1, 6, True)]
+    file = open_file(tiff(GREY, photometric="minisblack", extratags=tags), "a.tif")
+    with Image.open(io.BytesIO(file.encode([file.frames[0].pixels], "a.tif"))) as after:
+        assert np.asarray(ImageOps.exif_transpose(after)).shape == (34, 48)
