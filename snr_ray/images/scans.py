@@ -4,7 +4,7 @@
                           degrees
     NPY                   [views, bins] or [views, slices, bins]; flats and darks in other files
 
-`FILE#NAME` names another data set of an HDF5 file.
+`FILE#NAME` names another data set of an HDF5 file, unless a file is called that.
 """
 
 import posixpath
@@ -51,7 +51,7 @@ class Scan:
 
     def stamp(self) -> str:
         """What changes when a file of the scan does: their sizes and times."""
-        names = [text.partition("#")[0] for text in (self.data, self.flats, self.darks) if text]
+        names = [_split(text)[0] for text in (self.data, self.flats, self.darks) if text]
         states = [Path(name).stat() for name in names]
         return fingerprint(f"{state.st_size}-{state.st_mtime_ns}" for state in states)
 
@@ -70,15 +70,16 @@ class Scan:
                 )
 
     def theta(self) -> npt.NDArray[np.float64] | None:
-        """Angles of the views in degrees, where the file tells them."""
-        path, _, _ = self.data.partition("#")
+        """Angles of the views in degrees, where the file tells them: beside the data set of the
+        views. None where it does not, so that whoever takes others can say so."""
+        path, name = _split(self.data)
         if not path.lower().endswith(HDF5_SUFFIXES):
             return None
-        try:
-            with _opened(path, THETA) as theta:
-                return np.asarray(theta[...], np.float64).ravel()
-        except InputError:
+        found = _beside(path, name, THETA)
+        if not found:
             return None
+        with _opened(found, THETA) as theta:
+            return np.asarray(theta[...], np.float64).ravel()
 
     def fields(self, views: slice, row: int) -> tuple[Array, Array | None, Array | None]:
         """Views [A, N] of a slice, and its flats [F, N] and darks [D, N].
@@ -111,27 +112,38 @@ class Scan:
 def open_scan(data: str, flats: str = "", darks: str = "") -> Scan:
     """A scan; flats and darks of an HDF5 file are found by themselves where none are named: beside
     the data set of the views."""
-    path, _, name = data.partition("#")
+    path, name = _split(data)
     if path.lower().endswith(HDF5_SUFFIXES):
-        group = posixpath.dirname(name) if name else "exchange"
         flats, darks = (
-            given or _within(path, posixpath.join(group, posixpath.basename(own)))
-            for given, own in ((flats, FLATS), (darks, DARKS))
+            given or _beside(path, name, own) for given, own in ((flats, FLATS), (darks, DARKS))
         )
     return Scan(data, flats, darks)
 
 
-def _within(path: str, name: str) -> str:
+def _split(text: str) -> tuple[str, str]:
+    """File and data set, "" where none is named; names of both may hold a # too."""
+    ends = [at for at, letter in enumerate(text) if letter == "#"]
+    for end in (len(text), *reversed(ends)):
+        if Path(text[:end]).is_file():
+            return text[:end], text[end + 1 :]
+    path, _, name = text.partition("#")
+    return path, name
+
+
+def _beside(path: str, name: str, own: str) -> str:
+    """FILE#NAME of the data set called as `own` in the group of another; "" where there is none."""
+    group = posixpath.dirname(name) if name else posixpath.dirname(own)
+    found = posixpath.join(group, posixpath.basename(own))
     try:
-        with _opened(path, name):
-            return f"{path}#{name}"
+        with _DataSet(path, found):
+            return f"{path}#{found}"
     except InputError:
         return ""
 
 
 def _opened(text: str, own: str) -> AbstractContextManager[Any]:
     """The array of a file; `own` is the data set of HDF5 where none is named."""
-    path, _, name = text.partition("#")
+    path, name = _split(text)
     if not Path(path).is_file():
         raise InputError(f"A sinogram must be a file .npy or .h5, but {path} is not there.")
     if path.lower().endswith(".npy"):
