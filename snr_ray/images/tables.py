@@ -165,6 +165,11 @@ def _columns(schema: pa.Schema, path: str, wanted: str) -> Columns:
     for name in (wanted,) if wanted else IMAGE_COLUMNS:
         if name not in schema.names:
             continue
+        if schema.names.count(name) > 1:
+            raise InputError(
+                f"Columns must have names of their own, but {path} has {schema.names.count(name)} "
+                f"called {name}; rename or drop all but one."
+            )
         kind = schema.field(name).type
         if pa.types.is_struct(kind) and "bytes" in {f.name for f in kind}:
             return Columns(name, f"{name}.path" if "path" in {f.name for f in kind} else "", False)
@@ -183,6 +188,8 @@ def _columns(schema: pa.Schema, path: str, wanted: str) -> Columns:
 
 def _is_bytes(kind: pa.DataType) -> bool:
     types = pa.types
+    if types.is_dictionary(kind):  # of files that repeat
+        return _is_bytes(kind.value_type)
     return bool(
         types.is_binary(kind)
         or types.is_large_binary(kind)

@@ -342,3 +342,26 @@ def test_ids_that_are_no_text_get_a_sentence(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(InputError, match=r"must be text or numbers, but those of .*a\.parquet"):
         open_source(str(tmp_path))
+
+
+def test_two_image_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array([png(1)]), pa.array([png(2)])], ["image", "image"])
+    pq.write_table(twice, tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=r"t\.parquet has 2 called image; rename"):
+        open_source(str(tmp_path / "t.parquet"))
+
+
+def test_images_and_ids_that_repeat_may_be_dictionaries(tmp_path: Path) -> None:
+    files = pa.array([png(1), png(2), png(1)])
+    ids = pa.array(["a", "b", "c"])
+    plain = pa.table({"id": ids, "image": files})
+    packed = pa.table({"id": ids.dictionary_encode(), "image": files.dictionary_encode()})
+    sources = []
+    for folder, table in (("plain", plain), ("packed", packed)):
+        (tmp_path / folder).mkdir()
+        pq.write_table(table, tmp_path / folder / "t.parquet")
+        sources.append(open_source(str(tmp_path / folder / "t.parquet")))
+    assert sources[0].ids == sources[1].ids
+    for k in range(3):
+        one, other = (source.load(k, ImagesConfig(size=12)) for source in sources)
+        np.testing.assert_array_equal(one, other)
