@@ -5,6 +5,7 @@ One module for each format says what its numbers mean (`raster`, `tiff`, `dicom`
 that says so.
 """
 
+import functools
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -233,11 +234,19 @@ def _write(values: Sequence[Values], kind: str, name: str) -> bytes:
 
 def _read_npy(data: bytes, name: str) -> Contents:
     values = np.load(io.BytesIO(data), allow_pickle=False)
-    return Contents([Stored(values)], _rewrite_npy)
+    rewrite = functools.partial(_rewrite_npy, values.shape, values.dtype)
+    return Contents([Stored(values)], rewrite)
 
 
-def _rewrite_npy(frames: Sequence[Values], made: Made) -> bytes:
-    return _npy(frames[0])
+def _rewrite_npy(
+    shape: tuple[int, ...], depth: np.dtype, frames: Sequence[Values], made: Made
+) -> bytes:
+    """An array like the one read: results are [H, W] where that is [H, W, 1], and of 8 bits where
+    it is bool."""
+    (values,) = frames
+    if depth.kind == "b" and values.dtype.kind != "b":
+        values = values > 127
+    return _npy(values.astype(depth, copy=False).reshape(shape))
 
 
 def _npy(values: Values) -> bytes:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError
-from snr_ray.images.formats import decode, encode, open_file
+from snr_ray.images.formats import decode, encode, open_file, stored_frames
 from snr_ray.images.pixels import prepare, stored_values, with_channels
 
 RNG = np.random.default_rng(0)
@@ -188,3 +188,19 @@ def test_white_is_the_largest_number_not_the_smallest(depth: type) -> None:
     values = stored_values(pixels, np.dtype(depth), (0.0, float(largest)), clip=False)
     assert values[0, 1:].tolist() == [largest] * 2
     assert values[0, 0] == pytest.approx(largest / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (9, 7, 1), (9, 7, 3), (1, 7, 1)])
+@pytest.mark.parametrize("dtype", [bool, np.uint8, ">u2", "<u2", np.int32, np.float16, ">f4"])
+def test_an_array_comes_back_as_it_was(shape: tuple[int, ...], dtype: object) -> None:
+    stored = (RNG.integers(0, 256, shape) > 127 if dtype is bool else
+              RNG.integers(0, 200, shape)).astype(dtype)  # fmt: skip
+    data = encode_npy(stored)
+    opened = open_file(data, "a.npy", white=255)
+    pixels = opened.frames[0].pixels
+    kept = dict(enumerate(stored_frames(data, "a.npy")))
+    for written in (opened.encode([pixels], "a.npy"), opened.encode([pixels], "a.npy", kept=kept)):
+        back = np.load(io.BytesIO(written))
+        assert back.dtype == stored.dtype
+        np.testing.assert_allclose(back.astype(float), stored.astype(float), atol=0.1)
+        assert back.shape == shape
