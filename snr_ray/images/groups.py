@@ -109,7 +109,7 @@ def _by_column(source: Source, column: str) -> Grouped:
     assert source.column is not None
     values = source.column(column)
     lacking = values.null_count
-    said = [] if not lacking else [
+    said = [] if lacking in (0, len(values)) else [
         f"{lacking:,} of its images have no {column}, and are split one by one"]  # fmt: skip
     return _grouped(source, column, values, f"the column {column}", said)
 
@@ -151,6 +151,10 @@ def _grouped(
     assert isinstance(source.ids, Texts)
     table = _Table(source.ids, Texts(pc.coalesce(values, source.ids.array)))
     line = f"split by {what}: {len(found):,} groups, none of which is in two splits"
+    if len(found) == 1:
+        line = f"split by {what}: 1 group, which is in one split"
+    elif not len(found):
+        line = f"split image by image, since {what} is empty for all of them"
     return Grouped(replace(source, group=table), group, (line, *said))
 
 

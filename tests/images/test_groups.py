@@ -197,3 +197,21 @@ def test_what_cannot_be_grouped_has_its_sentence(scans: Path, tmp_path: Path) ->
         with pytest.raises(InputError, match=sentence):
             group_images(open_source(str(path)), group)
     assert pydicom.dcmread(scans / "1_07.dcm").PatientID == "P7"  # nothing was written
+
+
+@pytest.mark.parametrize(
+    ("patients", "line"),
+    [
+        ([None] * 6, "split image by image, since the column patient is empty for all of them"),
+        (["p"] * 4 + [None] * 2, "split by the column patient: 1 group, which is in one split"),
+        (["p", "q"] * 3, "split by the column patient: 2 groups, none of which is in two splits"),
+    ],
+    ids=["none", "one", "two"],
+)
+def test_the_number_of_groups_is_said_as_it_is(
+    tmp_path: Path, patients: list[str | None], line: str
+) -> None:
+    path = table(tmp_path / "t.parquet", patient=pa.array(patients, pa.string()))
+    said = group_images(open_source(str(path)), None).said
+    assert said[0] == line
+    assert len(said) == 1 + (0 < patients.count(None) < 6)
