@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from snr_ray.noise.spokes import spokes, view_counts
+from snr_ray.noise.spokes import FEWEST_VIEWS, HALF_TURN, spokes, view_counts
 
 Array = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
@@ -23,6 +23,9 @@ large images are so many numbers that even the wrong floor is certain of somethi
 FEW = 0.1
 """Views per pixel below which no spectrum is sure: the edges of a smooth image are few spokes, too,
 and are looked past for candidates."""
+FEWEST_SURE = 2 * FEWEST_VIEWS
+"""Views below which no spectrum is sure: half of them, which it confuses with them, it cannot see.
+"""
 CANDIDATES = 4
 """Counts of each kind of spectrum that the solver is asked about, and their halves and doubles."""
 
@@ -37,11 +40,15 @@ class Likely:
     """Counts that are also likely, in no order."""
 
 
-def likely(images: Array) -> list[Likely]:
-    """Likely view counts of each of the images [B, C, H, W]."""
-    counts = view_counts(*images.shape[2:])
-    many = counts >= FEW * max(images.shape[2:])
-    return [_likely(found, counts, many) for found in spokes(images)]
+def likely(images: Array, angle_range: float = HALF_TURN) -> list[Likely]:
+    """Likely view counts of each of the images [B, C, H, W], of views that are spread over a range
+    of angles, in degrees."""
+    if not len(images):  # whose frequencies have no shape
+        return []
+    height, width = images.shape[2:]
+    counts = view_counts(height, width, angle_range)
+    many = counts * HALF_TURN / angle_range >= FEW * max(height, width)
+    return [_likely(found, counts, many) for found in spokes(images, angle_range)]
 
 
 def _likely(found: npt.NDArray[np.float64], counts: Counts, many: npt.NDArray[np.bool_]) -> Likely:
@@ -55,6 +62,8 @@ def _likely(found: npt.NDArray[np.float64], counts: Counts, many: npt.NDArray[np
     ahead = bool(lead[clearest] > SURE and others_lead < max(SURE, AGAINST * lead[clearest]))
     past = np.argsort(np.where(many, found, -np.inf), axis=1)
     others = {int(k) for places in (order, past) for k in counts[places[:, -CANDIDATES:]].ravel()}
-    others |= {half for k in firsts for half in (int(k) // 2, 2 * int(k))} & set(counts.tolist())
-    sure = ahead and bool(many[order[clearest, -1]])
-    return Likely(int(firsts[clearest]), sure, sorted(others))
+    halves = {half for k in firsts for half in (int(k) // 2, 2 * int(k))}
+    others |= halves & set(range(FEWEST_VIEWS // 2, int(counts[-1]) + 1))
+    best = int(firsts[clearest])
+    sure = ahead and best >= FEWEST_SURE and bool(many[order[clearest, -1]])
+    return Likely(best, sure, sorted(others))

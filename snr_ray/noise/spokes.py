@@ -21,9 +21,12 @@ Array = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
+HALF_TURN = 180.0
+"""Degrees after which projections come again; of a range below it, none lie beyond its end."""
 FEWEST_VIEWS = 4
 MOST_VIEWS_PER_PIXEL = 1.5
-"""Spokes of more views lie too near to each other everywhere to be told from none."""
+"""Spokes of more views over a half turn lie too near to each other everywhere to be told from
+none."""
 FLOORS = (0.03, 0.3)
 """Power between spokes, as a share of that on them: of exact noise, and with more on top."""
 SPOKE_WIDTH = 0.7
@@ -43,15 +46,16 @@ KEPT_BYTES = 32 * 2**20
 """Memory for what is computed of the spokes of many counts, and kept of sizes where it is all."""
 
 
-def view_counts(height: int, width: int) -> Counts:
-    """Counts that `spokes` tries on images of a size, ascending."""
-    most = int(MOST_VIEWS_PER_PIXEL * max(height, width))
+def view_counts(height: int, width: int, angle_range: float = HALF_TURN) -> Counts:
+    """Counts over a range of angles that `spokes` tries on images of a size, ascending."""
+    most = int(MOST_VIEWS_PER_PIXEL * max(height, width) * angle_range / HALF_TURN)
     return np.arange(FEWEST_VIEWS, max(FEWEST_VIEWS, most) + 1)
 
 
 @dataclass(frozen=True)
 class _Frequencies:
-    """Half of the frequencies of images of one size, ring by ring."""
+    """Half of the frequencies of images of one size, ring by ring; of them those at the angles of
+    views."""
 
     places: Counts
     """In the flat spectrum, [F]."""
@@ -61,29 +65,33 @@ class _Frequencies:
     """As that of a view, in [0, pi)."""
     across: Values
     """Frequencies per cycle per pixel across a spoke."""
+    angle_range: float
+    """Degrees."""
 
     def some(self, chosen: Counts) -> "_Frequencies":
         """Those of ascending places in the arrays."""
-        values = (part[chosen] for part in (self.radius, self.angle, self.across))
-        return _Frequencies(self.places[chosen], *values)
+        radius, angle, across = (part[chosen] for part in (self.radius, self.angle, self.across))
+        return _Frequencies(self.places[chosen], radius, angle, across, self.angle_range)
 
     def rings(self, n: int) -> Counts:
         """Which of n rings each lies in, ascending."""
         return ((self.radius - LOWEST) / (HIGHEST - LOWEST) * n).astype(int)
 
 
-def spokes(images: Array) -> Values:
+def spokes(images: Array, angle_range: float = HALF_TURN) -> Values:
     """Log-likelihood of each count of `view_counts`, under each of FLOORS: [B, floors, counts].
 
     Args:
         images: noisy, [B, C, H, W] float32, clipped or not, at least 8 pixels high and wide.
+        angle_range: degrees that their views are spread over.
     """
     height, width = images.shape[2:]
-    counts, all_ = view_counts(height, width), _frequencies(height - 2, width - 2)
+    counts = view_counts(height, width, angle_range)
+    all_ = _frequencies(height - 2, width - 2, angle_range)
     power = _spectra(images, all_)
     n = len(all_.places)
     if n <= FREQUENCIES:
-        return _fit(power, all_, counts, (height, width))
+        return _fit(power, all_, counts, (height, width, angle_range))
     chosen = np.sort(np.random.default_rng(0).choice(n, FREQUENCIES, replace=False))
     found = _fit(power[:, chosen], all_.some(chosen), counts) * (n / FREQUENCIES)
     whole = np.full_like(found, -np.inf)
@@ -96,15 +104,18 @@ def spokes(images: Array) -> Values:
 
 
 @functools.lru_cache(maxsize=8)
-def _frequencies(height: int, width: int) -> _Frequencies:
+def _frequencies(height: int, width: int, angle_range: float) -> _Frequencies:
     fy, fx = np.meshgrid(np.fft.fftfreq(height), np.fft.fftfreq(width), indexing="ij")
     radius = np.hypot(fx, fy)
     half = (radius > LOWEST) & (radius < HIGHEST) & ((fx > 0) | ((fx == 0) & (fy > 0)))
     places = np.flatnonzero(half)
     places = places[np.argsort(radius.ravel()[places], kind="stable")]
     angle = np.arctan2(-fy.ravel()[places], fx.ravel()[places]) % np.pi
+    if angle_range < HALF_TURN:  # beyond there is no power, whatever the count
+        within = angle < np.deg2rad(angle_range)
+        places, angle = places[within], angle[within]
     across = np.hypot(width * np.sin(angle), height * np.cos(angle))
-    return _Frequencies(places, radius.ravel()[places], angle, across)
+    return _Frequencies(places, radius.ravel()[places], angle, across, angle_range)
 
 
 def _spectra(images: Array, at: _Frequencies) -> Values:
@@ -145,10 +156,10 @@ def _sums(values: Values, group: Counts, n: int) -> Values:
 
 
 def _fit(
-    power: Values, at: _Frequencies, counts: Counts, size: tuple[int, int] | None = None
+    power: Values, at: _Frequencies, counts: Counts, of: tuple[int, int, float] | None = None
 ) -> Values:
-    """Log-likelihoods [B, floors, counts] of power [B, F]; `size` of the images where counts and
-    frequencies are all of theirs, and what is computed of them is kept."""
+    """Log-likelihoods [B, floors, counts] of power [B, F]; `of`: size and range of angles of the
+    images where counts and frequencies are all of theirs, and what is computed of them is kept."""
     ring, rings = at.rings(2 * RINGS), 2 * RINGS
     ends = np.searchsorted(ring, np.arange(rings + 1))
     members = np.diff(ends)
@@ -157,8 +168,8 @@ def _fit(
     together = max(1, KEPT_BYTES // (4 * len(FLOORS) * len(ring)))
     for k in range(0, len(counts), together):
         some = counts[k : k + together]
-        whole = size is not None and len(some) == len(counts)
-        inverse, logs = _of_size(*size) if whole and size else _inverse_means(at, some)
+        whole = of is not None and len(some) == len(counts)
+        inverse, logs = _of_size(*of) if whole and of else _inverse_means(at, some)
         level = np.empty((len(power), rings, len(FLOORS) * len(some)), np.float32)
         for r, (first, last) in enumerate(itertools.pairwise(ends)):
             np.matmul(power[:, first:last], inverse[first:last], out=level[:, r])
@@ -170,9 +181,10 @@ def _fit(
 
 
 @functools.lru_cache(maxsize=4)
-def _of_size(height: int, width: int) -> tuple[Array, Values]:
+def _of_size(height: int, width: int, angle_range: float) -> tuple[Array, Values]:
     """As of `_inverse_means`, of all counts of a size: up to KEPT_BYTES each."""
-    return _inverse_means(_frequencies(height - 2, width - 2), view_counts(height, width))
+    at = _frequencies(height - 2, width - 2, angle_range)
+    return _inverse_means(at, view_counts(height, width, angle_range))
 
 
 def _inverse_means(at: _Frequencies, counts: Counts) -> tuple[Array, Values]:
@@ -182,9 +194,15 @@ def _inverse_means(at: _Frequencies, counts: Counts) -> tuple[Array, Values]:
     inverse = np.empty((len(reach), len(FLOORS), len(counts)), np.float32)
     logs = np.empty((len(FLOORS), len(counts)))
     for k, n_views in enumerate(counts.tolist()):
-        step = np.pi / n_views
-        off = at.angle - np.round(at.angle / step) * step
-        near = sum(np.exp(-np.square(reach * np.sin(off + j * step))) for j in (-1, 0, 1))
+        step = np.deg2rad(at.angle_range) / n_views
+        nearest = np.round(at.angle / step)
+        off = at.angle - nearest * step
+        near = np.zeros_like(off)
+        for j in (-1, 0, 1):
+            spoke = np.exp(-np.square(reach * np.sin(off + j * step)))
+            if at.angle_range < HALF_TURN:  # else the first follows the last
+                spoke *= (nearest >= j) & (nearest - j < n_views)
+            near += spoke
         for f, floor in enumerate(FLOORS):
             inverse[:, f, k], logs[f, k] = 1 / (near + floor), np.log(near + floor).sum()
     return inverse.reshape(len(reach), -1), logs.ravel()

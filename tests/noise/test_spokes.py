@@ -15,15 +15,28 @@ def _photos(n: int, size: int, channels: int = 1) -> np.ndarray:
     return np.stack([source.load(row, config) for row in source.select("test")[:n]])
 
 
-def _found(noisy: np.ndarray) -> list[int]:
-    counts = view_counts(*noisy.shape[2:])
-    return [int(counts[found.max(0).argmax()]) for found in spokes(noisy)]
+def _found(noisy: np.ndarray, angle_range: float = 180.0) -> list[int]:
+    counts = view_counts(*noisy.shape[2:], angle_range)
+    return [int(counts[found.max(0).argmax()]) for found in spokes(noisy, angle_range)]
 
 
 @pytest.mark.parametrize(("size", "n_views"), [(32, 7), (48, 17), (64, 10), (64, 39), (90, 30)])
 def test_photographs_of_any_size_tell_their_view_count(size: int, n_views: int) -> None:
     noisy = noise_operator(NoiseSpec(n_views), size, size)(_photos(6, size))
     assert _found(noisy) == [n_views] * 6
+
+
+@pytest.mark.parametrize("angle_range", [150.0, 120.0])
+@pytest.mark.parametrize(("size", "n_views"), [(48, 13), (64, 20), (64, 30)])
+def test_so_do_those_of_a_limited_angle(size: int, n_views: int, angle_range: float) -> None:
+    noise = noise_operator(NoiseSpec(n_views, angle_range=angle_range), size, size)
+    assert _found(noise(_photos(6, size)), angle_range) == [n_views] * 6
+
+
+@pytest.mark.parametrize("angle_range", [179.0, 150.0, 33.3])
+def test_a_range_is_tried_on_as_dense_spokes_as_a_half_turn(angle_range: float) -> None:
+    densest = view_counts(40, 64, angle_range)[-1] / angle_range
+    assert densest <= view_counts(40, 64)[-1] / 180 < densest + 1 / angle_range
 
 
 def test_so_do_those_of_a_file_of_8_bits_colour_and_uneven_sides() -> None:

@@ -1,0 +1,51 @@
+"""What the spectrum is sure of, it is right about."""
+
+import numpy as np
+import pytest
+
+from snr_ray.config import ImagesConfig
+from snr_ray.images.sources import open_source
+from snr_ray.noise.likelyviews import Likely, likely
+from snr_ray.noise.operator import NoiseSpec, noise_operator
+
+
+def _seen(name: str, size: int, n_views: int, angle_range: float = 180.0) -> list[Likely]:
+    source, config = open_source(name), ImagesConfig(size=size)
+    clean = np.stack([source.load(row, config) for row in source.select("test")[:8]])
+    noise = noise_operator(NoiseSpec(n_views, angle_range=angle_range), size, size)
+    return likely(noise(clean), angle_range)
+
+
+@pytest.mark.parametrize("angle_range", [150.0, 120.0, 33.3])
+@pytest.mark.parametrize("n_views", [3, 10, 20, 40])
+@pytest.mark.parametrize(("name", "size"), [("glyphs", 28), ("photos", 64)])
+def test_no_wrong_count_of_a_limited_angle_is_sure(
+    name: str, size: int, n_views: int, angle_range: float
+) -> None:
+    seen = _seen(name, size, n_views, angle_range)
+    assert {one.best for one in seen if one.sure} <= {n_views}
+
+
+@pytest.mark.parametrize("angle_range", [180.0, 150.0, 120.0])
+def test_the_right_count_of_photographs_is(angle_range: float) -> None:
+    seen = _seen("photos", 64, 20, angle_range)
+    assert all((one.best, one.sure) == (20, True) for one in seen)
+
+
+@pytest.mark.parametrize("n_views", [1, 2, 3])
+@pytest.mark.parametrize(("name", "size"), [("glyphs", 28), ("photos", 32)])
+def test_a_multiple_of_so_few_views_that_they_are_not_tried_is_not_sure(
+    name: str, size: int, n_views: int
+) -> None:
+    assert not any(one.sure for one in _seen(name, size, n_views))
+
+
+@pytest.mark.parametrize(("name", "size"), [("glyphs", 28), ("photos", 32)])
+def test_3_views_are_asked_about_where_they_look_like_6(name: str, size: int) -> None:
+    seen = _seen(name, size, 3)
+    assert all(3 in one.others for one in seen if one.best == 6)
+    assert any(one.best == 6 for one in seen)
+
+
+def test_of_no_images_nothing_is_said() -> None:
+    assert likely(np.zeros((0, 1, 16, 16), np.float32)) == []
