@@ -14,6 +14,7 @@ import numpy.typing as npt
 from snr_ray.errors import InputError, check
 from snr_ray.learning.checkpoint import TrainedModel, load_model
 from snr_ray.network.swap import detect, swap
+from snr_ray.network.views import views_of_range
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 
 __all__ = ["NoiseSpec", "add_noise", "denoise", "load_model"]
@@ -65,7 +66,8 @@ def denoise(
             not clipped. A grey model takes RGB channel by channel, an RGB model answers to grey
             images with the mean of its channels.
         model: what `load_model` gives, on any device, or a name or folder for it.
-        n_views: how many views the images have; None leaves it to the noise code of each.
+        n_views: how many views the images have; None leaves it to the noise code of each, and a
+            model of a range of counts, such as `any`, finds it for each image by itself.
 
     Returns:
         The shape of `images`, float32, clipped to [0, 1].
@@ -108,7 +110,7 @@ def denoise(
     geometry = None if n_views is None else trained.geometry(n_views)
     known = trained.noise_id(n_views) if physics and n_views is not None else None
     batch = np.ascontiguousarray(batch, np.float32)
-    out = np.empty_like(batch)
+    out, code = np.empty_like(batch), trained.codes.mean(0)
     step = max(1, PASS_PIXELS // int(np.prod(batch.shape[1:])))
     for start in range(0, len(batch), step):
         part = batch[start : start + step]
@@ -116,9 +118,11 @@ def denoise(
         if physics:
             own = known is None
             ids = detect(trained.model, trained.codes, part) if own else np.full(len(part), known)
-        code = trained.codes.mean(0)
+        found = None
+        if n_views is None:
+            found = views_of_range(trained.model, code, part, trained.geometry)
         out[start : start + step] = swap(
-            trained.model, part, code, noise_ids=ids, geometry=geometry
+            trained.model, part, code, noise_ids=ids, geometry=geometry, told=found
         )
     return np.clip(out, 0, 1).reshape(shape)
 

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 import snr_ray
+from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError
+from snr_ray.images.sources import open_source
 from snr_ray.network.swap import swap
+from snr_ray.stages.denoising.fileswap import FileSwapper
+from snr_ray.stages.denoising.imagefiles import Stack
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,20 @@ def test_arrays_are_cleaned_as_files_are(
     expected = swap(model.model, noisy, model.codes.mean(0), geometry=geometry)
     out = snr_ray.denoise(noisy, model, n_views=n_views)
     np.testing.assert_allclose(out, expected.clip(0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("n_views", [9, 24])
+def test_a_model_of_a_range_finds_view_counts_as_it_does_of_files(n_views: int) -> None:
+    source, config = open_source("photos"), ImagesConfig(size=48)
+    clean = np.stack([source.load(row, config) for row in (3, 900, 2000)])
+    noisy, model = snr_ray.add_noise(clean, n_views), snr_ray.load_model("any")
+    code = [level.numpy() for level in model.codes.mean(0)]
+    answer = FileSwapper(model, code).answer(Stack(noisy, [(k, 0) for k in range(3)], list("abc")))
+    assert answer.n_views is not None
+    assert answer.n_views.tolist() == [n_views] * 3
+    out = snr_ray.denoise(noisy, model)
+    np.testing.assert_array_equal(out, answer.images.clip(0, 1))
+    np.testing.assert_allclose(out, snr_ray.denoise(noisy, model, n_views=n_views), atol=1e-3)
 
 
 def test_a_stack_too_large_for_one_pass_is_cleaned_as_its_images_are(

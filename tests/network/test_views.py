@@ -82,7 +82,21 @@ def test_a_guess_is_asked_about_and_wins_where_it_explains_best() -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 40)])
 def test_the_smallest_images_have_an_answer(shape: tuple[int, ...]) -> None:
     image = np.random.default_rng(1).random((1, *shape), dtype=np.float32)
-    assert find_views(image, Asked()) >= 4
+    assert find_views(image, Asked()) >= 2
+
+
+def test_a_guess_beyond_what_an_image_can_hold_is_asked_about_as_the_most_it_can() -> None:
+    image, asked = np.random.default_rng(1).random((1, 1, 9, 9), dtype=np.float32), Asked(best=36)
+    assert find_views(image, asked, np.array([40])) == 36
+    assert max(asked.counts) == 36
+
+
+@pytest.mark.parametrize("angle_range", [150.0, 120.0])
+def test_views_of_a_limited_angle_are_found_where_their_range_is_known(angle_range: float) -> None:
+    source, config = open_source("photos"), ImagesConfig(size=64)
+    clean = np.stack([source.load(row, config) for row in source.select("test")[:4]])
+    noisy = noise_operator(NoiseSpec(20, angle_range=angle_range), 64, 64)(clean)
+    assert (find_views(noisy, Asked(), angle_range=angle_range) == 20).all()
 
 
 def test_counts_far_from_the_guess_are_not_asked_about_where_spectrum_and_guess_agree() -> None:

@@ -21,8 +21,7 @@ from snr_ray.network.blocks import Normal
 from snr_ray.network.swap import NoiseCodes, detect, exchange, explained, on_device, swap
 from snr_ray.network.tiles import TILE, in_tiles
 from snr_ray.network.trust import doubtful
-from snr_ray.network.views import explaining, find_views
-from snr_ray.noise.likelyviews import SMALLEST_SIDE
+from snr_ray.network.views import views_of_range
 from snr_ray.stages.denoising.imagefiles import (
     Answer,
     ImageFile,
@@ -165,21 +164,11 @@ class FileSwapper:
         return detect(self.trained.model, self.trained.codes, images)
 
     def _found(self, stack: Stack) -> Ids | None:
-        """View counts of noisy images that nobody has told, each found by itself; of a model of a
-        range, whose noise codes come near and no further. None elsewhere."""
-        trained, images = self.trained, stack.pixels
-        if self.inject or self.n_views is not None or trained.views is None:
+        """View counts of noisy images that nobody has told, found by a model of a range."""
+        if self.inject or self.n_views is not None:
             return None
-        counts, clean = trained.guess_views(images), trained.codes.mean(0)
-        if min(images.shape[2:]) < SMALLEST_SIDE:
-            return None
-        rows = np.flatnonzero(counts)
-        if len(rows):
-            noisy = images[rows]
-            explains = explaining(trained.model, clean, noisy, trained.geometry)
-            seen = stack.likely and [stack.likely[row] for row in rows]
-            counts[rows] = find_views(noisy, explains, counts[rows], seen)
-        return counts
+        trained, clean = self.trained, self.trained.codes.mean(0)
+        return views_of_range(trained.model, clean, stack.pixels, trained.geometry, stack.likely)
 
     def _sample(
         self, stack: Stack, donors: list[int], ids: Ids | None, found: Ids | None
