@@ -129,7 +129,8 @@ class Lmmse:
         if noise.spec.photons:  # their noise on the image, measured
             x = prior.images.reshape(-1, len(a))
             left = noise(prior.images).reshape(x.shape) - x @ a.T
-            inner += np.cov(left, rowvar=False)
+            if len(left) > 1:  # of a single one, zero, as of its sample covariance
+                inner += np.cov(left, rowvar=False)
         gain = np.linalg.solve(inner, cross.T).T  # [H*W, H*W]
         self.gain, self.mean, self.offset = (
             part.astype(np.float32) for part in (gain, prior.mean, a @ prior.mean)

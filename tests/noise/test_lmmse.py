@@ -67,10 +67,11 @@ def test_images_that_differ_by_place_keep_their_sample_covariance() -> None:
     assert ImagePrior(x).weight <= 0.2
 
 
+@pytest.mark.parametrize("photons", [0, 1000])
 @pytest.mark.parametrize("n", [1, 2, 9])
-def test_very_few_images_still_give_an_estimate(n: int) -> None:
+def test_very_few_images_still_give_an_estimate(n: int, photons: int) -> None:
     clean = glyphs(n)
-    noise = noise_operator(NoiseSpec(6), 16, 16)
+    noise = noise_operator(NoiseSpec(6, photons=photons), 16, 16)
     assert np.isfinite(Lmmse(ImagePrior(clean), noise)(noise(clean))).all()
 
 
