@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.float32]
+Exponents = npt.NDArray[np.int32]
 
 MIN_SIZE = 4
 """Smaller images have no rays to speak of."""
@@ -54,6 +55,11 @@ KEPT_BYTES = 2**20
 """An operator keeps what it can compute again up to so many bytes."""
 OFFSET = 0.5
 """Subtracted from pixels before sums: the middle of the range."""
+FAINT = 0.01
+"""Images that are nowhere as far from 0 are scaled for the sums, where OFFSET would swamp them."""
+WITHIN = (-0.25, 2.0)
+"""Pixels of which photons can be counted: resampled ones are a little beyond [0, 1], and of others
+more arrive than left, or none."""
 ATTENUATION = 4.0
 """Line integral of a white image along its longer side, where photons are counted: e^-4 of them
 arrive. It is that of 20 cm of water at 70 keV (0.19 per cm; Hubbell and Seltzer, NIST XCOM)."""
@@ -103,14 +109,24 @@ class RadonNoise:
             [..., H, W] float32, not clipped.
 
         Raises:
-            InputError: if images have another shape, are integers, or hold NaN or infinity.
+            InputError: if images have another shape, are integers, hold NaN or infinity, or lie
+                beyond WITHIN where photons are counted.
         """
         flat = self._checked(images)
+        if not self.spec.photons:
+            return self._times(flat).reshape(images.shape)
+        low, high = WITHIN
+        least, most = float(flat.min(initial=0)), float(flat.max(initial=0))
+        check(
+            low <= least and most <= high,
+            f"Images whose photons are counted must have black at 0 and white at 1, but got values "
+            f"from {least:.3g} to {most:.3g}; scale them first.",
+        )
         n_planes = len(flat) // max(1, len(images)) if images.ndim > 2 else 1
         out = np.empty_like(flat)
         for rows in self._blocks(len(flat)):
             sinogram = self._sinograms(project, flat[rows], OFFSET)
-            for column in range(len(flat[rows]) if self.spec.photons else 0):
+            for column in range(len(flat[rows])):
                 place, plane = divmod(rows.start + column, n_planes)
                 seed = place if seeds is None else seeds[place]
                 rng = np.random.default_rng([seed, plane, self.spec.n_views])
@@ -120,11 +136,14 @@ class RadonNoise:
 
     def times(self, images: npt.NDArray[np.floating]) -> Array:
         """The linear map alone, of images [..., H, W] of any values: [..., H, W] float32."""
-        flat = self._flatten(images)
+        return self._times(self._flatten(images)).reshape(images.shape)
+
+    def _times(self, flat: Array) -> Array:
+        flat, exponents = _as_bright(flat)
         out = np.empty_like(flat)
         for rows in self._blocks(len(flat)):
             self._reconstruct(self._sinograms(project, flat[rows], OFFSET), out[rows])
-        return out.reshape(images.shape)
+        return _as_faint(out, exponents)
 
     def transposed(self, images: npt.NDArray[np.floating]) -> Array:
         """The transpose of `times`: of gradients [..., H, W] by noisy images, those by clean ones,
@@ -149,13 +168,13 @@ class RadonNoise:
 
     def project(self, images: npt.NDArray[np.floating]) -> Array:
         """Sinograms [..., N, A] of images [..., H, W]: N detector bins, A angles. Noise-free."""
-        flat = self._checked(images)
+        flat, exponents = _as_bright(self._checked(images))
         out = np.empty((len(flat), self.n_bins, self.spec.n_views), np.float32)
         for rows in self._blocks(len(flat)):
             sinogram = self._sinograms(project, flat[rows], OFFSET)
             sinogram += self._flat[0][..., None]
             out[rows] = sinogram.T[: len(out[rows])]
-        return out.reshape(*images.shape[:-2], self.n_bins, self.spec.n_views)
+        return _as_faint(out, exponents).reshape(*images.shape[:-2], *out.shape[1:])
 
     def matrix(self) -> Array:
         """The whole operator as one dense matrix [H*W, H*W]: noisy = matrix @ clean."""
@@ -168,23 +187,35 @@ class RadonNoise:
 
     def _checked(self, images: npt.NDArray[np.floating]) -> Array:
         flat = self._flatten(images)
-        if not np.isfinite(flat.sum()):  # one number in place of an array of answers
-            raise InputError("Images must be finite, but some hold NaN or infinity.")
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = flat.sum()  # one number in place of an array of answers
+        if not np.isfinite(total):
+            check(
+                bool(np.isfinite(images).all()),
+                "Images must be finite, but some hold NaN or infinity.",
+            )
+            raise InputError(
+                f"Images must have white at 1, but some values are near "
+                f"{np.abs(images).max():.1g}, whose sums are no numbers any more; divide by the "
+                "value that means white."
+            )
         return flat
 
     def _flatten(self, images: npt.NDArray[np.floating]) -> Array:
         """Images as [B, H, W] float32."""
-        if images.shape[-2:] != (self.height, self.width):
-            raise InputError(
-                f"This operator is for {self.height}x{self.width} images, but got "
-                f"{images.shape[-2]}x{images.shape[-1]}."
-            )
+        check(
+            images.shape[-2:] == (self.height, self.width),
+            f"This operator is for {self.height}x{self.width} images, but got "
+            f"{'x'.join(map(str, images.shape[-2:]))}.",
+        )
         if not np.issubdtype(images.dtype, np.floating):
             raise InputError(
                 f"Images must be float in [0, 1], but got {images.dtype}; divide by the value "
                 "that means white."
             )
-        return np.ascontiguousarray(images, np.float32).reshape(-1, self.height, self.width)
+        with np.errstate(over="ignore"):  # infinity, which is checked
+            flat = np.ascontiguousarray(images, np.float32)
+        return flat.reshape(-1, self.height, self.width)
 
     def _blocks(self, n: int) -> list[slice]:
         return [slice(k, min(k + self.block, n)) for k in range(0, n, self.block)]
@@ -285,6 +316,25 @@ class RadonNoise:
         counts = rng.poisson(self.spec.photons * expected)
         measured = -np.log(np.maximum(counts, 1) / self.spec.photons) / scale - flat
         return measured.astype(np.float32)
+
+
+def _as_bright(flat: Array) -> tuple[Array, Exponents | None]:
+    """Images [B, H, W], the faint ones times the power of two that brings their farthest pixel to
+    half the range or more, which is exact; and the exponents [B], None if none is faint."""
+    if not len(flat):
+        return flat, None
+    farthest = np.maximum(flat.max((1, 2)), -flat.min((1, 2)))
+    if farthest.min() >= FAINT:
+        return flat, None
+    exponents = np.where(farthest < FAINT, np.frexp(farthest)[1], 0)
+    return np.ldexp(flat, -exponents[:, None, None]), exponents
+
+
+def _as_faint(made: Array, exponents: Exponents | None) -> Array:
+    """What was made of images [B, ...] that `_as_bright` scaled, as that of the images."""
+    if exponents is None:
+        return made
+    return np.ldexp(made, exponents.reshape(-1, *[1] * (made.ndim - 1)))
 
 
 @functools.lru_cache(maxsize=256)

@@ -76,6 +76,30 @@ def test_operator_equals_skimage_at_the_corners(
     assert np.abs(noisy - reference(image, spec)).max() <= bound
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    exponent=st.integers(-120, 60),
+    faint=st.integers(0, 4),
+    n_views=st.integers(1, 40),
+    shape=st.sampled_from([(20, 20), (32, 17), (64, 64)]),
+)
+def test_images_of_any_brightness_and_company_have_noise_of_their_own(
+    exponent: int, faint: int, n_views: int, shape: tuple[int, int]
+) -> None:
+    # Powers of two, so that the images themselves are exact.
+    x = np.random.default_rng(n_views).uniform(-1, 1, (5, *shape)).astype(np.float32)
+    noise = noise_operator(NoiseSpec(n_views), *shape)
+    scale = np.ones((5, 1, 1), np.float32)
+    scale[faint] = np.float32(2.0) ** exponent
+    for call in (noise, noise.times, noise.project):
+        error = call(scale * x) / scale - call(x)
+        assert np.abs(error).max() <= 1e-5 * max(1, np.abs(call(x)).max())
+
+
+def test_black_images_stay_black() -> None:
+    assert np.abs(noise_operator(NoiseSpec(7), 20, 20)(np.zeros((2, 20, 20)))).max() < 1e-5
+
+
 @pytest.mark.parametrize("size", [20, 45])
 def test_operator_is_linear(size: int) -> None:
     noise = noise_operator(NoiseSpec(7), size, size)
@@ -219,6 +243,28 @@ def test_pixels_that_are_no_numbers_are_refused(value: float) -> None:
         noise_operator(NoiseSpec(6), 16, 16)(x)
 
 
+@pytest.mark.parametrize("value", [3e37, -3e38, 1e300])
+def test_pixels_too_large_to_be_summed_are_not_called_infinite(value: float) -> None:
+    x = np.full((2, 1, 16, 16), value)
+    with pytest.raises(InputError, match=r"white at 1, but some values are near \de\+"):
+        noise_operator(NoiseSpec(6), 16, 16)(x)
+
+
+@pytest.mark.parametrize("value", [-300.0, -0.3, 2.1, 255.0, 1000.0])
+def test_photons_of_what_is_no_image_are_not_counted(value: float) -> None:
+    x = np.zeros((2, 16, 16), np.float32)
+    x[1, 3, 4] = value
+    with pytest.raises(InputError, match="black at 0 and white at 1, but got values from"):
+        noise_operator(NoiseSpec(6, photons=1000), 16, 16)(x)
+    assert np.isfinite(noise_operator(NoiseSpec(6), 16, 16)(x)).all()
+
+
+def test_the_most_photons_of_all_that_can_be_counted_are() -> None:
+    for level in (-0.25, 0.0, 2.0):
+        x = np.full((1, 40, 40), level, np.float32)
+        assert np.isfinite(noise_operator(NoiseSpec(6, photons=10**18), 40, 40)(x)).all()
+
+
 def test_integer_images_are_refused() -> None:
     with pytest.raises(InputError, match=r"float in \[0, 1\], but got uint8; divide by"):
         noise_operator(NoiseSpec(6), 16, 16)(np.zeros((1, 16, 16), np.uint8))
@@ -252,6 +298,8 @@ def test_photon_noise_belongs_to_the_image_and_not_to_its_place() -> None:
 def test_other_shape_is_refused() -> None:
     with pytest.raises(InputError, match="24x24 images, but got 24x25"):
         noise_operator(NoiseSpec(6), 24, 24)(np.zeros((1, 24, 25)))
+    with pytest.raises(InputError, match="24x24 images, but got 24"):
+        noise_operator(NoiseSpec(6), 24, 24)(np.zeros(24))
 
 
 @pytest.mark.parametrize("n_views", [10, 24])
