@@ -27,6 +27,8 @@ ENOUGH = 20.0
 """dB that are always enough: what is left then, a tenth of the range, is other noise, and no wrong
 answer. A real synchrotron scan, of a few hundred photons a bin, is explained to 22 to 24 dB by
 answers that are 5 to 8 dB better than it was."""
+ROUNDED = 1e-3
+"""Of views per pixel: model folders keep four digits of them."""
 LEAST = 15.0
 """dB that any answer must explain, where nothing was measured: noise anew that is off by a sixth of
 the range is no explanation."""
@@ -92,6 +94,6 @@ def _bound(views_per_pixel: float, least: Mapping[float, float]) -> float:
     """Of fewer views less is explained, so that of the next lower count that was measured holds."""
     if not least:
         return LEAST
-    lower = [known for known in least if known <= views_per_pixel * (1 + 1e-6)]
+    lower = [known for known in least if known <= views_per_pixel * (1 + ROUNDED)]
     measured = least[max(lower) if lower else min(least)] - MARGIN
     return min(ENOUGH, max(LEAST, measured))
