@@ -23,10 +23,11 @@ Array = npt.NDArray[np.float32]
 
 PASS_PIXELS = 2**20
 """Pixels that go through the network together; bounds memory whatever the number of images."""
-
-
-BRIGHTEST = 2.0
-"""Noise keeps the mean of an image: one above this has its white elsewhere than at 1."""
+DARKEST, BRIGHTEST = -0.5, 2.0
+"""Noise keeps the mean of an image: one beyond these has its black or white elsewhere."""
+STRONGEST = 0.25
+"""So has one whose standard deviation is more than this for each pixel of its longer side: the
+noise of a single view comes to half of that."""
 
 
 def add_noise(images: npt.NDArray[np.floating], noise: int | NoiseSpec) -> Array:
@@ -41,14 +42,12 @@ def add_noise(images: npt.NDArray[np.floating], noise: int | NoiseSpec) -> Array
         [..., H, W] float32, not clipped.
 
     Raises:
-        InputError: if images are integers, too small, or hold NaN or infinity, or for a view count
-            below 1 or above 4 per pixel of the longer side.
+        InputError: if images are integers, too small, or hold NaN or infinity, for a view count
+            below 1 or above 4 per pixel of the longer side, and for images far beyond [0, 1] of
+            which photons are counted.
     """
     _check_array(images)
-    check(
-        images.ndim >= 2 and images.size > 0,
-        f"Images must be [..., H, W], but got {list(images.shape)}.",
-    )
+    check(images.ndim >= 2, f"Images must be [..., H, W], but got {list(images.shape)}.")
     spec = noise if isinstance(noise, NoiseSpec) else NoiseSpec(noise)
     return noise_operator(spec, images.shape[-2], images.shape[-1])(images)
 
@@ -73,8 +72,8 @@ def denoise(
         The shape of `images`, float32, clipped to [0, 1].
 
     Raises:
-        InputError: for images of another shape or of integers, with NaN or infinity, or a view
-            count that the model cannot be told.
+        InputError: for images of another shape or of integers, with NaN or infinity, with black
+            or white elsewhere than at 0 and 1, or a view count that the model cannot be told.
     """
     _check_array(images)
     shape = images.shape
@@ -85,17 +84,16 @@ def denoise(
             f"{list(shape)}; a stack of grey images is images[:, None]."
         )
     check(
+        min(batch.shape[2:]) > 0,
+        f"Images must have pixels, but got {list(shape)}; only the number of images may be 0.",
+    )
+    check(
         np.issubdtype(images.dtype, np.floating),
         f"Images must be float with white at 1, but got {images.dtype}; divide by the value that "
         "means white.",
     )
     check(bool(np.isfinite(images).all()), "Images must be finite, but some hold NaN or infinity.")
-    mean = float(images.mean()) if images.size else 0.0
-    check(
-        mean < BRIGHTEST,
-        f"Images must have white at 1, but the mean of these is {mean:.3g}; divide by the value "
-        "that means white.",
-    )
+    _check_range(batch)
     trained = model if isinstance(model, TrainedModel) else load_model(model)
     physics = trained.config.model.physics
     check(
@@ -132,3 +130,17 @@ def _check_array(images: object) -> None:
         isinstance(images, np.ndarray),
         f"Images must be a NumPy array, but got {type(images).__name__}; give numpy.asarray(...).",
     )
+
+
+def _check_range(batch: npt.NDArray[np.floating]) -> None:
+    """Raise InputError for one of images [B, C, H, W] that cannot be noise of one in [0, 1]."""
+    strongest = STRONGEST * max(batch.shape[2:])
+    for place, image in enumerate(batch):
+        with np.errstate(over="ignore"):
+            mean, strength = (float(of(image, dtype=np.float64)) for of in (np.mean, np.std))
+        check(
+            DARKEST < mean < BRIGHTEST and strength < strongest,
+            f"Images must have black at 0 and white at 1, but image {place} has a mean of "
+            f"{mean:.3g} and a standard deviation of {strength:.3g}; scale them first (8-bit "
+            "pixels / 255, Hounsfield units as (x + 1000) / 2000).",
+        )

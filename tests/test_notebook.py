@@ -84,6 +84,37 @@ def test_noise_is_that_of_the_spec(clean: np.ndarray) -> None:
     assert np.abs(limited - by_count).max() > 0.01
 
 
+@pytest.mark.parametrize("shape", [(0, 1, 28, 28), (2, 0, 28, 28), (0, 28, 28)])
+@pytest.mark.parametrize("photons", [0, 100])
+def test_no_images_have_no_noise(shape: tuple[int, ...], photons: int) -> None:
+    noisy = snr_ray.add_noise(np.zeros(shape), snr_ray.NoiseSpec(9, photons=photons))
+    assert (noisy.shape, noisy.dtype) == (shape, np.float32)
+
+
+@pytest.mark.parametrize("n_views", [1, 2, 9])
+@pytest.mark.parametrize("photons", [0, 1, 5, 100])
+@pytest.mark.parametrize("angle_range", [180.0, 30.0])
+def test_the_strongest_noise_of_images_is_taken(
+    model_folder: Path, clean: np.ndarray, n_views: int, photons: int, angle_range: float
+) -> None:
+    spec = snr_ray.NoiseSpec(n_views, angle_range=angle_range, photons=photons)
+    images = np.concatenate([clean, np.zeros_like(clean[:1]), np.round(clean)])
+    snr_ray.denoise(snr_ray.add_noise(images, spec), model_folder)
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset"),
+    [(2000, -1000), (40, -60), (100, -49), (255, 0), (1e30, 0), (1e300, 0), (1, -1.5)],
+)
+def test_one_image_of_other_units_is_refused_whatever_its_company(
+    model_folder: Path, clean: np.ndarray, scale: float, offset: float
+) -> None:
+    images = clean.copy()
+    images[3] = scale * clean[3] + offset
+    with pytest.raises(InputError, match=r"but image 3 has a mean of .* scale them first"):
+        snr_ray.denoise(images, model_folder)
+
+
 def test_wrong_input_is_one_sentence(
     model_folder: Path, blind_folder: Path, clean: np.ndarray
 ) -> None:
@@ -93,13 +124,21 @@ def test_wrong_input_is_one_sentence(
         (lambda: snr_ray.denoise(clean * np.nan, model_folder), "must be finite"),
         (lambda: snr_ray.denoise(clean, blind_folder, n_views=9), "this one is blind"),
         (lambda: snr_ray.denoise(clean, "nosuch"), "come with snr_ray"),
-        (lambda: snr_ray.denoise(255 * clean, model_folder), "must have white at 1, but the mean"),
+        (
+            lambda: snr_ray.denoise(255 * clean, model_folder),
+            "black at 0 and white at 1, but image 0",
+        ),
+        (lambda: snr_ray.denoise(np.zeros((0, 5)), model_folder), r"have pixels, but got \[0, 5\]"),
+        (lambda: snr_ray.denoise(np.zeros((1, 1, 0, 0)), model_folder), "must have pixels"),
+        (lambda: snr_ray.denoise(np.zeros((1, 1, 28, 0)), model_folder), "must have pixels"),
+        (lambda: snr_ray.denoise(np.zeros((1, 0, 28, 28)), model_folder), "1 or 3 channels C"),
         (lambda: snr_ray.denoise(clean.tolist(), model_folder), "a NumPy array, but got list"),
         (lambda: snr_ray.denoise(clean, model_folder, n_views=9.5), "whole number .* got 9.5"),
         (lambda: snr_ray.denoise(clean, model_folder, n_views="detect"), "whole number .*'detect'"),
         (lambda: snr_ray.add_noise(clean, True), "whole number .* got True"),
         (lambda: snr_ray.add_noise(clean, [9, 6]), r"whole number .* got \[9, 6\]"),
-        (lambda: snr_ray.add_noise(clean[:0], 9), r"\[\.\.\., H, W\], but got \[0, "),
+        (lambda: snr_ray.add_noise(np.zeros((0, 5)), 9), "at least 4 pixels high and wide"),
+        (lambda: snr_ray.add_noise(1000 * clean, snr_ray.NoiseSpec(9, photons=99)), "scale them"),
         (lambda: snr_ray.add_noise(clean, 0), "at least 1"),
         (lambda: snr_ray.add_noise(clean[0, 0, 0], 9), r"\[\.\.\., H, W\]"),
     ]
