@@ -26,6 +26,8 @@ Array = npt.NDArray[np.float32]
 N_DONORS = 64
 """Noise codes of single images kept per noise id, for random donors without their images."""
 
+TINY = 1e-12
+"""Variance of a channel that holds nothing; where all are so, they say the same."""
 DETECT_RIDGE = 0.01
 """Ridge on the covariance of noise codes, as a share of their mean variance."""
 
@@ -99,6 +101,8 @@ def collect(model: HVAE, by_noise_id: list[Array]) -> NoiseCodes:
 @torch.inference_mode()
 def detect(model: HVAE, codes: NoiseCodes, images: Array) -> npt.NDArray[np.int64]:
     """Noise ids of images [B, C, H, W] by their noise codes, 0 for clean ones: [B]."""
+    if not len(images):
+        return np.zeros(0, np.int64)
     return codes.detect(_noise_codes(model, images))
 
 
@@ -111,8 +115,9 @@ class Exchanged:
     explained: npt.NDArray[np.float64] | None
     """As of `explained`, [B]; None of a model that does not unroll and where it was not asked."""
     n_views: npt.NDArray[np.int64] | None
-    """View count that the noise codes say most of, 0 for a clean image, [B]; None of a model whose
-    decoder does not know the noise."""
+    """View count that the noise codes say most of, 0 for a clean image, [B]; where channels have
+    codes of their own, those of the more varied ones say more. None of a model whose decoder does
+    not know the noise."""
 
 
 @torch.inference_mode()
@@ -121,6 +126,8 @@ def read_views(model: HVAE, images: Array) -> npt.NDArray[np.int64]:
     that knows the noise."""
     maker = model.noise_maker
     assert maker is not None
+    if not len(images):
+        return np.zeros(0, np.int64)
     shares = maker.shares(_noise_codes(model, images))
     counts: npt.NDArray[np.int64] = maker.counts(shares, max(images.shape[2:])).cpu().numpy()
     return counts
@@ -228,8 +235,7 @@ def exchange(
         if counts is not None:
             assert isinstance(maker, ViewCountMaker)
             shares = maker.told(shares, counts, side)
-        of_image = shares.reshape(batch, apart, -1).mean(1)
-        n_views = maker.counts(of_image, side)
+        n_views = maker.counts(_of_images(shares, x, batch), side)
         make, known = maker.of(shares, side), maker.counts(shares, side) > 0
         if geometry is not None:
             make, known = Alike(geometry), torch.ones_like(known)
@@ -268,6 +274,12 @@ def explained(
         clean: what became of them, of the same shape.
         geometry: as `swap` was told, and so `told`.
     """
+    batch = len(images)
+    if not batch:
+        return np.zeros(0)
+    if model.channels == 1:  # channel by channel, each of which has a noise code, as in `exchange`
+        told = None if told is None else told.repeat(images.shape[1])
+        images, clean = (some.reshape(-1, 1, *images.shape[2:]) for some in (images, clean))
     seen, guess = _tensor(model, images), _tensor(model, clean)
     if geometry is not None:
         again = Alike(geometry)(guess)
@@ -281,7 +293,18 @@ def explained(
                 shares, torch.from_numpy(told).to(shares.device), max(seen.shape[2:])
             )
         again = maker.of(shares, max(seen.shape[2:]))(guess)
-    return _decibels(_mean_square(unexplained(seen, again), len(images)).cpu().numpy())
+    return _decibels(_mean_square(unexplained(seen, again), batch).cpu().numpy())
+
+
+def _of_images(shares: Tensor, x: Tensor, batch: int) -> Tensor:
+    """What was read of channels [B C, ...] as that of images [B, ...]: those that vary most say
+    most, and black ones nothing."""
+    apart = len(x) // batch
+    if apart == 1:
+        return shares
+    power = x.flatten(1).var(1) + TINY
+    weights = power.reshape(batch, apart, 1)
+    return (weights * shares.reshape(batch, apart, -1)).sum(1) / weights.sum(1)
 
 
 def _mean_square(left: Tensor, batch: int) -> Tensor:
