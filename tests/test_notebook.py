@@ -60,6 +60,15 @@ def test_a_model_of_a_range_finds_view_counts_as_it_does_of_files(n_views: int) 
     np.testing.assert_allclose(out, snr_ray.denoise(noisy, model, n_views=n_views), atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["places64", "any"])
+@pytest.mark.parametrize("side", [4, 8, 9])
+def test_the_smallest_images_are_cleaned_by_models_of_more_views_than_they_hold(
+    name: str, side: int
+) -> None:
+    images = np.random.default_rng(3).random((3, 1, side, side), dtype=np.float32)
+    assert snr_ray.denoise(images, name).shape == images.shape
+
+
 def test_a_stack_too_large_for_one_pass_is_cleaned_as_its_images_are(
     model_folder: Path, clean: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,8 +118,8 @@ def test_the_strongest_noise_of_images_is_taken(
 def test_one_image_of_other_units_is_refused_whatever_its_company(
     model_folder: Path, clean: np.ndarray, scale: float, offset: float
 ) -> None:
-    images = clean.copy()
-    images[3] = scale * clean[3] + offset
+    images = clean.astype(np.float64)
+    images[3] = scale * images[3] + offset
     with pytest.raises(InputError, match=r"but image 3 has a mean of .* scale them first"):
         snr_ray.denoise(images, model_folder)
 

@@ -49,7 +49,7 @@ class ItNet(UNet):
             noise_ids: [B] their noise ids, 0 of clean ones.
             geometry: how all of them were made, in place of their ids.
         """
-        noise = self._noise(noise_ids, geometry)
+        noise = self._noise(noise_ids, geometry, max(x.shape[-2:]))
         guess = x
         for rate in self.rates:
             guess = super().forward(guess)
@@ -61,9 +61,9 @@ class ItNet(UNet):
             guess = guess + rate * length * left
         return guess
 
-    def _noise(self, noise_ids: Tensor | None, geometry: NoiseSpec | None) -> Noise:
+    def _noise(self, noise_ids: Tensor | None, geometry: NoiseSpec | None, side: int) -> Noise:
         if geometry is not None:
             return Alike(geometry)
         assert noise_ids is not None
         known = torch.arange(len(self.n_views), device=noise_ids.device)
-        return mixed(self.noise, self.n_views, (noise_ids[:, None] == known).float())
+        return mixed(self.noise, self.n_views, (noise_ids[:, None] == known).float(), side)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from snr_ray.config import VIEWS_PER_PIXEL
 from snr_ray.noise.operator import NoiseSpec
 from snr_ray.noise.tensors import (
     Counts,
@@ -122,12 +123,13 @@ class NoiseMaker(nn.Module):
         return shares / shares.sum(1, keepdim=True)
 
     def counts(self, shares: Tensor, side: int) -> Tensor:
-        """View count [B] of the largest share, 0 of clean images; the same at every size."""
-        return self.n_views[shares.argmax(1)]
+        """View count [B] of the largest share, 0 of clean images; the same at every size that can
+        hold it."""
+        return self.n_views.clamp(max=VIEWS_PER_PIXEL * side)[shares.argmax(1)]
 
     def of(self, shares: Tensor, side: int) -> Noise:
-        """The noise of shares [B, ids], of images of any size."""
-        return mixed(self.noise, self.n_views, shares)
+        """The noise of shares [B, ids], of images of a longer side in pixels."""
+        return mixed(self.noise, self.n_views, shares, side)
 
 
 def n_views_of(noise: list[NoiseSpec]) -> Tensor:
@@ -135,10 +137,12 @@ def n_views_of(noise: list[NoiseSpec]) -> Tensor:
     return torch.tensor([0, *(spec.n_views for spec in noise)])
 
 
-def mixed(noise: list[NoiseSpec], n_views: Tensor, shares: Tensor) -> Mixed:
-    """The noise of shares [B, ids], that of none first; the noise differs in its views alone, which
-    are [ids] on the device of the shares."""
-    known = [spec.n_views for spec in noise]
-    each = n_views[1:] * (shares[:, 1:] > 0)
+def mixed(noise: list[NoiseSpec], n_views: Tensor, shares: Tensor, side: int) -> Mixed:
+    """The noise of shares [B, ids], that of none first, of images of a longer side in pixels; the
+    noise differs in its views alone, which are [ids] on the device of the shares, and as many at
+    most as such images can hold."""
+    most = VIEWS_PER_PIXEL * side
+    known = [min(spec.n_views, most) for spec in noise]
+    each = n_views[1:].clamp(max=most) * (shares[:, 1:] > 0)
     counts = Counts(each.flatten(), min(known), max(known))
     return Mixed(shares, counts, noise[0].filter, noise[0].angle_range)

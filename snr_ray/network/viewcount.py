@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from snr_ray.config import VIEWS_PER_PIXEL
 from snr_ray.network.noisemaker import Mixed, Noise
 from snr_ray.noise.tensors import Counts
 from snr_ray.noise.viewrange import ViewRange
@@ -59,8 +60,11 @@ class ViewCountMaker(nn.Module):
 
     def counts(self, shares: Tensor, side: int) -> Tensor:
         """Whole view counts [B], 0 of clean images, of images of a longer side in pixels."""
-        counts = (shares[:, 1].exp() * side).round().clamp(min=1).long()
-        return counts * (shares[:, 0] > 0.5)
+        return self._whole(shares[:, 1], side) * (shares[:, 0] > 0.5)
+
+    def _whole(self, views: Tensor, side: int) -> Tensor:
+        """Counts [B] of logarithms of views per pixel, those that images can hold."""
+        return (views.exp() * side).round().clamp(1, VIEWS_PER_PIXEL * side).long()
 
     @torch.no_grad()
     def moved(self, codes: list[Tensor], n_views: int, side: int) -> list[Tensor]:
@@ -75,7 +79,7 @@ class ViewCountMaker(nn.Module):
     def of(self, shares: Tensor, side: int) -> Noise:
         """The noise of what was read or told of images [B, 2], of a longer side in pixels."""
         share = shares[:, 0]
-        each = (shares[:, 1].detach().exp() * side).round().clamp(min=1).long() * (share > 0)
+        each = self._whole(shares[:, 1].detach(), side) * (share > 0)
         if self.training:  # the host does not look at what was read
             least, most = self._within(side)
         else:
@@ -86,7 +90,8 @@ class ViewCountMaker(nn.Module):
     def _within(self, side: int) -> tuple[int, int]:
         """The least and the most views that are read of images of a longer side in pixels."""
         low, high = self.views.low / BEYOND * side, self.views.high * BEYOND * side
-        return max(1, math.floor(low)), math.ceil(high)
+        most = VIEWS_PER_PIXEL * side
+        return min(max(1, math.floor(low)), most), min(math.ceil(high), most)
 
     def loss(self, codes: list[Tensor], n_views: Tensor, side: int) -> tuple[Tensor, Tensor]:
         """Cross-entropy of noise or none, in nats, and mean error of the logarithm of the view

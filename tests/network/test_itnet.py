@@ -57,9 +57,9 @@ def test_an_answer_gets_the_noise_of_its_image(
     itnet: ItNet, noisy: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     clean, x, ids = noisy
-    again = itnet._noise(ids, None)(clean)
+    again = itnet._noise(ids, None, 16)(clean)
     torch.testing.assert_close(again, x, atol=1e-5, rtol=0)
-    nothing = itnet._noise(torch.zeros_like(ids), None)(clean)
+    nothing = itnet._noise(torch.zeros_like(ids), None, 16)(clean)
     torch.testing.assert_close(nothing, clean)
 
 

@@ -55,6 +55,16 @@ def test_negligible_shares_are_not_made() -> None:
     torch.testing.assert_close(made(maker, clean, codes), clean)
 
 
+@pytest.mark.parametrize("side", [4, 5, 7])
+def test_small_images_get_the_most_views_that_they_can_hold(side: int) -> None:
+    clean, codes = clean_and_codes(2, side, side - 1 if side > 4 else 4)
+    maker = maker_of([0.0, 1.0, 0.0], [NoiseSpec(40), NoiseSpec(20)])
+    spec = NoiseSpec(min(40, 4 * side))
+    expected = noise_operator(spec, *clean.shape[2:])(clean.numpy())
+    np.testing.assert_allclose(made(maker, clean, codes).detach().numpy(), expected, atol=1e-4)
+    assert maker.counts(maker.shares(codes), side).tolist() == [spec.n_views] * 2
+
+
 def test_photon_noise_has_its_mean() -> None:
     clean, codes = clean_and_codes()
     maker = maker_of([0.0, 1.0], [NoiseSpec(8, photons=50)])

@@ -105,6 +105,18 @@ def test_counts_far_beyond_the_range_are_not_made() -> None:
     assert (least, most) == (13, 135)  # half again beyond 20 and 90
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_no_more_views_are_read_than_images_can_hold(training: bool) -> None:
+    maker = ViewCountMaker(ViewRange(1.0, 4.0), 2).train(training)
+    shares = torch.tensor([[1.0, math.log(5.9)], [1.0, math.log(4.0)], [1.0, math.log(0.7)]])
+    assert maker.counts(shares, 12).tolist() == [48, 48, 8]
+    clean = torch.from_numpy(images(3, 12, 12))
+    noisy = maker.of(shares, 12)(clean)
+    for image, seen, n_views in zip(noisy, clean, (48, 48, 8), strict=True):
+        expected = noise_operator(NoiseSpec(n_views), 12, 12)(seen.numpy())
+        np.testing.assert_allclose(image.numpy(), expected, atol=1e-4)
+
+
 def test_the_solver_takes_what_it_is_told_image_by_image(ranged: Config) -> None:
     model = model_of(ranged)
     x = torch.from_numpy(images(3))
