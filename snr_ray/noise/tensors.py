@@ -75,7 +75,7 @@ def _times(images: Tensor, n_views: Tensor, *settings: Any) -> Tensor:
 
 @torch.library.impl("snr_ray::transposed", "default")
 def _transposed(images: Tensor, n_views: Tensor, *settings: Any) -> Tensor:
-    """Its exact transpose, for the gradients."""
+    """Its exact transpose: each is the other's gradient."""
     return _applied("transposed", images, n_views, *settings)
 
 
@@ -95,7 +95,13 @@ def _back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return back, None, None, None, None, None
 
 
+def _forth(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    forth = torch.ops.snr_ray.times(gradient, *ctx.saved_tensors, *ctx.settings)
+    return forth, None, None, None, None, None
+
+
 torch.library.register_autograd("snr_ray::times", _back, setup_context=_keep)
+torch.library.register_autograd("snr_ray::transposed", _forth, setup_context=_keep)
 
 
 def _applied(
