@@ -44,13 +44,13 @@ def ssim(images: Array, truth: Array, *, clip: bool = True) -> Scores:
 
 
 def as_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON of dictionaries, lists and numbers; numbers that are not finite, which JSON does not
-    have, are null."""
+    """JSON of dictionaries, lists, tuples and numbers; numbers that are not finite, which JSON does
+    not have, are null."""
 
     def finite(part: Any) -> Any:
         if isinstance(part, dict):
             return {key: finite(inner) for key, inner in part.items()}
-        if isinstance(part, list):
+        if isinstance(part, list | tuple):
             return [finite(inner) for inner in part]
         return None if isinstance(part, float) and not math.isfinite(part) else part
 

@@ -37,13 +37,23 @@ def test_a_black_image_among_others_leaves_their_mean_a_number() -> None:
 
 
 def test_json_of_numbers_that_are_not_finite_is_json() -> None:
-    value = {"loss": math.nan, "rows": [{"psnr": math.inf}, -math.inf, 1.5], "name": "x"}
+    value = {
+        "curve": [(math.nan, 1.0)],
+        "loss": math.nan,
+        "rows": [{"psnr": math.inf}, -math.inf, 1.5],
+        "name": "x",
+    }
 
     def refuse(name: str) -> None:
         raise AssertionError(name)
 
     found = json.loads(as_json(value), parse_constant=refuse)
-    assert found == {"loss": None, "rows": [{"psnr": None}, None, 1.5], "name": "x"}
+    assert found == {
+        "curve": [[None, 1.0]],
+        "loss": None,
+        "rows": [{"psnr": None}, None, 1.5],
+        "name": "x",
+    }
 
 
 def test_psnr_clips_unless_told_not_to() -> None:
