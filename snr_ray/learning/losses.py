@@ -203,7 +203,7 @@ class Objective(nn.Module):
         # A swapped image takes the noise code of its partner's version of another id, clean for
         # noisy and a random noisy id for clean, and its target is its own version of that id.
         swapped = normal.uniform(len(x)) < config.swap_probability
-        noisy_id = (1 + normal.uniform(n_images) * self.n_ids).long()[image]
+        noisy_id = _any_id(normal.uniform(n_images), self.n_ids)[image]
         wanted = torch.where(swapped, torch.where(ids == 0, noisy_id, 0), ids)
         donor = torch.where(swapped, image ^ 1, image) * n_versions + wanted
         target = image * n_versions + wanted
@@ -277,6 +277,12 @@ def _by_level(name: str, nats: Tensor) -> dict[str, Tensor]:
     """Mean KL of images, in all and of each level, finest first, from [levels, B]."""
     levels = nats.detach().mean(1)
     return {name: levels.sum(), **{f"{name}_{k}": level for k, level in enumerate(levels.unbind())}}
+
+
+def _any_id(uniform: Tensor, n_ids: int) -> Tensor:
+    """A noisy id in 1 to n_ids for each value in [0, 1)."""
+    # The sum of float32 is rounded, up to n_ids + 1 where a value is next to 1.
+    return (1 + uniform * n_ids).long().clamp(max=n_ids)
 
 
 def _as_found(x: Tensor, ids: Tensor, config: LossConfig, normal: StepNormal) -> Tensor:

@@ -134,6 +134,13 @@ def test_injection_weighs_clean_images_that_become_noisy(tiny: Config) -> None:
     assert recon[1.0] != recon[0.0]
 
 
+@pytest.mark.parametrize("n_ids", [1, 2, 3, 5, 7, 12])
+def test_any_number_below_one_is_a_noisy_id(n_ids: int) -> None:
+    edge = 1 - 2.0**-24  # the largest that float32 holds
+    drawn = torch.tensor([0.0, 0.5 / n_ids, 1 - 0.5 / n_ids, edge])
+    assert losses._any_id(drawn, n_ids).tolist() == [1, 1, n_ids, n_ids]
+
+
 def test_free_bits_only_charge_what_exceeds_them() -> None:
     losses = []
     for free in (0.0, 1e9):
