@@ -55,7 +55,6 @@ def fit(
         if not (logs or saves):
             continue
         means = tally.means()
-        assert learner.first_loss is not None
         health.first_loss = float(over_workers(learner.first_loss))
         well = health.judge(learner.step, means["loss"], learner.longest_skip(), last=last)
         if logs:

@@ -28,7 +28,7 @@ class Health:
     lr: float
     """Peak learning rate, for the sentence."""
     first_loss: float = math.nan
-    """Loss of the first step."""
+    """Loss of the first step that was taken; NaN before it, when no loss is far above."""
     well_at: int = 0
     """Last step at which the loss was in its range."""
 

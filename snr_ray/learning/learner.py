@@ -64,7 +64,8 @@ class Learner:
         self.drawing = Drawing(self.objective)
         self.captured = self._capturing()
         self.step = 0
-        self.first_loss: Tensor | None = None
+        self.first_loss = torch.full((), torch.nan, device=self.device)
+        """Of the first step that was taken with a loss that is a number."""
         # Counted where the gradients are: the host would have to wait for every step otherwise.
         self._skipped, self._in_a_row, self._longest = torch.zeros(3, device=self.device)
 
@@ -137,8 +138,8 @@ class Learner:
         else:
             parts = self.gradients(self.with_noise(batch))
             parts |= self.update()
-        if self.first_loss is None:
-            self.first_loss = parts["loss"].clone()
+        known = torch.isfinite(self.first_loss) | (parts["taken"] == 0)
+        self.first_loss = torch.where(known, self.first_loss, parts["loss"])
         self.step += 1
         return parts
 
@@ -290,7 +291,9 @@ class Learner:
                 if "capturable" in group:  # as this device wants it, not the one of the state
                     group["capturable"] = self.device.type == "cuda"
         self.captured = self._capturing()  # graphs write to the states that were
-        self.step, self.first_loss = state["step"], state.get("first_loss")
+        self.step = state["step"]
+        first = state.get("first_loss")
+        self.first_loss = torch.as_tensor(torch.nan if first is None else first, device=self.device)
         self._skipped.fill_(state["skipped"])
 
     def _alone(self, holds: bool) -> contextlib.AbstractContextManager[None]:

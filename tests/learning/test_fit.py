@@ -117,6 +117,26 @@ def test_a_run_that_goes_on_has_as_much_time_to_come_back(
         _run(config, pairs, learner)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_whose_first_step_is_bad_is_still_given_up(
+    tiny: Config, pairs: Pairs, resumed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "LOSS_RATIO", -1e6)  # all losses are far above the first
+    config = configs.replace(tiny, {"train.steps": 3, "train.checkpoint_every_steps": 3})
+    feed = PairFeed(pairs, config.train.batch_size, seed=0, share=Share())
+    bad, *good = (feed.batch(step) for step in range(3))
+    bad.noisy[0] = float("nan")
+    learner = Learner(config)
+    if resumed:
+        learner.train_step(bad)
+        state = learner.state()
+        learner = Learner(config)
+        learner.load_state(state)
+    with pytest.raises(Diverged, match=r"at step 3 the loss is \d.*far above the \d"):
+        fit(learner, iter(good if resumed else [bad, *good]), log=lambda m: None,
+            checkpoint=lambda last: False)  # fmt: skip
+
+
 def test_one_bad_batch_is_skipped_and_told(tiny: Config, pairs: Pairs) -> None:
     config = configs.replace(tiny, {"train.steps": 6})
     feed = PairFeed(pairs, config.train.batch_size, seed=0, share=Share())
