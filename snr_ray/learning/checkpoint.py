@@ -24,10 +24,11 @@ from snr_ray.errors import InputError, check
 from snr_ray.learning.build import build_model
 from snr_ray.learning.modelfolder import (
     BF16_COSTS,
-    LEAST_EXPLAINED,
     WEIGHTS_FILE,
     Knowledge,
     ModelFolder,
+    least_metrics,
+    least_of,
     read_metrics,
     read_model,
 )
@@ -151,7 +152,7 @@ def ship(folder: Path, report: Path, target: Path) -> None:
     save_file(tensors, target / WEIGHTS_FILE, {"snr_ray": __version__})
     shutil.copy(folder / "config.yaml", target)
     scored = json.loads((report / "metrics.json").read_text())
-    least = {f"{LEAST_EXPLAINED}{known:.4g}": v for known, v in trained.least_explained.items()}
+    least = least_metrics(trained.least_explained)
     costs = {name: v for name, v in read_metrics(folder).items() if name == BF16_COSTS}
     (target / "metrics.json").write_text(as_json(scored | least | costs, indent=2) + "\n")
     scores = (report / "metrics.md").read_text().replace("# ", "## ")
@@ -214,13 +215,8 @@ def built(folder: ModelFolder, device: torch.device | None = None) -> TrainedMod
     place = device or torch.device("cpu")
     model = model.to(place).to(memory_format=torch.channels_last)
     codes = NoiseCodes([level.to(place) for level in kept])
-    measured = folder.metrics
-    least = {
-        float(name.removeprefix(LEAST_EXPLAINED)): value
-        for name, value in measured.items()
-        if name.startswith(LEAST_EXPLAINED)
-    }
-    return TrainedModel(config, model, codes, least, measured.get(BF16_COSTS, BF16_DB) < BF16_DB)
+    bf16 = folder.metrics.get(BF16_COSTS, BF16_DB) < BF16_DB
+    return TrainedModel(config, model, codes, least_of(folder.metrics), bf16)
 
 
 def _network(folder: ModelFolder) -> tuple[HVAE | UNet, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from snr_ray.learning.batches import Batch, Pairs, Share, StepNormal
 from snr_ray.learning.build import build_objective, build_optimizers
 from snr_ray.learning.captured import Captured, is_capturable
 from snr_ray.learning.drawing import Drawing, Drawn
-from snr_ray.learning.modelfolder import BF16_COSTS, LEAST_EXPLAINED
+from snr_ray.learning.modelfolder import BF16_COSTS, least_metrics
 from snr_ray.learning.recipe import rate_share
 from snr_ray.learning.validation import SCORE_BATCH, Metrics, donor_codes, validate
 from snr_ray.network.blocks import PixelLevel
@@ -261,7 +261,7 @@ class Learner:
             for part in parts
         )
         least = least_explained(model, codes.mean(0), sets)
-        return {f"{LEAST_EXPLAINED}{known:.4g}": value for known, value in least.items()}
+        return least_metrics(least)
 
     def bf16_costs(self, donors: Pairs, val: Pairs, whole: Metrics) -> Metrics:
         """PSNR in dB of cleaned images that bfloat16 takes from the metrics of `validate`."""

@@ -7,8 +7,10 @@ import atexit
 import dataclasses
 import functools
 import json
+import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -181,15 +183,53 @@ def _fetched(uri: str) -> Path:
     return folder
 
 
+def least_metrics(least: Mapping[float, float]) -> dict[str, float]:
+    """Metrics that say what good answers explain at the least, dB, by views per pixel.
+
+    With all digits: counts are looked up by their views per pixel.
+    """
+    return {f"{LEAST_EXPLAINED}{float(known)!r}": value for known, value in least.items()}
+
+
+def least_of(metrics: Mapping[str, Any]) -> dict[float, float]:
+    """What `least_metrics` was made of. Raises ValueError for what it does not write."""
+    return {
+        float(name.removeprefix(LEAST_EXPLAINED)): float(value)
+        for name, value in metrics.items()
+        if name.startswith(LEAST_EXPLAINED)
+    }
+
+
 def read_metrics(path: Path) -> dict[str, Any]:
-    """metrics.json of a model folder; nothing where it has none."""
+    """metrics.json of a model folder; nothing where it has none.
+
+    Numbers that were not finite are missing.
+
+    Raises:
+        InputError: if it is damaged.
+    """
     if not (path / "metrics.json").is_file():
         return {}
     try:
-        found: dict[str, Any] = json.loads((path / "metrics.json").read_text())
+        found = json.loads((path / "metrics.json").read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds {json.dumps(found)[:40]}")
+        kept = {name: value for name, value in found.items() if value is not None}
+        _check_numbers(kept)
     except ValueError as error:
         raise InputError(
-            f"{path / 'metrics.json'} must be JSON, but cannot be read ({error}); remove it, or "
-            "copy the model anew."
+            f"{path / 'metrics.json'} must be JSON of names and numbers, but is damaged ({error}); "
+            "remove it, or copy the model anew."
         ) from None
-    return found
+    return kept
+
+
+def _check_numbers(metrics: dict[str, Any]) -> None:
+    """Raise ValueError if what a model goes by is no number; the rest is for the reader."""
+    for name, value in metrics.items():
+        if name == BF16_COSTS or name.startswith(LEAST_EXPLAINED):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} is {json.dumps(value)[:40]}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is {value}")
+    least_of(metrics)

@@ -1,6 +1,7 @@
 """Model folders: written, read, refused; what a trained model knows, guesses and injects."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from snr_ray.learning.checkpoint import (
     ship,
 )
 from snr_ray.learning.learner import Learner
-from snr_ray.learning.modelfolder import BF16_COSTS
+from snr_ray.learning.modelfolder import BF16_COSTS, least_metrics, least_of
 from snr_ray.learning.validation import donor_codes
+from snr_ray.metrics import as_json
 from snr_ray.network.swap import swap
 from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import NoiseSpec
@@ -122,6 +124,33 @@ def test_bfloat16_is_for_models_that_were_measured_in_it(
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "metrics.json").write_text(json.dumps(measured))
     assert load_model(folder).bf16 == said
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "null", "3", "{", '{"least_explained_x": 3}', '{"least_explained_0.5": "a"}',
+     '{"least_explained_0.5": [20]}', '{"least_explained_0.5": true}', '{"bf16_costs_psnr": "a"}',
+     '{"bf16_costs_psnr": Infinity}'],
+)  # fmt: skip
+def test_damaged_metrics_are_one_sentence(model_folder: Path, text: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "metrics.json").write_text(text)
+    with pytest.raises(InputError, match=r"metrics\.json must be JSON .* is damaged \(.*; remove"):
+        load_model(folder)
+
+
+def test_numbers_that_were_not_finite_are_missing(model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    metrics = {BF16_COSTS: math.nan, "least_explained_0.5": math.nan, "least_explained_1": 20.0}
+    (folder / "metrics.json").write_text(as_json(metrics))
+    trained = load_model(folder)
+    assert not trained.bf16
+    assert trained.least_explained == {1.0: 20.0}
+
+
+def test_view_counts_are_found_again_to_the_last_digit() -> None:
+    least = {views / side: 20.0 for side in (96, 160, 511) for views in range(1, 2 * side)}
+    assert least_of(json.loads(as_json(least_metrics(least)))) == least
 
 
 def test_model_folder_round_trip(tiny: Config, pairs: Pairs, tmp_path: Path) -> None:
