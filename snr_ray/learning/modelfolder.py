@@ -60,6 +60,13 @@ class Knowledge:
         counts, size = self.config.noise.n_views, self.config.images.size
         return min(counts) / size, max(counts) / size
 
+    def has_seen(self, n_views: int, side: int) -> bool:
+        """Whether the model was trained on a view count, for images whose longer side is `side`."""
+        if self.views is None:
+            return n_views in self.config.noise.n_views
+        least, most = self.views.counts(side)
+        return least <= n_views <= most
+
     @property
     def unrolls(self) -> bool:
         """Whether the model solves for the image with the operator of its noise."""

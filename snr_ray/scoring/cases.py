@@ -32,11 +32,17 @@ REMOVE = tuple(task for task in TASKS if task.startswith("remove"))
 def as_seen(task: str, noisy: Array, names: Sequence[str]) -> Array:
     """Noisy images [B, C, H, W] with what a task adds to their noise, drawn by their ids."""
     if task == "remove_grainy":
-        grain = np.random.default_rng([hash64(name) for name in names])
-        return noisy + EXTRA_SIGMA * grain.standard_normal(noisy.shape, np.float32)
+        rngs = [np.random.default_rng(hash64(f"grain/{name}")) for name in names]
+        grain = [rng.standard_normal(noisy.shape[1:], np.float32) for rng in rngs]
+        return noisy + EXTRA_SIGMA * np.stack(grain)
     if task == "remove_stored":
         return stored(torch.from_numpy(noisy)).numpy()
     return noisy
+
+
+def photon_seeds(names: Sequence[str]) -> list[int]:
+    """Seeds of the photon noise of images, as those of data sets have it."""
+    return [hash64(f"photons/{name}") for name in names]
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ def _noisy_case(case: Case, _: Any) -> bool:
     return case.spec is not None
 
 
+def _mirrored(case: Case, _: Any) -> bool:
+    """Whether the mirror image at the diagonal is one of the same scan."""
+    return case.spec is not None and case.n_views % 2 == 0 and case.spec.angle_range == 180
+
+
 def _clean(case: Case, _: Any) -> Array:
     return case.clean
 
@@ -100,9 +105,9 @@ def _swap_random(case: Case, model: TrainedModel) -> Array:
 def _swap_mirror(case: Case, model: TrainedModel) -> Array:
     """Mean of the swap over the image and its mirror image at the diagonal, mirrored back.
 
-    That turns a projection into one of the same scan where n_views is even. Mirrored left to
-    right, the centre of rotation of an even number of pixels moves by one, and so the noise is
-    another.
+    That turns a projection into one of the same scan where an even n_views go half round. Mirrored
+    left to right, the centre of rotation of an even number of pixels moves by one, and so the noise
+    is another.
     """
     turned = dataclasses.replace(case, noisy=case.noisy.swapaxes(2, 3))
     return 0.5 * (_swap(case, model) + _swap(turned, model).swapaxes(2, 3))
@@ -207,6 +212,7 @@ _ORDERED = (
         ("remove",),
         _swap_mirror,
         own=True,
+        when=_mirrored,
     ),
     Method(
         "swap_detected",

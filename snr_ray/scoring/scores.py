@@ -20,7 +20,7 @@ from snr_ray.metrics import psnr, ssim
 from snr_ray.network.swap import detect
 from snr_ray.network.views import explaining, find_views
 from snr_ray.noise.operator import noise_operator, noise_specs
-from snr_ray.scoring.cases import Case, Restore, as_seen
+from snr_ray.scoring.cases import Case, Restore, as_seen, photon_seeds
 from snr_ray.scoring.methods import METHODS, Method
 
 Array = npt.NDArray[np.float32]
@@ -112,9 +112,10 @@ class Scorer:
             for task in ("remove_grainy", "remove_stored"):
                 yield dataclasses.replace(case, task=task, noisy=as_seen(task, noisy, self.ids))
         for views in UNSEEN_VIEWS:
-            if views not in noise.n_views and self.trained.config.images.crop is None:
+            seen = self.trained.has_seen(views, max(clean.shape[2:]))
+            if not seen and self.trained.config.images.crop is None:
                 spec = noise_specs(dataclasses.replace(noise, n_views=(views,)))[0]
-                noisy = noise_operator(spec, *clean.shape[2:])(clean)
+                noisy = noise_operator(spec, *clean.shape[2:])(clean, photon_seeds(self.ids))
                 # Nobody says which of the known noise ids comes nearest: the noise code does.
                 nearest = detect(self.trained.model, self.trained.codes, noisy)
                 yield Case("remove_unseen", self.ids, clean, noisy, nearest, spec)

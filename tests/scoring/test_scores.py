@@ -14,7 +14,8 @@ from snr_ray.learning.build import build_model
 from snr_ray.learning.checkpoint import TrainedModel, TrainedUNet, load_model
 from snr_ray.metrics import psnr
 from snr_ray.network.itnet import ItNet
-from snr_ray.noise.operator import noise_operator, noise_specs
+from snr_ray.noise.operator import NoiseSpec, noise_operator, noise_specs
+from snr_ray.scoring.cases import Case
 from snr_ray.scoring.methods import BASELINES, METHODS, QUICK_BASELINES
 from snr_ray.scoring.scores import Row, Scorer
 
@@ -63,6 +64,59 @@ def test_at_home_nothing_is_found_or_told_but_of_unseen_view_counts(
     assert not any(METHODS[row.method].finds for row in scores)
     own = {key for key, method in METHODS.items() if method.own and key != "swap_detected"}
     assert own <= {row.method for row in scores}
+
+
+@pytest.mark.parametrize("photons", [0, 500])
+def test_noise_of_an_image_does_not_depend_on_its_neighbours(
+    trained: TrainedModel, tiny: Config, photons: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configs.replace(tiny, {"noise.photons": photons})
+    pairs = _pairs("glyphs", 16, tiny.noise, 4)
+    monkeypatch.setattr(
+        "snr_ray.scoring.scores.detect", lambda model, codes, noisy: np.zeros(len(noisy), int)
+    )
+
+    def noises(rows: list[int]) -> dict[tuple[str, int], np.ndarray]:
+        names, arange = sorted(pairs.ids), np.array(rows)
+        noisy = [[pairs.take(arange, k)] for k in (1, 2)]
+        some = Pairs([names[row] for row in rows], [pairs.take(arange, 0)], noisy)
+        scorer = Scorer(dataclasses.replace(trained, config=config), {}, {}, some)
+        return {
+            (case.task, case.n_views): case.noisy[list(case.names).index(names[2])]
+            for case in scorer.cases()
+        }
+
+    whole = noises([0, 1, 2, 3])
+    assert {task for task, _ in whole} >= {"remove_grainy", "remove_unseen"}
+    for rows in ([2], [2, 3], [0, 2]):
+        for key, image in noises(rows).items():
+            np.testing.assert_allclose(image, whole[key], atol=1e-5, err_msg=str(key))
+
+
+def test_view_counts_of_a_range_are_not_unseen(
+    range_folder: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = load_model(range_folder)  # 0.2 to 0.9 views per pixel
+    monkeypatch.setattr("snr_ray.scoring.scores.UNSEEN_VIEWS", (15, 14, 9, 3, 2))
+    scorer = Scorer(trained, {}, {}, _pairs("glyphs", 16, trained.config.noise, 2))
+    tried = {case.n_views for case in scorer.cases() if case.task == "remove_unseen"}
+    assert tried == {15, 2}
+
+
+@pytest.mark.parametrize(
+    ("n_views", "angle_range", "mirrored"),
+    [(6, 180.0, True), (12, 180.0, True), (7, 180.0, False), (6, 90.0, False)],
+)
+def test_images_are_mirrored_where_the_scan_stays_the_same(
+    n_views: int, angle_range: float, mirrored: bool
+) -> None:
+    spec = NoiseSpec(n_views, angle_range=angle_range)
+    clean = np.random.default_rng(0).random((1, 1, 16, 16), np.float32)
+    noise = noise_operator(spec, 16, 16)
+    turned = noise(clean.swapaxes(2, 3)).swapaxes(2, 3)
+    assert np.allclose(noise(clean), turned, atol=1e-3) == mirrored
+    case = Case("remove", ["a"], clean, clean, np.ones(1, np.int64), spec)
+    assert METHODS["swap_mirror"].when(case, None) == mirrored
 
 
 def test_a_baseline_with_the_operator_is_told_every_view_count(
