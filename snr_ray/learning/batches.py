@@ -7,6 +7,7 @@ exchanged with. Workers take whole pairs of one global batch; every random choic
 share the batch.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from snr_ray.errors import InputError
+from snr_ray.hashing import hash64
 
 Array = npt.NDArray[np.float32]
 
@@ -95,6 +97,26 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def sample(self, n: int) -> npt.NDArray[np.int64]:
+        """Rows of at most n images that stand for the whole set, in ascending order.
+
+        Those with the smallest hashes, as where a source is limited: neighbours by id are images of
+        one class, font or patient.
+        """
+        if n >= len(self):
+            return np.arange(len(self))
+        return np.sort(self._by_hash[:n])
+
+    def names(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        """Ids of images."""
+        order: npt.NDArray[np.int64] = self._order  # type: ignore[attr-defined]
+        return [self.ids[place] for place in order[rows]]
+
+    @functools.cached_property
+    def _by_hash(self) -> npt.NDArray[np.int64]:
+        hashes = [hash64(name) for name in self.names(np.arange(len(self)))]
+        return np.argsort(np.array(hashes, np.uint64), kind="stable")
 
     def take(self, rows: npt.NDArray[np.int64], noise_id: int) -> Array:
         """Copies of images, clean (noise_id 0) or noisy: [len(rows), C, H, W]."""

@@ -17,8 +17,8 @@ SCORE_BOTH_WAYS = 32
 
 
 def donor_codes(model: HVAE, pairs: Pairs) -> NoiseCodes:
-    """Noise codes of the first N_DONORS images of a set, clean and under every noise id."""
-    rows = np.arange(min(N_DONORS, len(pairs)))
+    """Noise codes of N_DONORS images of a set, clean and under every noise id."""
+    rows = pairs.sample(N_DONORS)
     return collect(model, [pairs.take(rows, k) for k in range(len(pairs.noisy) + 1)])
 
 
@@ -60,14 +60,14 @@ def validate(
     rows = np.arange(len(pairs))
     name = "unet_psnr" if codes is None else "swap_psnr"
     sums: Metrics = {}
+    if isinstance(model, HVAE) and codes is not None:
+        sums |= both_ways(model, codes, pairs, pairs.sample(SCORE_BOTH_WAYS))
     for start in range(0, len(rows), SCORE_BATCH):
         part = rows[start : start + SCORE_BATCH]
         clean = pairs.take(part, 0)
         scored = {}
         if isinstance(model, HVAE):
             scored["recon_clean_psnr"] = psnr(swap(model, clean, None), clean)
-            if codes is not None and start == 0:
-                sums |= both_ways(model, codes, pairs, part[:SCORE_BOTH_WAYS])
         for noise_id, views in enumerate(n_views, start=1):
             noisy, ids = pairs.take(part, noise_id), np.full(len(part), noise_id)
             if isinstance(model, HVAE):

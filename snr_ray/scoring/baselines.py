@@ -53,9 +53,9 @@ class Fitting:
         self, noise_id: int, task: str = "remove", limit: int | None = None
     ) -> tuple[Array, Array]:
         """Noisy and clean validation images of a noise id as a task has them, [B, C, H, W] each."""
-        rows = np.arange(len(self.val))[:limit]
-        names = sorted(self.val.ids)[:limit]
-        return as_seen(task, self.val.take(rows, noise_id), names), self.val.take(rows, 0)
+        rows = self.val.sample(len(self.val) if limit is None else limit)
+        noisy = as_seen(task, self.val.take(rows, noise_id), self.val.names(rows))
+        return noisy, self.val.take(rows, 0)
 
 
 def fit_tv(fitting: Fitting, noise_id: int) -> Restore:

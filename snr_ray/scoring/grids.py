@@ -29,9 +29,7 @@ def draw_own(trained: TrainedModel, pairs: Pairs, path: Path) -> None:
     """The original figure: what a model makes of noisy and clean images of its own view counts."""
     views = trained.config.noise.n_views
     rows, labels = [], []
-    # Rows are in the order of ids; a stride shows the whole range of them.
-    picks = np.linspace(0, len(pairs) - 1, min(len(pairs), GRID_ROWS)).astype(int)
-    for k, pick in enumerate(picks):
+    for k, pick in enumerate(pairs.sample(GRID_ROWS)):
         noise_id = 1 + k % len(views)
         clean, noisy = pairs.take(np.array([pick]), 0), pairs.take(np.array([pick]), noise_id)
         model, codes, ids = trained.model, trained.codes, np.array([noise_id])
@@ -55,9 +53,9 @@ def draw_elsewhere(trained: TrainedModel, pairs: Pairs, noise: NoiseConfig, path
     told = trained.model.unrolls
     if told:
         columns.insert(2, "noise removed,\ntold the views")
-    for k in range(min(len(pairs), GRID_ROWS)):
+    for k, pick in enumerate(pairs.sample(GRID_ROWS)):
         noise_id = 1 + k % len(noise.n_views)
-        clean, noisy = pairs.take(np.array([k]), 0), pairs.take(np.array([k]), noise_id)
+        clean, noisy = pairs.take(np.array([pick]), 0), pairs.take(np.array([pick]), noise_id)
         codes, views = trained.codes.mean(0), noise.n_views[noise_id - 1]
         ids = detect(trained.model, trained.codes, noisy)
         pictures = [noisy, swap(trained.model, noisy, codes, noise_ids=ids), clean]

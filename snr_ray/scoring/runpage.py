@@ -53,7 +53,7 @@ def tiles(
         val: validation images; one row each.
         n_views: view count of each noise id; the last, which is the hardest, is shown.
     """
-    rows = np.linspace(0, len(val) - 1, min(TILES, len(val))).round().astype(np.int64)
+    rows = val.sample(TILES)
     noise_id = int(np.argmin(n_views)) + 1
     clean, noisy = val.take(rows, 0), val.take(rows, noise_id)
     ids, views = np.full(len(rows), noise_id), n_views[noise_id - 1]

@@ -30,6 +30,19 @@ def test_rows_do_not_depend_on_the_order_of_arrival() -> None:
     np.testing.assert_array_equal(shuffled.take(rows, 1), make_pairs().take(rows, 1))
 
 
+def test_a_sample_stands_for_all_classes_whatever_the_order_of_arrival() -> None:
+    ids = [f"{label}/{k:02d}" for label in "abcd" for k in range(50)]
+    arrived = [ids[k] for k in np.random.default_rng(0).permutation(200)]
+    image = np.zeros((200, 1, 4, 4), np.float32)
+    pairs, others = (Pairs(names, [image], [[image]]) for names in (ids, arrived))
+    chosen = pairs.names(pairs.sample(40))
+    assert chosen == others.names(others.sample(40)) == sorted(chosen)
+    assert len(set(chosen)) == 40
+    assert min(sum(name[0] == label for name in chosen) for label in "abcd") > 4
+    assert set(pairs.names(pairs.sample(10))) < set(chosen)
+    assert pairs.sample(300).tolist() == pairs.sample(200).tolist() == list(range(200))
+
+
 def test_noisy_versions_are_the_clean_image_under_every_id() -> None:
     batch = PairFeed(make_pairs(), 12, seed=0, share=Share()).batch(3)
     expected = batch.clean[:, None] + 1000 * torch.arange(1, 4)[:, None, None, None]
