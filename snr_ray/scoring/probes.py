@@ -21,6 +21,7 @@ from snr_ray.network.swap import detect, swap
 
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+Codes = dict[str, npt.NDArray[Any]]
 
 IMAGES = 400
 """Images per split that are probed."""
@@ -28,13 +29,14 @@ SPREAD_DONORS = 16
 SAMPLES = 8
 """Posterior samples behind an uncertainty."""
 BINS = 10
+NO_CLASS = -1
 CLASSIFIER_STEPS = 300
 CLASSIFIER_BATCH = 64
 
 
 def donor_spread(trained: TrainedModel, pairs: Pairs) -> dict[str, float]:
     """Standard deviation in dB of an image's swap PSNR over random clean donors, mean of images."""
-    rows = np.arange(min(len(pairs), IMAGES // 4))
+    rows = pairs.sample(IMAGES // 4)
     clean = pairs.take(rows, 0)
     spread = {}
     for noise_id, n_views in enumerate(trained.config.noise.n_views, start=1):
@@ -54,15 +56,17 @@ def accuracies(
 
     `noise_id` is what `snr_ray.network.swap.detect` says; `noise_id_from_*` and `class_from_*` are
     linear probes (ridge regression on one-hot labels) fitted on `fit`. Classes are those of
-    `labels`, by image id; without any, the class probes are left out.
+    `labels`, by image id; images without one, and of classes that `fit` lacks, are left out of the
+    class probes, which are left out themselves where nothing is left.
     """
     n_ids = len(trained.config.noise.n_views) + 1
-    names = sorted({labels[name] for name in fit.ids if labels.get(name)})
+    probed = fit.names(fit.sample(IMAGES))
+    names = sorted({labels[name] for name in probed if labels.get(name)})
     codes = {name: _codes(trained, pairs, labels, names) for name, pairs in
              (("fit", fit), ("test", test))}  # fmt: skip
     result: dict[str, float] = {}
     detected = [
-        detect(trained.model, trained.codes, test.take(np.arange(min(len(test), IMAGES)), k)) == k
+        detect(trained.model, trained.codes, test.take(test.sample(IMAGES), k)) == k
         for k in range(n_ids)
     ]
     result["noise_id"] = round(float(np.mean(detected)), 4)
@@ -70,13 +74,21 @@ def accuracies(
         what = {"noise_id": n_ids, "class": len(names)}
         for target, count in what.items():
             if count > 1:
-                guess = _ridge(codes["fit"][part], codes["fit"][target], codes["test"][part], count)
-                right = guess == codes["test"][target]
-                result[f"{target}_from_{part}_code"] = round(float(np.mean(right)), 4)
+                x, y = _of_a_class(codes["fit"], part, target)
+                tested, truth = _of_a_class(codes["test"], part, target)
+                right = _ridge(x, y, tested, count) == truth
+                if len(right):
+                    result[f"{target}_from_{part}_code"] = round(float(np.mean(right)), 4)
     result["chance_of_noise_id"] = round(1 / n_ids, 4)
     if len(names) > 1:
         result["chance_of_class"] = round(1 / len(names), 4)
     return result
+
+
+def _of_a_class(codes: Codes, part: str, target: str) -> tuple[Array, Labels]:
+    """Codes of a part of the images that have a class of the target, and these classes."""
+    known = codes[target] != NO_CLASS
+    return codes[part][known], codes[target][known]
 
 
 def _ridge(x: Array, y: Labels, tested: Array, count: int) -> Labels:
@@ -90,13 +102,11 @@ def _ridge(x: Array, y: Labels, tested: Array, count: int) -> Labels:
 
 
 @torch.inference_mode()
-def _codes(
-    trained: TrainedModel, pairs: Pairs, labels: dict[str, str], names: list[str]
-) -> dict[str, npt.NDArray[Any]]:
+def _codes(trained: TrainedModel, pairs: Pairs, labels: dict[str, str], names: list[str]) -> Codes:
     """Posterior-mean codes of images, clean and of every noise id: flat noise and content, ids."""
-    ids = [name for name in sorted(pairs.ids)[:IMAGES]]
-    rows = np.arange(len(ids))
-    classes = np.array([names.index(labels[i]) if labels.get(i) in names else 0 for i in ids])
+    rows = pairs.sample(IMAGES)
+    known = [labels.get(name) for name in pairs.names(rows)]
+    classes = np.array([names.index(label) if label in names else NO_CLASS for label in known])
     noise, content, noise_ids = [], [], []
     for noise_id in range(len(trained.config.noise.n_views) + 1):
         images = with_channels(pairs.take(rows, noise_id), trained.model.channels)
@@ -134,9 +144,8 @@ def injected_or_true(trained: TrainedModel, fit: Pairs, test: Pairs) -> dict[str
 
 def _mixed(trained: TrainedModel, pairs: Pairs, noise_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images, half of them injected by the hash of their id, and 1 for each injected one."""
-    ids = sorted(pairs.ids)[:IMAGES]
-    rows = np.arange(len(ids))
-    chosen = np.array([hash64(f"injected/{name}") % 2 == 0 for name in ids])
+    rows = pairs.sample(IMAGES)
+    chosen = np.array([hash64(f"injected/{name}") % 2 == 0 for name in pairs.names(rows)])
     noisy = pairs.take(rows, noise_id)
     code = trained.codes.mean(noise_id)
     noisy[chosen] = swap(trained.model, pairs.take(rows[chosen], 0), code)
@@ -195,7 +204,7 @@ def uncertainty(trained: TrainedModel, fit: Pairs, test: Pairs) -> dict[str, dic
 
 def _sampled(trained: TrainedModel, pairs: Pairs, noise_id: int) -> tuple[Array, Array]:
     """Standard deviation over posterior samples and error of their mean, per pixel, flat."""
-    rows = np.arange(min(len(pairs), IMAGES // 4))
+    rows = pairs.sample(IMAGES // 4)
     generator = torch.Generator().manual_seed(trained.config.seed)
     noisy, ids = pairs.take(rows, noise_id), np.full(len(rows), noise_id)
     drawn = [

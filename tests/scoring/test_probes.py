@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from snr_ray.config import Config
+from snr_ray.hashing import hash64
 from snr_ray.images.sources import open_source
 from snr_ray.learning.batches import Pairs
 from snr_ray.learning.checkpoint import TrainedModel, load_model
@@ -48,6 +49,28 @@ def test_classes_are_probed_only_where_there_are_some(trained: TrainedModel, pai
     assert set(known) - set(unknown) == {
         "class_from_noise_code", "class_from_content_code", "chance_of_class"}  # fmt: skip
     assert known["noise_id"] == unknown["noise_id"]
+
+
+def test_images_without_a_class_are_no_class(
+    trained: TrainedModel, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = {name[:-1]: hash64(name) % 2 for name in pairs.ids}
+
+    def codes(trained: TrainedModel, some: Pairs, *given: object) -> probes.Codes:
+        found = real(trained, some, *given)  # with content that tells the class
+        truth = np.array([classes[name[:-1]] for name in some.names(some.sample(probes.IMAGES))])
+        found["content"] = np.eye(2)[np.tile(truth, 3)].astype(np.float32)
+        return found
+
+    real = probes._codes
+    monkeypatch.setattr(probes, "_codes", codes)
+    some = {
+        name: "ab"[classes[name[:-1]]] for k, name in enumerate(sorted(pairs.ids)) if k % 4 == 0
+    }
+    assert probes.accuracies(trained, pairs, pairs, some)["class_from_content_code"] == 1
+    others = Pairs([f"{name[:-1]}?" for name in pairs.ids], pairs.clean, pairs.noisy)
+    unknown = some | dict.fromkeys(others.ids, "c")
+    assert "class_from_content_code" not in probes.accuracies(trained, pairs, others, unknown)
 
 
 def test_uncertainty_finds_the_factor(
