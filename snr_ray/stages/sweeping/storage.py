@@ -7,6 +7,7 @@ Each driver has an output folder of its own, and runs trials of the study that n
 """
 
 import importlib.util
+import json
 import time
 import uuid
 import warnings
@@ -81,10 +82,11 @@ def open_storage(out: Path, url: URL | None) -> BaseStorage:
     """The storage of a study: the journal in a folder, or the database at a URL.
 
     Raises:
-        InputError: for a database that cannot be reached, within 10 seconds.
+        InputError: for a journal that is damaged, or a database that cannot be reached, within 10
+            seconds.
     """
     if url is None:
-        return JournalStorage(JournalFileBackend(str(out / JOURNAL)))
+        return _journal(out / JOURNAL)
     try:
         with _reach(url) as connection:  # drivers that come at once make the tables one by one
             connection.execute("SELECT pg_advisory_lock(%s)", (TABLES_LOCK,))
@@ -99,6 +101,25 @@ def open_storage(out: Path, url: URL | None) -> BaseStorage:
         f"--storage {shown(url)} cannot be reached ({reason}); look at host, port and database; a "
         "password may be given in PGPASSWORD or ~/.pgpass."
     ) from None
+
+
+def _journal(path: Path) -> JournalStorage:
+    """The journal at a path, of the one driver that has its folder."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    if lines and lines.pop():  # cut short by a kill: what comes next would be part of it
+        write_atomic(path, b"".join(line + b"\n" for line in lines))
+    for number, line in enumerate(lines, start=1):
+        try:
+            whole = "op_code" in json.loads(line)
+        except (ValueError, TypeError):
+            whole = False
+        if not whole:
+            raise InputError(
+                f"Each line of {path} must be an entry of Optuna's journal, but line {number} is "
+                f"damaged ({line[:40].decode(errors='replace')!r}); put a copy of the file in its "
+                "place, or give another --out."
+            )
+    return JournalStorage(JournalFileBackend(str(path)))
 
 
 def _reach(url: URL) -> Any:

@@ -19,6 +19,7 @@ from snr_ray.errors import InputError
 from snr_ray.stages.sweeping import storage as module
 from snr_ray.stages.sweeping.objectives import Goals
 from snr_ray.stages.sweeping.storage import (
+    JOURNAL,
     Heart,
     close,
     dashboard,
@@ -51,6 +52,32 @@ def test_passwords_are_neither_shown_nor_written() -> None:
         assert "hush" not in shown(url)
         assert "hush" not in dashboard(Path("out"), url)
         assert shown(url).startswith("postgresql+psycopg://me@host")
+
+
+def _studied(folder: Path) -> Path:
+    study = optuna.create_study(storage=open_storage(folder, None), study_name="s")
+    for _ in range(3):
+        study.tell(study.ask(), 1.0)
+    return folder / JOURNAL
+
+
+def test_a_journal_whose_last_line_was_cut_goes_on_for_good(tmp_path: Path) -> None:
+    path = _studied(tmp_path)
+    path.write_bytes(path.read_bytes()[:-9])
+    for number in (3, 4, 5):
+        study = optuna.load_study(storage=open_storage(tmp_path, None), study_name="s")
+        assert len(study.trials) == number
+        study.tell(study.ask(), 1.0)
+
+
+@pytest.mark.parametrize("line", ["{", "3", "[]", "null", "", "\x00\x00"])
+def test_a_damaged_line_of_a_journal_is_one_sentence(tmp_path: Path, line: str) -> None:
+    path = _studied(tmp_path)
+    lines = path.read_text().split("\n")
+    lines[2] = line
+    path.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"study\.journal must be .* line 3 is damaged \(.*--out"):
+        open_storage(tmp_path, None)
 
 
 @pytest.mark.parametrize(
