@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from snr_ray.config import Config
+from snr_ray.errors import InputError
 from snr_ray.folder import Folder
 from snr_ray.learning.validation import Metrics
 from snr_ray.metrics import as_json
@@ -71,21 +72,39 @@ def read_metrics(path: Path) -> list[Metrics]:
     """Lines of a metrics.jsonl; a last line cut short by a kill is left out.
 
     Numbers that were not finite are missing.
+
+    Raises:
+        InputError: if another line is damaged.
     """
-    return _rows(path.read_text()) if path.is_file() else []
+    return _rows(path.read_text(errors="replace"), path) if path.is_file() else []
 
 
 def metrics_of(run: Folder) -> list[Metrics]:
     """The same of a run folder, also in a bucket."""
     try:
-        return _rows(run.read("metrics.jsonl").decode())
+        return _rows(run.read("metrics.jsonl").decode(errors="replace"), run.join("metrics.jsonl"))
     except FileNotFoundError:
         return []
 
 
-def _rows(text: str) -> list[Metrics]:
-    rows = [json.loads(line) for line in text.split("\n") if line.endswith("}")]
-    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+def _rows(text: str, path: object) -> list[Metrics]:
+    lines, rows = text.split("\n"), []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            whole = isinstance(row, dict) and isinstance(row.get("step"), int | float)
+        except ValueError:
+            whole = False
+        if whole:
+            rows.append({name: value for name, value in row.items() if value is not None})
+        elif number < len(lines):  # what a kill cuts short has no end of line
+            raise InputError(
+                f"Each line of {path} must be a step and its numbers, but line {number} is damaged "
+                f"({line[:40]!r}); remove that line, and the same command continues."
+            )
+    return rows
 
 
 def write_page(desk: Desk, ending: str) -> None:
@@ -117,6 +136,10 @@ class Watch:
         self.val, self.waiting, self.told = "", waiting, time.monotonic()
         self.latest: tuple[int, float] | None = None
         """Step and images per second of the newest row."""
+        self.row: Metrics | None = None
+        """A row that the progress line does not show yet."""
+        self.scored = 0
+        """Step of the newest checkpoint whose PSNR is known."""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
@@ -156,12 +179,17 @@ class Watch:
         for row in new:
             for name in ("swap_psnr", "unet_psnr"):
                 if name in row:
+                    self.scored = int(row["step"])
                     self.val = f"{name.partition('_')[0]} {row[name]:.1f} dB"
         if curve := [row for row in new if "images_per_s" in row]:
-            self.latest = (int(curve[-1]["step"]), curve[-1]["images_per_s"])
-            self.progress.update(
-                int(curve[-1]["step"]), self._note(curve[-1]), per_unit=self.batch_size
-            )
+            self.row, self.latest = curve[-1], (int(curve[-1]["step"]), curve[-1]["images_per_s"])
+        if self.row is None:
+            return
+        step = int(self.row["step"])
+        # The last line waits for the PSNR of the last checkpoint, which comes some seconds later.
+        if step < self.progress.total or self.scored >= step or self._done.is_set():
+            self.progress.update(step, self._note(self.row), per_unit=self.batch_size)
+            self.row = None
 
     def _note(self, row: Metrics) -> str:
         parts = [f"loss {row['loss']:.3f}"] if "loss" in row else []
