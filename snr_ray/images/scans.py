@@ -49,6 +49,11 @@ class Scan:
             )
         return shape
 
+    @property
+    def path(self) -> Path:
+        """The file of the views."""
+        return Path(_split(self.data)[0])
+
     def stamp(self) -> str:
         """What changes when a file of the scan does: their sizes and times."""
         names = [_split(text)[0] for text in (self.data, self.flats, self.darks) if text]

@@ -114,8 +114,7 @@ def reconstruct(
         f"{len(theta[views])} views of {n_slices} slices, images of {first.shape[0]} pixels; "
         f"values from {first.min():.4g} to {first.max():.4g} per pixel"
     )
-    stem = Path(sinogram.partition("#")[0]).stem
-    names = [f"{stem}_{row:04d}.tif" for row in range(n_slices)]
+    names = [f"{scan.path.stem}_{row:04d}.tif" for row in range(n_slices)]
     out = open_folder(out)
     claim(
         out,

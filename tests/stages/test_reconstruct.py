@@ -107,6 +107,13 @@ def test_the_first_slice_fails_alone_as_any_other(integrals: np.ndarray, tmp_pat
     assert (outcome.images, outcome.failed) == (integrals.shape[1] - 1, 1)
 
 
+def test_slices_are_called_as_their_scan(integrals: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "tooth#2.npy", integrals)
+    reconstruct(sinogram=str(tmp_path / "tooth#2.npy"), out=tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.tif")) == [
+        "tooth#2_0000.tif", "tooth#2_0001.tif"]  # fmt: skip
+
+
 def test_wider_bins_leave_the_axis_where_it_is(integrals: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "scan.npy", integrals)
     middle = integrals.shape[2] // 2
