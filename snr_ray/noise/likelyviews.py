@@ -23,9 +23,9 @@ large images are so many numbers that even the wrong floor is certain of somethi
 FEW = 0.1
 """Views per pixel below which no spectrum is sure: the edges of a smooth image are few spokes, too,
 and are looked past for candidates."""
-FEWEST_SURE = 2 * FEWEST_VIEWS
-"""Views below which no spectrum is sure: half of them, which it confuses with them, it cannot see.
-"""
+FEWEST_SURE = 2 * FEWEST_VIEWS - 1
+"""Views below which no spectrum is sure: they may be twice as many as there are, which are too few
+to be tried."""
 CANDIDATES = 4
 """Counts of each kind of spectrum that the solver is asked about, and their halves and doubles."""
 
