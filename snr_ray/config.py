@@ -13,6 +13,8 @@ VIEWS_PER_PIXEL = 4
 """Views per pixel of the longer side of an image, at most: more add memory and nothing else."""
 MOST_PHOTONS = 10**18
 """NumPy draws Poisson counts up to 9.2e18."""
+LEAST_ANGLES = 1.0
+"""Degrees: views of less are all the same, and of next to none their steps are zero."""
 FILTERS = ("ramp", "shepp-logan", "cosine", "hamming", "hann", "none")
 
 
@@ -97,8 +99,8 @@ class NoiseConfig:
             f"noise.n_views must not repeat a view count, but got {list(self.n_views)}.",
         )
         check(
-            0 < self.angle_range <= 180,
-            f"noise.angle_range must be above 0 and at most 180 degrees, but got "
+            LEAST_ANGLES <= self.angle_range <= 180,
+            f"noise.angle_range must be from {LEAST_ANGLES:g} to 180 degrees, but got "
             f"{self.angle_range:g}.",
         )
         check(self.photons >= 0, f"noise.photons must not be negative, but got {self.photons}.")

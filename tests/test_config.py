@@ -68,7 +68,7 @@ def test_later_sources_win_and_set_wins_over_all(tmp_path: Path) -> None:
         ("model.noise_channels=[4,4]", r"one entry per level of model\.channels \(3\), but got 2"),
         ("sweep.triplet=[2,1]", r"low <= high"),
         ("noise.n_views=[113]", r"n_views must be at most 4 x images\.size = 112, but got 113"),
-        ("noise.angle_range=200", r"above 0 and at most 180 degrees, but got 200"),
+        ("noise.angle_range=200", "from 1 to 180 degrees, but got 200"),
         ("noise.photons=-1", r"noise\.photons must not be negative, but got -1"),
         ("noise.photons=10000000000000000000000", r"noise\.photons must be at most 1e\+18"),
         ("seed=4294967296", r"seed must be at most 4294967295, but got 4294967296"),

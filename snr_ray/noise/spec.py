@@ -9,12 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from snr_ray.config import FILTERS, MOST_PHOTONS, NoiseConfig
+from snr_ray.config import FILTERS, LEAST_ANGLES, MOST_PHOTONS, NoiseConfig
 from snr_ray.errors import check
 from snr_ray.hashing import fingerprint
-
-LEAST_ANGLES = 1.0
-"""Degrees: views of less are all the same, and of next to none their steps are zero."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,8 @@ class Scorer:
         """View counts of noisy images [B, C, H, W], each found by itself: [B]."""
         trained = self.trained
         explains = explaining(trained.model, trained.codes.mean(0), noisy, trained.geometry)
-        return find_views(noisy, explains, trained.guess_views(noisy))
+        over = trained.config.noise.angle_range
+        return find_views(noisy, explains, trained.guess_views(noisy), angle_range=over)
 
     def score(self, method: Method, case: Case) -> None:
         """Add the rows of a method: of the model in question, and of those beside it."""

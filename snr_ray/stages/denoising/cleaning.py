@@ -88,8 +88,9 @@ class Cleaning:
     """Bytes of memory that cleaning takes for each value of an image."""
     pass_values: int = PASS_PIXELS
     """Values of images that pass the network together."""
-    finds_views: bool = False
-    """Whether the view count of each image is to be found."""
+    finds_over: float | None = None
+    """Degrees that the views of images are spread over, whose counts are to be found; None: they
+    are not."""
 
 
 def on_cores(job: Cleaning, maker: Maker) -> Work:
@@ -225,18 +226,19 @@ def _read_block(job: Cleaning, indices: Indices) -> tuple[list[Portion], list[St
     stacks: list[Stack] = []
     for opened, some, failed in open_files(files, job.images, job.per_value, job.pass_values):
         portions.append((opened, len(some), failed))
-        stacks += map(_looked_at, some) if job.finds_views else some
+        found = some if job.finds_over is None else [_looked_at(s, job.finds_over) for s in some]
+        stacks += found
     return portions, stacks
 
 
-def _looked_at(stack: Stack) -> Stack:
+def _looked_at(stack: Stack, angle_range: float) -> Stack:
     """With what its spectra say: it takes as long as all else of an answer, and here cores share
     it."""
     from snr_ray.noise.likelyviews import SMALLEST_SIDE, likely  # SciPy, which few jobs need
 
     if min(stack.pixels.shape[2:]) < SMALLEST_SIDE:
         return stack
-    return replace(stack, likely=likely(stack.pixels))
+    return replace(stack, likely=likely(stack.pixels, angle_range))
 
 
 _read = ray.remote(**_TASK, num_returns=2)(_read_block)

@@ -170,6 +170,7 @@ def denoise(
         if job.n_left:
             injects = inject is not None
             options = {"samples": samples, "seed": config.seed, "inject": inject, "n_views": told}
+            finds = not injects and told is None and trained.views is not None
             with connected(data=False):
                 cleaning = Cleaning(
                     key=uuid.uuid4().hex,
@@ -177,7 +178,7 @@ def denoise(
                     images=config.images,
                     target=Target(folder.claimed(), fingerprint(repr(identity)), injects, doubtful),
                     per_value=bytes_per_value(trained.config, told),
-                    finds_views=not injects and told is None and trained.views is not None,
+                    finds_over=trained.config.noise.angle_range if finds else None,
                 )
                 job.run(cleaning, SwapperMaker(trained, pool, options))
         title = "Noise removed" if inject is None else f"Noise of {inject} views injected"
@@ -243,7 +244,8 @@ def _detect_views(trained: "TrainedModel", source: Source, config: Config) -> in
         )
         alone = image[None]
         explains = explaining(trained.model, trained.codes.mean(0), alone, trained.geometry)
-        n_views = int(find_views(alone, explains, trained.guess_views(alone))[0])
+        guess, over = trained.guess_views(alone), trained.config.noise.angle_range
+        n_views = int(find_views(alone, explains, guess, angle_range=over)[0])
         found[source.ids[index]] = n_views
         decibels = float(explains(np.zeros(1, np.int64), n_views)[0])
         if len(found) == DETECT_IMAGES:

@@ -254,11 +254,12 @@ def test_spectra_that_readers_have_seen_are_not_looked_at_again(tmp_path: Path) 
         np.save(tmp_path / f"{k}.npy", image[0])
     trained, source = load_model("any"), open_source(str(tmp_path))
     job = Cleaning("key", source, ImagesConfig(white=1.0), Target(LocalFolder(tmp_path)), 0)
-    ((_, [unseen]), (_, [seen])) = (
-        _read_block(replace(job, finds_views=finds), np.arange(3)) for finds in (False, True)
+    ((_, [unseen]), (_, [seen]), (_, [limited])) = (
+        _read_block(replace(job, finds_over=over), np.arange(3)) for over in (None, 180.0, 120.0)
     )
     assert unseen.likely is None
     assert seen.likely == likely(seen.pixels)
+    assert limited.likely == likely(seen.pixels, 120.0) != seen.likely
     swapper = FileSwapper(trained, [level.numpy() for level in trained.codes.mean(0)])
     first, second = (swapper.answer(stack) for stack in (unseen, seen))
     np.testing.assert_array_equal(first.images, second.images)
