@@ -217,6 +217,7 @@ class Learner:
         for optimizer in self.optimizers:
             optimizer.found_inf = 1 - taken  # type: ignore[attr-defined]
             optimizer.step()
+        self.objective.likelihood.keep_in_range()
         return {"grad_norm": norm.detach(), "taken": taken}
 
     @torch.no_grad()

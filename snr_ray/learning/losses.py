@@ -6,6 +6,7 @@ default, adds what knowing both the clean and the noisy image allows. A decoder 
 operator also learns which noise id a noise code stands for.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -129,9 +130,16 @@ class Likelihood(nn.Module):
 
         Of two different noisy ids there is none: no pair of images has them.
         """
-        sigma = self.log_sigma.exp().clamp(min=SIGMA_FLOOR)
+        log_sigma = self.log_sigma
+        kept = log_sigma.detach().clamp(min=math.log(SIGMA_FLOOR))
+        sigma = (kept + (log_sigma - log_sigma.detach())).exp()  # with its slope at the floor, too
         smallest = torch.cat([sigma.diagonal(), sigma[0], sigma[:, 0]]).min().detach()
         return torch.minimum(sigma, self.ratio * smallest)
+
+    @torch.no_grad()
+    def keep_in_range(self) -> None:
+        """After a step: a logarithm far below the floor would take as many steps to come back."""
+        self.log_sigma.clamp_(min=math.log(SIGMA_FLOOR))
 
     def forward(self, image: Tensor, target: Tensor, seen: Tensor, wanted: Tensor) -> Tensor:
         """Negative log-likelihood of each image per pixel, without its constant: [B]."""

@@ -13,6 +13,7 @@ from snr_ray.learning.checkpoint import (
     load_model,
 )
 from snr_ray.learning.learner import Learner
+from snr_ray.learning.losses import SIGMA_FLOOR
 from snr_ray.network.blocks import PIXEL_OFFSET
 from snr_ray.network.swap import swap
 
@@ -137,6 +138,19 @@ def test_what_reads_the_estimate_learns_from_the_start(
     learner.start_from(load_model(model_folder).model)
     learner.train_step(PairFeed(pairs, 16, seed=0, share=Share()).batch(0))
     assert (learner.objective.model.stem.conv.weight[:, 1] != 0).any()
+
+
+def test_a_step_leaves_no_sigma_below_its_floor(tiny: Config, pairs: Pairs) -> None:
+    learner = Learner(tiny)
+    log_sigma = learner.objective.likelihood.log_sigma
+    with torch.no_grad():
+        log_sigma.fill_(-20.0)
+    feed = PairFeed(pairs, tiny.train.batch_size, seed=0, share=Share())
+    learner.train_step(feed.batch(0))
+    low = log_sigma.detach().clone()
+    assert (low.exp() > 0.99 * SIGMA_FLOOR).all()
+    learner.train_step(feed.batch(1))
+    assert (log_sigma > low)[1:, 0].all()  # errors of cleaned images are far above the floor
 
 
 def test_step_with_bad_numbers_is_skipped(tiny: Config, pairs: Pairs) -> None:

@@ -124,6 +124,21 @@ def test_the_sigma_of_a_pair_learns_its_root_mean_square_error(tiny: Config) -> 
     assert likelihood.log_sigma[0, 0].exp().item() == pytest.approx(0.2, rel=0.02)
 
 
+def test_a_sigma_at_its_floor_rises_again(tiny: Config) -> None:
+    likelihood = Likelihood(tiny.loss, 1)
+    ids = torch.zeros(4, dtype=torch.int64)
+    optimizer = torch.optim.SGD(likelihood.parameters(), lr=0.1)
+    for error, expected in ((0.0, losses.SIGMA_FLOOR), (0.2, 0.2)):
+        for _ in range(1000):
+            optimizer.zero_grad()
+            image = torch.full((4, 1, 8, 8), error)
+            likelihood(image, torch.zeros_like(image), ids, ids).mean().backward()
+            torch.nn.utils.clip_grad_norm_(likelihood.parameters(), 1.0)
+            optimizer.step()
+            likelihood.keep_in_range()
+        assert likelihood.sigma()[0, 0].item() == pytest.approx(expected, rel=1e-3)
+
+
 def test_injection_weighs_clean_images_that_become_noisy(tiny: Config) -> None:
     recon = {}
     for weight in (0.0, 1.0, 2.0):
