@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import gaussian_filter1d
 
 Array = npt.NDArray[np.float32]
 Values = npt.NDArray[np.float64]
@@ -134,6 +133,8 @@ def _spectra(images: Array, at: _Frequencies) -> Values:
 
 def _preferred(power: Values, at: _Frequencies) -> Values:
     """Mean power around each frequency, by ring and wide sector: [B, F]."""
+    from scipy.ndimage import gaussian_filter1d  # as slow
+
     ring = at.rings(RINGS)
     cell = ring * SECTORS + (at.angle / np.pi * SECTORS).astype(int) % SECTORS
     level = _sums(power, ring, RINGS) / np.maximum(np.bincount(ring, minlength=RINGS), 1)
