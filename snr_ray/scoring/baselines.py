@@ -134,7 +134,8 @@ def best_tvrec_weight(noisy: Array, clean: Array, spec: NoiseSpec) -> float:
 def sart(clean: Array, noise: RadonNoise) -> Array:
     """Reconstruction from the sinogram itself by SART, the usual iterative method: [B, C, H, W].
 
-    Unlike all others it does not start from the noisy image but measures `clean` [B, C, H, W].
+    Unlike all others it does not start from the noisy image but measures `clean` [B, C, H, W],
+    without photon noise.
     Source: Andersen and Kak, Simultaneous algebraic reconstruction technique, Ultrasonic Imaging 6
     (1984); scikit-image's, SART_ITERATIONS passes over the views.
     """
