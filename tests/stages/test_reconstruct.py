@@ -99,6 +99,8 @@ def test_a_slice_that_cannot_be_read_fails_alone(integrals: np.ndarray, tmp_path
     assert len(list((tmp_path / "out").glob("*.tif"))) == 2
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_2_cpus")
 def test_the_first_slice_fails_alone_as_any_other(integrals: np.ndarray, tmp_path: Path) -> None:
     broken = integrals.copy()
     broken[4, 0, 9] = np.nan
@@ -107,6 +109,8 @@ def test_the_first_slice_fails_alone_as_any_other(integrals: np.ndarray, tmp_pat
     assert (outcome.images, outcome.failed) == (integrals.shape[1] - 1, 1)
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_2_cpus")
 def test_slices_are_called_as_their_scan(integrals: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "tooth#2.npy", integrals)
     reconstruct(sinogram=str(tmp_path / "tooth#2.npy"), out=tmp_path / "out")
@@ -114,6 +118,8 @@ def test_slices_are_called_as_their_scan(integrals: np.ndarray, tmp_path: Path) 
         "tooth#2_0000.tif", "tooth#2_0001.tif"]  # fmt: skip
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_2_cpus")
 def test_wider_bins_leave_the_axis_where_it_is(integrals: np.ndarray, tmp_path: Path) -> None:
     np.save(tmp_path / "scan.npy", integrals)
     middle = integrals.shape[2] // 2
