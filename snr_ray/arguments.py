@@ -8,7 +8,7 @@ from snr_ray import __version__
 from snr_ray import configfile as configs
 from snr_ray.address import without_secrets
 from snr_ray.config import FILTERS
-from snr_ray.usage import EXAMPLES, PURPOSE, SRC_HELP
+from snr_ray.usage import EXAMPLES, PURPOSE, SRC_HELP, USES
 
 DEFAULT_MODEL = "any"
 """Serves images of any size and view count, and so is what `snr denoise` takes by itself."""
@@ -46,7 +46,9 @@ def _stage(stages: Any, name: str) -> argparse.ArgumentParser:
         epilog += f"\n\n{SRC_HELP}"
     if name in ("denoise", "evaluate", "plan"):
         epilog += f"\n\nmodels for --model: a folder, or {', '.join(configs.shipped_models())}"
-    epilog += f"\n\npresets for --config: {', '.join(configs.preset_names())}"
+    configured = USES.get(name) != ()
+    if configured:
+        epilog += f"\n\npresets for --config: {', '.join(configs.preset_names())}"
     stage: argparse.ArgumentParser = stages.add_parser(
         name,
         help=PURPOSE[name],
@@ -54,6 +56,9 @@ def _stage(stages: Any, name: str) -> argparse.ArgumentParser:
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if not configured:
+        stage.set_defaults(config=[], set=[])
+        return stage
     stage.add_argument(
         "--config", metavar="NAME|FILE", action="append", default=[],
         help="preset or YAML file; may be given several times, later ones win",

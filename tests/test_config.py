@@ -156,7 +156,6 @@ def test_a_name_too_long_for_a_file_is_neither_file_nor_preset() -> None:
         ("denoise", "noise.photons=50"),
         ("evaluate", "noise.filter=hann"),
         ("evaluate", "images.size=40"),
-        ("reconstruct", "images.size=64"),
         ("simulate", "train.steps=7"),
     ],
 )
