@@ -13,7 +13,7 @@ float64, added after the filter, where sums are small again.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -115,22 +115,8 @@ class RadonNoise:
         flat = self._checked(images)
         if not self.spec.photons:
             return self._times(flat).reshape(images.shape)
-        low, high = WITHIN
-        least, most = float(flat.min(initial=0)), float(flat.max(initial=0))
-        check(
-            low <= least and most <= high,
-            f"Images whose photons are counted must have black at 0 and white at 1, but got values "
-            f"from {least:.3g} to {most:.3g}; scale them first.",
-        )
-        n_planes = len(flat) // max(1, len(images)) if images.ndim > 2 else 1
         out = np.empty_like(flat)
-        for rows in self._blocks(len(flat)):
-            sinogram = self._sinograms(project, flat[rows], OFFSET)
-            for column in range(len(flat[rows])):
-                place, plane = divmod(rows.start + column, n_planes)
-                seed = place if seeds is None else seeds[place]
-                rng = np.random.default_rng([seed, plane, self.spec.n_views])
-                sinogram[..., column] = self._measured(sinogram[..., column], rng)
+        for rows, sinogram in self._counted(flat, images, seeds):
             self._reconstruct(sinogram, out[rows])
         return out.reshape(images.shape)
 
@@ -166,12 +152,21 @@ class RadonNoise:
         """Images that go through the loops together."""
         return block_of(self.height, self.width)
 
-    def project(self, images: npt.NDArray[np.floating]) -> Array:
-        """Sinograms [..., N, A] of images [..., H, W]: N detector bins, A angles. Noise-free."""
-        flat, exponents = _as_bright(self._checked(images))
+    def project(
+        self, images: npt.NDArray[np.floating], seeds: Sequence[int] | None = None
+    ) -> Array:
+        """Sinograms [..., N, A] of images [..., H, W]: N detector bins, A angles; as a detector
+        counts them where there are spec.photons. Arguments and errors are those of a call."""
+        flat = self._checked(images)
         out = np.empty((len(flat), self.n_bins, self.spec.n_views), np.float32)
-        for rows in self._blocks(len(flat)):
-            sinogram = self._sinograms(project, flat[rows], OFFSET)
+        exponents = None
+        if self.spec.photons:
+            parts = self._counted(flat, images, seeds)
+        else:
+            flat, exponents = _as_bright(flat)
+            parts = ((rows, self._sinograms(project, flat[rows], OFFSET))
+                     for rows in self._blocks(len(flat)))  # fmt: skip
+        for rows, sinogram in parts:
             sinogram += self._flat[0][..., None]
             out[rows] = sinogram.T[: len(out[rows])]
         return _as_faint(out, exponents).reshape(*images.shape[:-2], *out.shape[1:])
@@ -304,6 +299,27 @@ class RadonNoise:
         flat *= OFFSET
         clean = filtered(flat[..., None], self.spec.filter, np.empty_like(flat)[..., None])
         return flat.astype(np.float32), clean[..., 0].astype(np.float32)
+
+    def _counted(
+        self, flat: Array, images: npt.NDArray[np.floating], seeds: Sequence[int] | None
+    ) -> Iterator[tuple[slice, Array]]:
+        """Sinograms [A, N, B] of blocks of planes [B, H, W], less the flat one, as counted."""
+        low, high = WITHIN
+        least, most = float(flat.min(initial=0)), float(flat.max(initial=0))
+        check(
+            low <= least and most <= high,
+            f"Images whose photons are counted must have black at 0 and white at 1, but got values "
+            f"from {least:.3g} to {most:.3g}; scale them first.",
+        )
+        n_planes = len(flat) // max(1, len(images)) if images.ndim > 2 else 1
+        for rows in self._blocks(len(flat)):
+            sinogram = self._sinograms(project, flat[rows], OFFSET)
+            for column in range(len(flat[rows])):
+                place, plane = divmod(rows.start + column, n_planes)
+                seed = place if seeds is None else seeds[place]
+                rng = np.random.default_rng([seed, plane, self.spec.n_views])
+                sinogram[..., column] = self._measured(sinogram[..., column], rng)
+            yield rows, sinogram
 
     def _measured(self, sinogram: Array, rng: np.random.Generator) -> Array:
         """One sinogram [A, N] less the flat one as a detector counts it: I ~ Poisson(I_0 exp(-p)),

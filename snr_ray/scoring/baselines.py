@@ -4,7 +4,7 @@ They take images [B, C, H, W].
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from snr_ray.learning.batches import Pairs
 from snr_ray.metrics import psnr
 from snr_ray.noise.lmmse import ImagePrior, Lmmse
 from snr_ray.noise.operator import NoiseSpec, RadonNoise, noise_operator
-from snr_ray.scoring.cases import Case, Restore, as_seen
+from snr_ray.scoring.cases import Case, Restore, as_seen, photon_seeds
 from snr_ray.scoring.variational import reconstruct
 
 Array = npt.NDArray[np.float32]
@@ -98,7 +98,8 @@ def fit_sart(fitting: Fitting, noise_id: int) -> Restore:
 
 
 def _sart(spec: NoiseSpec, case: Case) -> Array:
-    return sart(case.clean, noise_operator(spec, *case.clean.shape[2:]))
+    noise = noise_operator(spec, *case.clean.shape[2:])
+    return sart(case.clean, noise, photon_seeds(case.names))
 
 
 def tv(noisy: Array, weight: float) -> Array:
@@ -131,15 +132,15 @@ def best_tvrec_weight(noisy: Array, clean: Array, spec: NoiseSpec) -> float:
     return TVREC_WEIGHTS[best]
 
 
-def sart(clean: Array, noise: RadonNoise) -> Array:
+def sart(clean: Array, noise: RadonNoise, seeds: Sequence[int] | None = None) -> Array:
     """Reconstruction from the sinogram itself by SART, the usual iterative method: [B, C, H, W].
 
     Unlike all others it does not start from the noisy image but measures `clean` [B, C, H, W],
-    without photon noise.
+    photons and all, by one seed an image.
     Source: Andersen and Kak, Simultaneous algebraic reconstruction technique, Ultrasonic Imaging 6
     (1984); scikit-image's, SART_ITERATIONS passes over the views.
     """
-    sinograms = noise.project(clean).astype(np.float64)  # [B, C, N, A]
+    sinograms = noise.project(clean, seeds).astype(np.float64)  # [B, C, N, A]
     flat = sinograms.reshape(-1, *sinograms.shape[2:])
     top, left = noise.n_bins // 2 - noise.height // 2, noise.n_bins // 2 - noise.width // 2
     out = np.empty((len(flat), noise.height, noise.width), np.float32)

@@ -309,3 +309,15 @@ def test_mirroring_at_the_diagonal_mirrors_the_noise(n_views: int) -> None:
     noise = noise_operator(NoiseSpec(n_views), 20, 20)
     np.testing.assert_allclose(noise(x.swapaxes(1, 2)), noise(x).swapaxes(1, 2), atol=2e-3)
     assert np.abs(noise(x[..., ::-1]) - noise(x)[..., ::-1]).max() > 0.1
+
+
+def test_counted_sinograms_are_those_that_counted_images_are_made_of() -> None:
+    images = np.random.default_rng(3).random((3, 2, 30, 30)).astype(np.float32)
+    operator, seeds = noise_operator(NoiseSpec(9, photons=2000), 30, 30), [5, 6, 7]
+    sinograms, noisy = operator.project(images, seeds), operator(images, seeds)
+    assert np.abs(sinograms - noise_operator(NoiseSpec(9), 30, 30).project(images)).mean() > 0.01
+    for index in np.ndindex(3, 2):
+        made = iradon(
+            sinograms[index].astype(float), theta=operator.spec.theta, circle=False, output_size=30
+        )
+        np.testing.assert_allclose(noisy[index], made, atol=1e-4)
