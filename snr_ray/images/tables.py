@@ -165,11 +165,13 @@ def _columns(schema: pa.Schema, path: str, wanted: str) -> Columns:
     for name in (wanted,) if wanted else IMAGE_COLUMNS:
         if name not in schema.names:
             continue
-        if schema.names.count(name) > 1:
-            raise InputError(
-                f"Columns must have names of their own, but {path} has {schema.names.count(name)} "
-                f"called {name}; rename or drop all but one."
-            )
+        for read in (name, *ID_COLUMNS, "label"):
+            if schema.names.count(read) > 1:
+                raise InputError(
+                    "Columns must have names of their own, but "
+                    f"{path} has {schema.names.count(read)} called {read}; rename or drop all but "
+                    "one."
+                )
         kind = schema.field(name).type
         if pa.types.is_struct(kind) and "bytes" in {f.name for f in kind}:
             return Columns(name, f"{name}.path" if "path" in {f.name for f in kind} else "", False)

@@ -344,10 +344,12 @@ def test_ids_that_are_no_text_get_a_sentence(tmp_path: Path) -> None:
         open_source(str(tmp_path))
 
 
-def test_two_image_columns_of_one_name_are_refused(tmp_path: Path) -> None:
-    twice = pa.Table.from_arrays([pa.array([png(1)]), pa.array([png(2)])], ["image", "image"])
-    pq.write_table(twice, tmp_path / "t.parquet")
-    with pytest.raises(InputError, match=r"t\.parquet has 2 called image; rename"):
+@pytest.mark.parametrize("name", ["image", "id", "label"])
+def test_two_columns_of_one_name_are_refused(name: str, tmp_path: Path) -> None:
+    columns = [pa.array([png(1)])] + 2 * [pa.array([png(2) if name == "image" else "a"])]
+    names = ["image" if name != "image" else "other", name, name]
+    pq.write_table(pa.Table.from_arrays(columns, names), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=rf"t\.parquet has 2 called {name}; rename"):
         open_source(str(tmp_path / "t.parquet"))
 
 
