@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from snr_ray.config import FILTERS, LEAST_ANGLES, MOST_PHOTONS, NoiseConfig
 from snr_ray.errors import check
-from snr_ray.hashing import fingerprint
+from snr_ray.hashing import fingerprint, hash64
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +83,8 @@ def spec_hash(noise: list[NoiseSpec], size: int) -> str:
     fixed = {"circle": False, "interpolation": "linear", "clip": False}
     text = json.dumps([dataclasses.asdict(spec) | fixed for spec in noise] + [size], sort_keys=True)
     return fingerprint(text)
+
+
+def photon_seeds(names: Iterable[str]) -> list[int]:
+    """Seeds of the photon noise of images, by their ids: the same wherever it is made."""
+    return [hash64(f"photons/{name}") for name in names]

@@ -15,7 +15,8 @@ from snr_ray.learning.batches import Pairs
 from snr_ray.metrics import psnr
 from snr_ray.noise.lmmse import ImagePrior, Lmmse
 from snr_ray.noise.operator import NoiseSpec, RadonNoise, noise_operator
-from snr_ray.scoring.cases import Case, Restore, as_seen, photon_seeds
+from snr_ray.noise.spec import photon_seeds
+from snr_ray.scoring.cases import Case, Restore, as_seen
 from snr_ray.scoring.variational import reconstruct
 
 Array = npt.NDArray[np.float32]

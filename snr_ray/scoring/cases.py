@@ -40,11 +40,6 @@ def as_seen(task: str, noisy: Array, names: Sequence[str]) -> Array:
     return noisy
 
 
-def photon_seeds(names: Sequence[str]) -> list[int]:
-    """Seeds of the photon noise of images, as those of data sets have it."""
-    return [hash64(f"photons/{name}") for name in names]
-
-
 @dataclass(frozen=True)
 class Case:
     """The images of one block under one task: what every method gets."""

@@ -20,7 +20,8 @@ from snr_ray.metrics import psnr, ssim
 from snr_ray.network.swap import detect
 from snr_ray.network.views import explaining, find_views
 from snr_ray.noise.operator import noise_operator, noise_specs
-from snr_ray.scoring.cases import Case, Restore, as_seen, photon_seeds
+from snr_ray.noise.spec import photon_seeds
+from snr_ray.scoring.cases import Case, Restore, as_seen
 from snr_ray.scoring.methods import METHODS, Method
 
 Array = npt.NDArray[np.float32]

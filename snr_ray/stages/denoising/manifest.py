@@ -84,14 +84,14 @@ class Manifest:
         ordered = hashes[order]
         local = self.out.local is not None  # objects in a bucket do not go by themselves
         for name in list(self.parts):
-            if not self._intact(name):  # its images are done again
+            data = self.out.read(name)
+            if not _intact(data):  # its images are done again
                 self.out.remove(name)
                 self.parts.remove(name)
                 continue
             keep: list[npt.NDArray[np.bool_]] = []
-            for batch in _rows(self.out, name).iter_batches(
-                BATCH_ROWS, columns=["id", "output", "stamp"]
-            ):
+            part = pq.ParquetFile(io.BytesIO(data))
+            for batch in part.iter_batches(BATCH_ROWS, columns=["id", "output", "stamp"]):
                 keys = np.array([hash64(text) for text in batch["id"].to_pylist()], np.uint64)
                 places = np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)
                 known = ordered[places] == keys
@@ -106,22 +106,9 @@ class Manifest:
                 keep.append(kept)
             mask = np.concatenate([np.zeros(0, bool), *keep])
             if not mask.all():
-                table = _rows(self.out, name).read().filter(pa.array(mask))
+                table = part.read().filter(pa.array(mask))
                 self.out.write(name, parquet_bytes(table))
         return done
-
-    def _intact(self, name: str) -> bool:
-        """Whether all of a part can be read: a power failure cuts files short, disks err."""
-        data = io.BytesIO(self.out.read(name))
-        try:
-            with pq.ParquetFile(data, page_checksum_verification=True) as part:
-                if part.schema_arrow.names != MANIFEST_SCHEMA.names:
-                    return False
-                for _ in part.iter_batches(BATCH_ROWS):
-                    pass
-        except (pa.ArrowException, OSError):
-            return False
-        return True
 
     def summary(
         self, side: int, sample: int, worst: int, views: ViewRange | None = None
@@ -200,6 +187,19 @@ def _keep(heap: list[Any], size: int, key: tuple[Any, str], batch: pa.RecordBatc
         heapq.heappush(heap, item)
     elif item[:2] > heap[0][:2]:
         heapq.heapreplace(heap, item)
+
+
+def _intact(data: bytes) -> bool:
+    """Whether all of a part can be read: a power failure cuts files short, disks err."""
+    try:
+        with pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True) as part:
+            if part.schema_arrow.names != MANIFEST_SCHEMA.names:
+                return False
+            for _ in part.iter_batches(BATCH_ROWS):
+                pass
+    except (pa.ArrowException, OSError):
+        return False
+    return True
 
 
 def _rows(out: Folder, name: str) -> pq.ParquetFile:

@@ -41,6 +41,7 @@ from snr_ray.images.datafolder import (
 )
 from snr_ray.lock import check_free, locked
 from snr_ray.noise.operator import noise_operator, noise_specs, spec_hash
+from snr_ray.noise.spec import photon_seeds
 from snr_ray.outputs import FILES, Progress, claim
 from snr_ray.stages.job.connection import ON_CORES, connected, cpus, shared
 from snr_ray.stages.job.counters import count_bytes, count_images
@@ -134,7 +135,7 @@ def simulate_rows(
     ids = [source.ids[row] for row in rows[good]]
     versions = {"clean": images}
     for spec in noise_specs(config.noise):
-        seeds = [hash64(f"photons/{name}") for name in ids] if spec.photons else None
+        seeds = photon_seeds(ids) if spec.photons else None
         versions[noisy_column(spec.n_views)] = noise_operator(spec, side, side)(images, seeds)
     columns: dict[str, Any] = {"id": pa.array(ids, pa.string())}
     for name, version in versions.items():
