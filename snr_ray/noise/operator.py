@@ -54,9 +54,9 @@ MIN_SIZE = 4
 KEPT_BYTES = 2**20
 """An operator keeps what it can compute again up to so many bytes."""
 OFFSET = 0.5
-"""Subtracted from pixels before sums: the middle of the range."""
-FAINT = 0.01
-"""Images that are nowhere as far from 0 are scaled for the sums, where OFFSET would swamp them."""
+"""Subtracted from pixels before sums: the middle of the range. Images that are nowhere as far from
+0 are scaled for the sums, where it would swamp them: one that reaches 0.02 would be 6e-5 of its
+range off."""
 WITHIN = (-0.25, 2.0)
 """Pixels of which photons can be counted: resampled ones are a little beyond [0, 1], and of others
 more arrive than left, or none."""
@@ -340,9 +340,9 @@ def _as_bright(flat: Array) -> tuple[Array, Exponents | None]:
     if not len(flat):
         return flat, None
     farthest = np.maximum(flat.max((1, 2)), -flat.min((1, 2)))
-    if farthest.min() >= FAINT:
+    if farthest.min() >= OFFSET:
         return flat, None
-    exponents = np.where(farthest < FAINT, np.frexp(farthest)[1], 0)
+    exponents = np.where(farthest < OFFSET, np.frexp(farthest)[1], 0)
     return np.ldexp(flat, -exponents[:, None, None]), exponents
 
 
