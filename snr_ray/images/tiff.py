@@ -64,6 +64,7 @@ def read(data: bytes, name: str) -> Contents:
         options: list[dict[str, Any]] = []
         for page in pages or file.pages[:1]:
             _check_size(page, len(data), name)
+            _check_whole(page, len(data), name)
             for samples in _samples(file, page, len(pages)):
                 frames.append(_meant(samples, page, data, name))
                 options.append(_options(page, frames[-1]))
@@ -101,6 +102,24 @@ def _check_size(page: tifffile.TiffPage, n_bytes: int, name: str) -> None:
         raise InputError(
             f"{name} claims {page.imagelength}x{page.imagewidth} pixels, which its {n_bytes:,} "
             "bytes cannot hold; replace the file."
+        )
+
+
+def _check_whole(page: tifffile.TiffPage, n_bytes: int, name: str) -> None:
+    """Refuse a page of which a part is missing: what is not there would be black, and decoders of
+    JPEG and LZW make up the rest of what was cut."""
+    missing, parts = page.databytecounts.count(0), len(page.databytecounts)
+    if missing:
+        raise InputError(
+            f"A TIFF must hold all of its pixels, but {name} lacks {missing:,} of {parts:,} strips "
+            "or tiles; write it again, without SPARSE_OK."
+        )
+    # Where there are no offsets, tifffile says so; plain pixels it reads whole or not at all.
+    end = max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
+    if page.compression > 1 and end > n_bytes:
+        raise InputError(
+            f"{name} is cut short: its pixels go on to byte {end:,} of {n_bytes:,}; replace the "
+            "file."
         )
 
 

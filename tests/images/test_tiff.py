@@ -262,6 +262,25 @@ def test_a_header_that_asks_for_more_than_the_file_holds_is_refused() -> None:
         decode(bytes(data), "a.tif")
 
 
+@pytest.mark.parametrize("compression", ["jpeg", "lzw", "zlib"])
+def test_a_file_whose_end_is_missing_is_refused(compression: str) -> None:
+    data = tiff(np.tile(GREY, (3, 3)), compression=compression, rowsperstrip=144)
+    decode(data, "a.tif")
+    with pytest.raises(InputError, match=r"a\.tif is cut short: its pixels go on to byte"):
+        decode(data[:-9], "a.tif")
+
+
+@pytest.mark.parametrize("options", [{"rowsperstrip": 16}, {"tile": (16, 16)}])
+def test_a_file_that_lacks_some_of_its_pixels_is_refused(options: dict[str, Any]) -> None:
+    data = bytearray(tiff(GREY, **options))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        counts = file.pages[0].tags[279 if "rowsperstrip" in options else 325]
+    size = counts.valuebytecount // counts.count
+    data[counts.valueoffset + size : counts.valueoffset + 2 * size] = bytes(size)
+    with pytest.raises(InputError, match=r"hold all of its pixels, but a\.tif lacks 1 of"):
+        decode(bytes(data), "a.tif")
+
+
 def test_complex_numbers_are_refused() -> None:
     with pytest.raises(InputError, match=r"must be numbers, but a\.tif holds complex64"):
         decode(tiff(GREY.astype(np.complex64)), "a.tif", white=1)
@@ -278,7 +297,7 @@ def test_a_damaged_file_is_told_from_a_decoder_that_is_missing(
 ) -> None:
     data = tiff(GREY, compression="lzw")
     with pytest.raises(InputError, match=r"cannot be read as an image .*; replace the file"):
-        decode(data[:400], "a.tif")
+        decode(data[:400] + bytes(len(data) - 400), "a.tif")
 
     def gone(*_: object, **__: object) -> None:
         raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
