@@ -69,7 +69,7 @@ class Source:
 
     `fetch(index)` gives the file bytes, or stored pixels [H, W] or [H, W, C], of `ids[index]`.
     `group(id)` names what must stay in one split (by default the image itself). `tensors` says
-    that pixels are float with white at 1, as in a data folder.
+    that there are no files, and that float pixels have white at 1, as in a data folder.
     """
 
     name: str

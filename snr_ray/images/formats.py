@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from posixpath import splitext
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -136,7 +137,12 @@ def split(name: str) -> tuple[str, str]:
 
 
 def open_file(
-    data: bytes, name: str, *, white: float | None = None, window: Span | None = None
+    data: bytes,
+    name: str,
+    *,
+    white: float | None = None,
+    window: Span | None = None,
+    tensors: bool = False,
 ) -> OpenFile:
     """Read all pictures of a file.
 
@@ -146,13 +152,15 @@ def open_file(
         name: used in errors, and for the format of what does not tell it by its first bytes.
         white: the stored value that means 1.0, for 16-bit and float pixels.
         window: stored values that mean 0.0 and 1.0, for Hounsfield units; those outside are cut.
+        tensors: of `scale`.
 
     Raises:
         InputError: if the file is empty, unreadable, transparent, or its pixels have no known
             range.
     """
     kind, contents = _contents(data, name)
-    frames = [scale(stored, name, white=white, window=window) for stored in contents.frames]
+    options: dict[str, Any] = {"white": white, "window": window, "tensors": tensors}
+    frames = [scale(stored, name, **options) for stored in contents.frames]
     check(
         bool(frames),
         f"An image file must hold pixels, but {name} holds no picture; replace the file.",
@@ -213,7 +221,7 @@ def output_name(name: str, *, tensors: bool, file: bool) -> str:
 
     Args:
         name: id of the image.
-        tensors: its pixels are float; they become TIFF.
+        tensors: it is no file; its pixels become TIFF.
         file: the id is the name of a file, whose format is kept even if no suffix tells it.
     """
     stem, suffix = split(name)

@@ -118,13 +118,14 @@ def scale(
         white: the stored value that means 1.0, for 16-bit and float pixels.
         window: stored values that mean 0.0 and 1.0, for those of Hounsfield units, and for 16-bit
             and float pixels where there is no white; values outside are cut to it, and kept beside.
-        tensors: they are float with white at 1.
+        tensors: white is 1 if they are float; integers mean what they do in files.
 
     Raises:
         InputError: if the values are no image, or their range is not known.
     """
     picture = stored if isinstance(stored, Stored) else Stored(stored)
     values, depth = picture.values, picture.values.dtype
+    tensors = tensors and depth.kind == "f"
     if depth.kind not in "buif":
         raise InputError(f"Pixels must be numbers, but {name} holds {depth.name}.")
     if values.ndim == 2:

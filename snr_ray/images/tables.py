@@ -173,9 +173,12 @@ def _columns(schema: pa.Schema, path: str, wanted: str) -> Columns:
                     "one."
                 )
         kind = schema.field(name).type
-        if pa.types.is_struct(kind) and "bytes" in {f.name for f in kind}:
-            return Columns(name, f"{name}.path" if "path" in {f.name for f in kind} else "", False)
+        fields = {f.name: f.type for f in kind} if pa.types.is_struct(kind) else {}
+        if _is_bytes(fields.get("bytes", pa.null())):
+            return Columns(name, f"{name}.path" if "path" in fields else "", False)
         tensors = isinstance(kind, pa.FixedShapeTensorType)
+        if tensors:
+            _check_tensors(kind, name, path)
         if tensors or _is_bytes(kind):
             return Columns(name, next((n for n in ID_COLUMNS if n in schema.names), ""), tensors)
     columns = f"a column {', '.join(IMAGE_COLUMNS[:-1])} or {IMAGE_COLUMNS[-1]}"
@@ -186,6 +189,18 @@ def _columns(schema: pa.Schema, path: str, wanted: str) -> Columns:
                     for f in schema)
         + "."
     )  # fmt: skip
+
+
+def _check_tensors(kind: pa.FixedShapeTensorType, name: str, path: str) -> None:
+    """Raise InputError for tensors that are no images as a data folder has them."""
+    shape, order = list(kind.shape), kind.permutation or []
+    channels = shape[0] if len(shape) == 3 else 1
+    if len(shape) not in (2, 3) or channels not in (1, 3) or list(order) != sorted(order):
+        turned = f" in the order {list(order)}" if list(order) != sorted(order) else ""
+        raise InputError(
+            f"Tensors of images must be [H, W], [1, H, W] or [3, H, W], but {name} of {path} holds "
+            f"{shape}{turned}; move the channels to the front, or store encoded images."
+        )
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

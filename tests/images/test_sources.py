@@ -288,6 +288,34 @@ def test_bytes_of_every_arrow_kind_are_images(kind: str, in_struct: bool, tmp_pa
     assert open_source(str(tmp_path)).file(0)[1] == png(1)
 
 
+def test_integers_in_tensors_mean_what_they_do_in_files(tmp_path: Path) -> None:
+    for depth, white in ((np.uint8, None), (np.uint16, 65535.0)):
+        full = np.full((2, 3, 8, 8), np.iinfo(depth).max, depth)
+        table = pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(full)})
+        pq.write_table(table, tmp_path / f"{white}.parquet")
+        source = open_source(str(tmp_path / f"{white}.parquet"))
+        assert source.read(1, ImagesConfig(white=white)).pixels.max() == 1
+    with pytest.raises(InputError, match=r"uint16 pixels have no agreed white"):
+        source.read(1, ImagesConfig())
+
+
+def test_columns_that_only_look_like_images_are_told_at_once(tmp_path: Path) -> None:
+    last = np.zeros((2, 8, 8, 3), np.float32)
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(last.ravel()), 192)
+    turned = pa.fixed_shape_tensor(pa.float32(), (8, 8, 3), permutation=[2, 0, 1])
+    numbers = pa.StructArray.from_arrays(
+        [pa.array([[1, 2]], pa.list_(pa.uint8())), pa.array(["x.png"])], ["bytes", "path"]
+    )
+    for column, sentence in (
+        (pa.FixedShapeTensorArray.from_numpy_ndarray(last), r"holds \[8, 8, 3\]; move the chan"),
+        (pa.ExtensionArray.from_storage(turned, storage), r"\[8, 8, 3\] in the order \[2, 0, 1\]"),
+        (numbers, r"encoded images .* has image \(struct<bytes: list<element: uint8>"),
+    ):
+        pq.write_table(pa.table({"image": column}), tmp_path / "t.parquet")
+        with pytest.raises(InputError, match=sentence):
+            open_source(str(tmp_path / "t.parquet"))
+
+
 def test_tables_of_tensors_and_of_files_are_not_mixed(tmp_path: Path) -> None:
     pixels = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((2, 1, 8, 8), np.float32))
     pq.write_table(pa.table({"clean": pixels}), tmp_path / "a.parquet")

@@ -2,7 +2,7 @@
 
     list --blocks of images--> tasks: read, decode, exchange, encode, write --rows--> manifest
 
-    OUT/<name of the image>        same format and depth (tensors become float TIFF)
+    OUT/<name of the image>        same format and depth (tensors become TIFF)
     OUT/<name>.std.npy             with --samples: standard deviation of the samples, per pixel
     OUT/manifest.parquet/          one row per image written, in parts that are one table to
                                    readers; `explained`, PSNR in dB of the noise made anew of the

@@ -88,7 +88,7 @@ class ImageFile:
     """File name of `data`; its suffix says the format."""
     data: bytes
     tensor: bool = False
-    """Float pixels with white at 1, as in a data folder."""
+    """Not of a file: float pixels with white at 1, as in a data folder, or integers."""
     error: str = ""
     """Why there is no data."""
     stamp: str = ""
@@ -234,8 +234,8 @@ def open_files(
             if file.error:
                 raise InputError(file.error)
             check_room(file.data, file.name, per_value)
-            white = 1.0 if file.tensor else images.white
-            one = open_file(file.data, file.name, white=white, window=images.window)
+            white, window = images.white, images.window
+            one = open_file(file.data, file.name, white=white, window=window, tensors=file.tensor)
         except InputError as error:
             failed.append(failure(file, "read", str(error)))
             continue

@@ -94,6 +94,16 @@ def test_what_is_held_at_once_is_bounded() -> None:
     assert ids == [one.id for one in files]
 
 
+def test_tensors_of_integers_are_scaled_as_files_are() -> None:
+    for depth, white in ((np.uint8, None), (np.uint16, 65535.0), (np.float32, None)):
+        out = io.BytesIO()
+        np.save(out, np.full((9, 9), np.iinfo(depth).max if depth != np.float32 else 1, depth))
+        one = ImageFile("a", "a.tif", "a.npy", out.getvalue(), tensor=True)
+        ((_, (stack,), failed),) = open_files([one], ImagesConfig(white=white))
+        assert not failed
+        np.testing.assert_array_equal(stack.pixels, 1)
+
+
 def answered(
     out: LocalFolder,
     inputs: list[ImageFile],
