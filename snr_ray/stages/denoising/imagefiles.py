@@ -325,10 +325,11 @@ def _write_one(one: Opened, pictures: list[_Picture], target: Target) -> Row:
         return failure(file, DOUBTFUL, f"The result does not explain the image ({least:.0f} dB).")
     try:
         copied = doubted and target.doubtful == "copy"
-        write_image(target.out, file.output, _encoded(one, pictures, target, copied=copied))
-        if deviations[0] is not None:
+        result = _encoded(one, pictures, target, copied=copied)
+        if deviations[0] is not None:  # first: no result stands without its row
             name = file.output + DEVIATIONS
             target.out.write(name, _npy(deviations))
+        write_image(target.out, file.output, result)
     except NotShared:
         raise
     except (InputError, OSError, ValueError) as error:
@@ -381,6 +382,11 @@ def _encoded(one: Opened, pictures: list[_Picture], target: Target, *, copied: b
 
 def _npy(deviations: Sequence[Array]) -> bytes:
     """[H, W] or [H, W, C] of one picture, [F, ...] of several."""
+    if len({d.shape for d in deviations}) > 1:
+        raise InputError(
+            "deviations of samples are one array, and its pictures differ in size or colours; "
+            "split it, or leave out --samples"
+        )
     out = io.BytesIO()
     frames = [np.moveaxis(d, 0, 2).squeeze(2) if len(d) == 1 else np.moveaxis(d, 0, 2)
               for d in deviations]  # fmt: skip

@@ -154,6 +154,23 @@ def test_only_the_doubtful_pages_of_a_stack_stay_as_they_were(tmp_path: Path) ->
     assert tifffile.imread(out.path / "a.tif")[:, 0, 0].tolist() == [0, 100, 0]
 
 
+@pytest.mark.parametrize(("name", "sides"), [("a.tif", (9, 8)), ("a" * 246 + ".tif", (9, 9))])
+def test_without_its_deviations_no_result_is_left_behind(
+    name: str, sides: tuple[int, int], tmp_path: Path
+) -> None:
+    out = io.BytesIO()
+    with tifffile.TiffWriter(out) as stack:
+        for side in sides:
+            stack.write(np.full((side, 9), 100, np.uint8), photometric="minisblack", metadata=None)
+    one = ImageFile(name, name, name, out.getvalue())
+    ((opened, stacks, _),) = open_files([one], ImagesConfig())
+    answers = [Answer(s.pixels, [0] * len(s.ids), [""] * len(s.ids), s.pixels) for s in stacks]
+    (row,) = write_files(opened, stacks, answers, Target(LocalFolder(tmp_path)))
+    assert row["stage"] == "write"
+    assert ("differ in size or colours; split it" in row["error"]) == (sides[0] != sides[1])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_doubtful_slice_stays_in_the_series_of_the_others(tmp_path: Path) -> None:
     pydicom = pytest.importorskip("pydicom")
     from images.test_dicom import dataset, saved
