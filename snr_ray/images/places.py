@@ -51,11 +51,16 @@ def find(text: str) -> Place:
     """
     column, pattern, uri = "", "", "://" in text
     if uri or not Path(text).expanduser().exists():  # names of files may hold any character
-        text, _, column = text.partition("#")
+        before, mark, after = text.rpartition("#")
+        if mark and not re.search(r"[/*\[]", after):  # else it belongs to a name
+            text, column = before, after
         parts = text.split("/")
-        # A question mark in a URI begins its query.
+        # A question mark in a URI begins its query; a folder may be called as patterns are.
         wild = [
-            i for i, part in enumerate(parts) if _WILD.search(part.split("?")[0] if uri else part)
+            i
+            for i, part in enumerate(parts)
+            if _WILD.search(part.split("?")[0] if uri else part)
+            and (uri or not Path("/".join(parts[: i + 1])).expanduser().exists())
         ]
         if wild:
             pattern = "/".join(part for part in parts[wild[0] :] if part not in ("", "."))
