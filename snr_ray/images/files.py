@@ -48,6 +48,11 @@ def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
                 f"SRC must be a path that exists, a URI, or one of {', '.join(known)}, "
                 f"but {name!r} is none of these."
             )
+        if kind == pafs.FileType.Unknown:
+            raise InputError(
+                f"SRC must be files or a folder, which workers can read again, but {name} is a "
+                "pipe, a socket or a device; write what comes from it into a file."
+            )
         if kind == pafs.FileType.File or _is_image(place):
             file = PurePosixPath(place.root)
             if file.name.lower().endswith(ARCHIVES):
@@ -147,7 +152,9 @@ def _kind(place: Place) -> pafs.FileType:
         return within(ANSWER_S, lambda: place.fs.get_file_info(place.root).type)
     if not os.path.exists(place.root):
         return pafs.FileType.NotFound
-    return pafs.FileType.Directory if os.path.isdir(place.root) else pafs.FileType.File
+    if os.path.isdir(place.root):
+        return pafs.FileType.Directory
+    return pafs.FileType.File if os.path.isfile(place.root) else pafs.FileType.Unknown
 
 
 def _is_image(place: Place) -> bool:

@@ -40,6 +40,12 @@ def test_folders_may_be_called_as_patterns_and_columns_are(tmp_path: Path) -> No
     assert find("data/test#noisy_20").column == find("file:///d#noisy_20").column == "noisy_20"
 
 
+def test_what_can_be_read_only_once_is_no_source(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"files or a folder, .* but .*a\.png is a pipe"):
+        open_source(str(tmp_path / "a.png"))
+
+
 def test_the_same_name_in_another_folder_is_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
