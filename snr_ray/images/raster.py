@@ -23,7 +23,7 @@ JPEG_QUALITY = 95
 """Without chroma subsampling, too."""
 _ORIENTATION = ExifTags.Base.Orientation
 _ACROSS, _DOWN = ExifTags.Base.XResolution, ExifTags.Base.YResolution
-_COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB")
+_COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP", b"mDCV", b"cLLI")
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 _HEADER_END = 33
 _XMP, _RAW_PROFILE = b"XML:com.adobe.xmp", b"Raw profile type "
@@ -50,6 +50,9 @@ def read(data: bytes, name: str) -> Contents:
         }
         orientation = exif.get(_ORIENTATION, 1)
         turned = orientation != 1
+        if kind in ("JPEG", "WEBP"):  # that of MPO tells of its other pictures
+            said = ("comment",) if turned else ("comment", "xmp")  # which may say how to turn
+            kept |= {key: file.info[key] for key in said if key in file.info}
         if kind == "PNG":
             kept["chunks"] = _said(data, turned)
             _widen_key(file, data)
@@ -81,7 +84,8 @@ def write(values: Values, kind: str, **kept: Any) -> bytes:
     Args:
         values: uint8; PNG also takes uint16.
         kind: PNG, JPEG, BMP or WEBP.
-        kept: dpi, icc_profile and exif; of PNG also chunks, as they stood in a file.
+        kept: dpi, icc_profile and exif; of JPEG and WebP also comment and xmp, of PNG chunks, as
+            they stood in a file.
 
     Raises:
         InputError: if the format cannot hold such pixels.

@@ -199,6 +199,9 @@ def test_what_a_png_says_of_its_colours_and_in_words_is_kept(deep: bool) -> None
         chunk(b"gAMA", struct.pack(">I", 45455)),
         chunk(b"cHRM", struct.pack(">8I", *range(30000, 30008))),
         chunk(b"sRGB", b"\1"),
+        chunk(b"cICP", bytes([9, 16, 0, 1])),
+        chunk(b"mDCV", bytes(24)),
+        chunk(b"cLLI", bytes(8)),
         chunk(b"tEXt", b"Title\0a slice"),
         chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"thin")),
         chunk(b"iTXt", b"Author\0\0\0\0\0" + "Jos\u00e9".encode()),
@@ -211,6 +214,23 @@ def test_what_a_png_says_of_its_colours_and_in_words_is_kept(deep: bool) -> None
     np.testing.assert_array_equal(decode(written, "a.png", white=65535).pixels, pixels)
     with Image.open(io.BytesIO(written)) as after:
         assert (after.info["gamma"], after.info["Title"]) == (0.45455, "a slice")
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp", "mpo"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_what_others_say_of_a_picture_is_kept_but_not_how_to_turn_it(
+    kind: str, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    options: dict[str, Any] = {} if kind == "webp" else {"comment": b"of a finger"}
+    if kind == "mpo":
+        options |= {"save_all": True, "append_images": [Image.fromarray(GREY)]}
+    data = saved(RGB, kind, exif=exif, xmp=b"<x:xmpmeta/>", **options)
+    _, written = again(data, "a.webp" if kind == "webp" else "a.jpg")
+    with Image.open(io.BytesIO(written)) as after:
+        assert ("xmp" in after.info) == (orientation == 1 and kind != "mpo")
+        assert after.info.get("comment") == (b"of a finger" if kind == "jpeg" else None)
 
 
 def test_xmp_does_not_turn_what_was_turned() -> None:
