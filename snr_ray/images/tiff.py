@@ -40,11 +40,12 @@ MOST_PACKED = 2**14
 """Bytes of pixels that a byte of a file may become; of blank pages in Zstandard, the best packed,
 a few thousand."""
 SMALL = 2**24
-_XMP = 700
+_XMP, _NOTHING = 700, 42113
 KEPT_TAGS = (
     271, 272, 305, 306, 315, 33432,  # make, model, software, date, artist, copyright
     _XMP,  # what else programs say of it, as XMP
-    33550, 33922, 34264, 34735, 34736, 34737, 42112, 42113,  # place on the map
+    33550, 33922, 34264, 34735, 34736, 34737, 42112,  # place on the map
+    _NOTHING,
 )  # fmt: skip
 _ALPHA = (1, 2)  # associated or not, in tag 338
 _BESIDE = 0b101  # reduced images and masks, in tag 254
@@ -150,6 +151,7 @@ def _goes_on(file: tifffile.TiffFile, page: tifffile.TiffPage) -> bool:
 
 def _meant(samples: Values, page: tifffile.TiffPage, data: bytes, name: str) -> Stored:
     """What samples [H, W, samples] stand for, upright."""
+    _check_meaning(samples, page, name)
     kind, bits = _kind(page), int(page.bitspersample)
     values = _without_extra(samples, page, name)
     white: float | None = None
@@ -170,6 +172,22 @@ def _meant(samples: Values, page: tifffile.TiffPage, data: bytes, name: str) -> 
     if not upright and 274 in page.tags:
         values = turn(values, int(page.tags[274].value))
     return Stored(values, white)
+
+
+def _check_meaning(samples: Values, page: tifffile.TiffPage, name: str) -> None:
+    """Refuse pixels that mean nothing, as transparent ones are: cleaned, they would mean a value,
+    and of their neighbours nobody knows the noise."""
+    if _NOTHING not in page.tags:
+        return
+    try:
+        nothing = float(str(page.tags[_NOTHING].value).strip(" \0"))
+    except ValueError:  # no number: then it is no pixel's
+        return
+    if np.any(samples == nothing):
+        raise InputError(
+            f"Every pixel must have a value, but some of {name} are {nothing:g}, which means that "
+            "they have none (tag 42113, GDAL_NODATA); fill them, or drop the tag."
+        )
 
 
 def _kind(page: tifffile.TiffPage) -> PHOTOMETRIC:

@@ -422,6 +422,16 @@ def test_xmp_and_the_value_that_means_nothing_are_kept() -> None:
         assert after.pages[0].tags[42113].value == "-9999"
 
 
+@pytest.mark.parametrize("said", ["-9999", "-9999.0\0", " -9.999e3"])
+def test_pixels_that_mean_nothing_are_refused(said: str) -> None:
+    pixels = (GREY / 255).astype(np.float32)
+    tags = [(42113, "s", 0, said, True)]
+    decode(tiff(pixels, extratags=tags), "a.tif", white=1)
+    pixels[3, 3] = -9999
+    with pytest.raises(InputError, match=r"some of a\.tif are -9999, which means that they have n"):
+        decode(tiff(pixels, extratags=tags), "a.tif", white=1)
+
+
 def test_xmp_that_may_say_how_to_turn_is_left_out_of_what_was_turned() -> None:
     xmp = b'<x:xmpmeta xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
     tags = [(700, "B", len(xmp), xmp, True), (274, "H", 1, 6, True)]
