@@ -128,6 +128,13 @@ def _check_kind(file: Any, name: str) -> None:
             f"A CT slice must be grey, but {name} is {kind or 'of no known kind'} (tag 0028,0004); "
             "it is a picture of a slice and no slice."
         )
+    high, bits = file.get("HighBit"), file.get("BitsStored")
+    if high is not None and bits is not None and int(high) >= int(bits):
+        raise InputError(
+            f"Numbers of a CT slice must lie in the lowest bits, but {name} has {bits} of them up "
+            f"to bit {high} (tags 0028,0101 and 0028,0102), which readers take for different "
+            "numbers; write it again."
+        )
 
 
 def _scale_of(file: Any, frame: int, name: str) -> tuple[float, float]:

@@ -211,6 +211,7 @@ def test_a_slice_is_known_by_its_bytes_whatever_it_is_called(name: str) -> None:
         ({"PixelData": None}, r"a\.dcm has none \(tag 7FE0,0010\)"),
         ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, r"must be grey, but .* RGB"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, r"must be grey, but .* PALETTE COLOR"),
+        ({"BitsStored": 12}, r"in the lowest bits, but a\.dcm has 12 of them up to bit 15"),
         ({"PixelData": STORED.tobytes()[:40]}, r"a\.dcm cannot be read as an image .*; replace"),
     ],
     ids=lambda value: str(value)[:30],
