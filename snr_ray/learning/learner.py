@@ -26,6 +26,7 @@ from snr_ray.network.hvae import HVAE
 from snr_ray.network.swap import NoiseCodes
 from snr_ray.network.trust import least_explained
 from snr_ray.network.unet import UNet
+from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import noise_operator, noise_specs
 from snr_ray.noise.tensors import Counts, noise_of_each
 from snr_ray.noise.viewrange import ViewRange
@@ -105,6 +106,11 @@ class Learner:
             for name in (f"{corrects}.weight", f"{corrects}.bias"):
                 weights[name] = weights[name].clone()
                 weights[name][: finest.n_pixels] = 0
+        its, mine = (getattr(model, "noise_maker", None) for model in (other, self.average))
+        if isinstance(its, ViewCountMaker) and isinstance(mine, ViewCountMaker):
+            bias = weights["noise_maker.reading.bias"].clone()
+            bias[1] += its.middle - mine.middle  # the same code reads as the same count
+            weights["noise_maker.reading.bias"] = bias
         for model in (self.objective.model, self.average):
             kernel = torch.zeros_like(model.stem.conv.weight)
             kernel[:, : known.shape[1]] = known

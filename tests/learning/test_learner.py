@@ -105,6 +105,18 @@ def test_start_gives_the_images_of_the_model_it_is(
         np.testing.assert_allclose(swap(model, noisy, trained.codes.mean(0)), expected, atol=1e-5)
 
 
+def test_start_of_another_range_reads_the_same_counts(tiny: Config, range_folder: Path) -> None:
+    trained = load_model(range_folder).model
+    codes = [torch.ones(1, width, 1, 1) for width in tiny.model.noise_channels]
+    learner = Learner(configs.replace(tiny, {"noise.views_per_pixel": [0.1, 0.8], "seed": 5}))
+    learner.start_from(trained)
+    for model in (learner.average, learner.objective.model):
+        for read, before in zip(
+            model.noise_maker.read(codes), trained.noise_maker.read(codes), strict=True
+        ):
+            torch.testing.assert_close(read.detach(), before)
+
+
 @pytest.mark.parametrize(
     ("decoder", "unrolled"), [("operator", 0), ("operator", 2), ("network", 0)]
 )

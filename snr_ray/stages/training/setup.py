@@ -11,7 +11,7 @@ import torch
 
 from snr_ray import configfile as configs
 from snr_ray.address import without_secrets
-from snr_ray.config import Config
+from snr_ray.config import Config, NoiseConfig
 from snr_ray.errors import InputError, check
 from snr_ray.folder import Folder
 from snr_ray.hashing import fingerprint
@@ -52,13 +52,7 @@ def settle_start(config: Config) -> Config:
             f"has {mine}; set {key}={theirs}, or start from another.",
         )
     if isinstance(trained.model, HVAE) and trained.model.noise_maker is not None:
-        known, wanted = list(its.noise.n_views), list(config.noise.n_views)
-        check(
-            len(known) == len(wanted),
-            f"train.start needs a model of as many view counts, but {start} has {len(known)} "
-            f"({known}) where this run has {len(wanted)} ({wanted}); set noise.n_views to "
-            f"{len(known)} of them, or start from another.",
-        )
+        _check_views(start, its.noise, config.noise)
     mine, stored = configs.to_dict(config)["model"], configs.to_dict(its)["model"]
     stored["physics"] = stored["physics"] or mine["physics"]
     for key in ("bounded", "correction"):  # which have no weights
@@ -71,6 +65,32 @@ def settle_start(config: Config) -> Config:
     settled = configs.replace(config, {f"model.{key}": value for key, value in stored.items()})
     check_decoder(settled)
     return settled
+
+
+def _check_views(start: str, its: NoiseConfig, mine: NoiseConfig) -> None:
+    """Raise InputError if what reads view counts from noise codes cannot begin as that of a model:
+    it names one of a few, or says how many there are, of any count in a range."""
+    if its.views_per_pixel is None and mine.views_per_pixel is None:
+        known, wanted = list(its.n_views), list(mine.n_views)
+        check(
+            len(known) == len(wanted),
+            f"train.start needs a model of as many view counts, but {start} has {len(known)} "
+            f"({known}) where this run has {len(wanted)} ({wanted}); set noise.n_views to "
+            f"{len(known)} of them, or start from another.",
+        )
+    elif its.views_per_pixel is None:
+        raise InputError(
+            f"train.start needs a model of a range of view counts, as noise.views_per_pixel is "
+            f"set, but {start} was trained on {list(its.n_views)} views; leave "
+            "noise.views_per_pixel out, or start from another."
+        )
+    elif mine.views_per_pixel is None:
+        low, high = its.views_per_pixel
+        raise InputError(
+            f"train.start needs a model of a few view counts where noise.views_per_pixel is not "
+            f"set, but {start} was trained on a range of them; set noise.views_per_pixel="
+            f"[{low:g},{high:g}], or start from another."
+        )
 
 
 def identity(config: Config, origin: Origin) -> dict[str, Any]:

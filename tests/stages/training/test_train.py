@@ -35,7 +35,7 @@ from snr_ray.stages.simulation.dataset import Origin
 from snr_ray.stages.simulation.simulate import simulate
 from snr_ray.stages.training import setup
 from snr_ray.stages.training.runlog import read_metrics
-from snr_ray.stages.training.setup import check_images, wait_for_room
+from snr_ray.stages.training.setup import check_images, settle_start, wait_for_room
 from snr_ray.stages.training.train import train
 from snr_ray.stages.training.worker import interface_of
 
@@ -228,7 +228,7 @@ def test_run_may_start_from_a_model(
 
 
 def test_start_from_another_kind_is_refused(
-    tiny: Config, model_folder: Path, unet_folder: Path, tmp_path: Path
+    tiny: Config, model_folder: Path, unet_folder: Path, range_folder: Path, tmp_path: Path
 ) -> None:
     def run(start: Path, **changes: object) -> None:
         dotted = {key.replace("__", "."): value for key, value in changes.items()}
@@ -245,6 +245,18 @@ def test_start_from_another_kind_is_refused(
         InputError, match=r"has 2 \(\[12, 6\]\) where this run has 3 .*to 2 of them"
     ):
         run(model_folder, noise__n_views=[16, 12, 6])
+    with pytest.raises(InputError, match=r"range of view counts, .*trained on \[12, 6\] views"):
+        run(model_folder, noise__views_per_pixel=[0.2, 0.9])
+    with pytest.raises(InputError, match=r"set noise\.views_per_pixel=\[0\.2,0\.9\], or start"):
+        run(range_folder)
+
+
+def test_start_of_a_range_takes_any_view_counts_to_validate(
+    tiny: Config, range_folder: Path
+) -> None:
+    changes = {"noise.views_per_pixel": [0.2, 0.9], "noise.n_views": [14, 12, 6]}
+    config = configs.replace(tiny, {**changes, "train.start": str(range_folder)})
+    assert settle_start(config) == config
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
