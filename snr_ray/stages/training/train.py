@@ -39,7 +39,7 @@ from snr_ray.config import Config
 from snr_ray.errors import InputError, RunError, check
 from snr_ray.folder import Folder
 from snr_ray.images.datafolder import Failure
-from snr_ray.learning.modelfolder import WEIGHTS_FILE, model_place
+from snr_ray.learning.modelfolder import WEIGHTS_FILE, model_place, read_model
 from snr_ray.learning.restart import newest_checkpoint
 from snr_ray.lock import check_free, locked
 from snr_ray.network.swap import N_DONORS
@@ -127,7 +127,7 @@ def train(
         check_tracker(settings())
         check_free(place)
     claim(place, identity(config, origin), owned=OWNED, overwrite=overwrite)
-    if place.exists(FINISHED):
+    if _is_finished(place):
         if not place.exists("report.html") or DONE.encode() not in place.read("report.html"):
             desk.fetch("config.yaml")  # the driver was killed before it could write its page
             write_page(desk, f"{DONE} {_named(origin)}")
@@ -146,6 +146,20 @@ def train(
                 wait_for_room(config, wait, tell=progress)
             _train(config, origin, desk, counts, progress=progress, here=here)
     return _outcome(desk)
+
+
+def _is_finished(place: Folder) -> bool:
+    """Whether a run has its model. One that was damaged is made anew of the newest checkpoint; in
+    a bucket, which takes files whole, it is not looked at."""
+    if not place.exists(FINISHED):
+        return False
+    if place.local is not None:
+        try:
+            read_model(place.local / "model")
+        except InputError as error:
+            print(f"train: damaged: {error} It is made anew.", file=sys.stderr)
+            return False
+    return True
 
 
 def _train(
@@ -295,8 +309,20 @@ def _why(error: Exception, place: Folder) -> Exception:
 
 
 def _outcome(desk: Desk) -> Outcome:
-    failed = pq.read_metadata(pa.BufferReader(desk.place.read("failures.parquet"))).num_rows
+    failed = _count_failed(desk.place)
     desk.fetch("metrics.jsonl")
     rows = read_metrics(desk.path / "metrics.jsonl")
     where = desk.place.local or desk.place
     return Outcome(where, int(rows[-1]["step"]) if rows else 0, failed)
+
+
+def _count_failed(place: Folder) -> int:
+    try:
+        data = place.read("failures.parquet")
+        return pq.read_metadata(pa.BufferReader(data)).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{place.join('failures.parquet')} must say which images could not be read, but is "
+            f"missing or damaged ({' '.join(str(error).split())}); put a copy of it in its place. "
+            f"The model, {place.join('model')}, can be used without."
+        ) from None

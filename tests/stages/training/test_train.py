@@ -91,6 +91,31 @@ def test_a_finished_run_whose_driver_was_killed_gets_its_page(
         assert (run / "report.html").read_text() == (unbroken / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_a_damaged_model_is_made_anew(
+    tiny: Config, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    model = run / "model" / "model.safetensors"
+    model.write_bytes(model.read_bytes()[:1000])
+    assert train(tiny, origin=GLYPHS, out=run).images == 20
+    assert "It is made anew." in capsys.readouterr().err
+    np.testing.assert_array_equal(weights(run), weights(unbroken))
+
+
+def test_a_finished_run_without_its_failures_says_so(
+    tiny: Config, unbroken: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    for left in (b"", b"PAR1 is not enough", None):
+        if left is None:
+            (run / "failures.parquet").unlink()
+        else:
+            (run / "failures.parquet").write_bytes(left)
+        with pytest.raises(InputError, match=r"missing or damaged .*model, can be used without"):
+            train(tiny, origin=GLYPHS, out=run)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_2_cpus")
 def test_a_range_of_views_is_learned_on_several_sizes(
