@@ -175,7 +175,7 @@ def _model_folder(tiny: Config, run: Path) -> Path:
         maker.logits.bias.copy_(-maker.logits.weight @ code)
     codes, metrics = learner.validate(pairs, pairs)
     run.mkdir(exist_ok=True)
-    save_model(run / "model", tiny, learner.average, codes, metrics, "tests")
+    save_model(run / "model", tiny, learner.average, codes, metrics, "tests", steps=20)
     return run / "model"
 
 

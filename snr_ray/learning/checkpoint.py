@@ -112,6 +112,8 @@ def save_model(
     codes: NoiseCodes | None,
     metrics: "Metrics",
     origin: str,
+    *,
+    steps: int,
 ) -> None:
     """Write a model folder; it appears complete or not at all, replacing an older one.
 
@@ -122,6 +124,7 @@ def save_model(
         codes: donors' noise codes; None for a U-Net.
         metrics: validation metrics of the last checkpoint.
         origin: the command or function that trained it, for the model card.
+        steps: that it was trained for; less than train.steps where it was stopped before.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -133,7 +136,7 @@ def save_model(
     save_file(tensors, partial / WEIGHTS_FILE, {"snr_ray": __version__})
     configs.save(config, partial / "config.yaml")
     (partial / "metrics.json").write_text(as_json(metrics, indent=2) + "\n")
-    (partial / "README.md").write_text(_card(config, model, metrics, origin))
+    (partial / "README.md").write_text(_card(config, model, metrics, origin, steps))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
@@ -240,8 +243,10 @@ def _network(folder: ModelFolder) -> tuple[HVAE | UNet, dict[str, Tensor]]:
     return model.eval().requires_grad_(False), tensors
 
 
-def _card(config: Config, model: HVAE | UNet, metrics: "Metrics", origin: str) -> str:
+def _card(config: Config, model: HVAE | UNet, metrics: "Metrics", origin: str, steps: int) -> str:
     n_weights = sum(p.numel() for p in model.parameters())
+    whole = config.train.steps
+    trained = f"{steps} steps" if steps == whole else f"{steps} steps, stopped before its {whole},"
     size, colour = config.images.size, "grey" if config.images.channels == 1 else "RGB"
     rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in metrics.items())
     what = (
@@ -270,12 +275,17 @@ def _card(config: Config, model: HVAE | UNet, metrics: "Metrics", origin: str) -
             "few percent,\nwhich is not exact; `--views` says it."
         )
     else:
-        seen = f"{size}x{size} {colour} images; views: {', '.join(map(str, config.noise.n_views))}"
+        crop = config.images.crop
+        part = f"crops of {crop}x{crop} pixels of " if crop else ""
+        views = ", ".join(map(str, config.noise.n_views))
+        seen = f"{part}{size}x{size} {colour} images; views: {views}"
         told = isinstance(model, HVAE) and model.unrolls
-        views = ", and other view counts must be told" if told else ", and so are other view counts"
+        others = (
+            ", and other view counts must be told" if told else ", and so are other view counts"
+        )
         limits = (
             f"Limits: trained on simulated noise, {photons} photon noise, of images of this size; "
-            f"streaks of\nother sizes or filters are outside what it has seen{views}."
+            f"streaks of\nother sizes or filters are outside what it has seen, and {others}."
         )
     return f"""# snr_ray model
 
@@ -283,7 +293,7 @@ def _card(config: Config, model: HVAE | UNet, metrics: "Metrics", origin: str) -
 
 - trained on {seen};
   filter: {config.noise.filter}
-- {n_weights:,} weights; {config.train.steps} steps of {config.train.batch_size} images and their
+- {n_weights:,} weights; {trained} of {config.train.batch_size} images and their
   noisy versions
 - made by: {origin}, with the config.yaml beside this card (snr_ray {__version__})
 

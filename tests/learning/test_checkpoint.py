@@ -156,7 +156,8 @@ def test_view_counts_are_found_again_to_the_last_digit() -> None:
 def test_model_folder_round_trip(tiny: Config, pairs: Pairs, tmp_path: Path) -> None:
     learner = Learner(tiny)
     codes = donor_codes(learner.average, pairs)
-    save_model(tmp_path / "model", tiny, learner.average, codes, {"swap_psnr": 1.0}, "tests")
+    values = {"swap_psnr": 1.0}
+    save_model(tmp_path / "model", tiny, learner.average, codes, values, "tests", steps=20)
     back = load_model(tmp_path / "model")
     assert back.config == tiny
     for a, b in zip(learner.average.parameters(), back.model.parameters(), strict=True):
@@ -166,6 +167,21 @@ def test_model_folder_round_trip(tiny: Config, pairs: Pairs, tmp_path: Path) -> 
     card = (tmp_path / "model" / "README.md").read_text()
     assert "16x16 grey" in card
     assert not list((tmp_path / "model").glob("*.p*"))  # nothing to unpickle
+
+
+def test_the_card_says_how_long_and_on_what_a_model_was_trained(
+    tiny: Config, pairs: Pairs, tmp_path: Path
+) -> None:
+    changes = {"model.decoder": "network", "images.crop": 8}
+    learner = Learner(configs.replace(tiny, changes))
+    codes = donor_codes(learner.average, pairs)
+    for steps, told in ((20, "; 20 steps of 16 images"), (10, "; 10 steps, stopped before its 20")):
+        save_model(
+            tmp_path / "model", learner.config, learner.average, codes, {}, "tests", steps=steps
+        )
+        card = (tmp_path / "model" / "README.md").read_text()
+        assert told in card
+        assert "crops of 8x8 pixels of 16x16 grey images" in card
 
 
 def test_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
@@ -243,7 +259,7 @@ def test_models_saved_before_a_key_existed_still_load(
     config = configs.replace(tiny, {"model.decoder": "network", "model.upsampling": "nearest"})
     learner, folder = Learner(config), tmp_path / "model"
     codes, metrics = learner.validate(pairs, pairs)
-    save_model(folder, config, learner.average, codes, metrics, "tests")
+    save_model(folder, config, learner.average, codes, metrics, "tests", steps=20)
     path = folder / "config.yaml"
     text = path.read_text().replace("  decoder: network\n", "")
     path.write_text(text.replace("  upsampling: nearest\n", ""))

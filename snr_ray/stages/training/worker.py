@@ -141,8 +141,15 @@ def train_at(place: Place, job: dict[str, Any]) -> None:
             if last or stop:
                 metrics |= learner.least_explained(codes, val)
                 metrics |= learner.bf16_costs(donors, val, metrics)
-                origin = job["origin"]
-                save_model(out / "model", config, learner.average, codes, metrics, origin)
+                save_model(
+                    out / "model",
+                    config,
+                    learner.average,
+                    codes,
+                    metrics,
+                    job["origin"],
+                    steps=learner.step,
+                )
                 desk.keep("model", last=f"model/{WEIGHTS_FILE}")
         # All wait here until the state is on disk: none is a step ahead when a worker dies.
         place.meet(learner.step)
