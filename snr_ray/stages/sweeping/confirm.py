@@ -16,7 +16,7 @@ from scipy import stats
 
 from snr_ray import configfile as configs
 from snr_ray.config import Config
-from snr_ray.errors import RunError
+from snr_ray.errors import InputError, RunError
 from snr_ray.folder import Folder
 from snr_ray.stages.simulation.dataset import Origin
 from snr_ray.stages.sweeping.objectives import OBJECTIVES, SWAP, Goals
@@ -80,9 +80,23 @@ class Confirmation:
 
 
 def read_confirmation(out: Path) -> Confirmation | None:
-    """What `confirm` found in the folder of a sweep; None if it was not asked."""
+    """What `confirm` found in the folder of a sweep; None if it was not asked.
+
+    Raises:
+        InputError: if the file is damaged.
+    """
     path = out / CONFIRMED
-    return Confirmation(**json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        found = Confirmation(**json.loads(path.read_text()))
+        found.sentence()
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{CONFIRMED} in --out must be what --confirm found, but is damaged ({error}); remove "
+            f"it: --confirm makes it anew of the runs in {RUNS}."
+        ) from None
+    return found
 
 
 def confirm(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from snr_ray.errors import InputError
 from snr_ray.stages.sweeping.confirm import CONFIRMED, Confirmation, read_confirmation
 
 
@@ -50,3 +51,8 @@ def test_what_was_found_is_read_back(tmp_path: Path) -> None:
     one = found([21.0, 21.4], [20.9, 20.6])
     (tmp_path / CONFIRMED).write_text(json.dumps(dataclasses.asdict(one)))
     assert read_confirmation(tmp_path) == one
+    for damaged in ("", "[1]", "null", '{"seeds": [1]}', '{"objective": "x", "seeds": [], "best": '
+                    '[1, 2], "given": [1, 2]}', "\x00"):  # fmt: skip
+        (tmp_path / CONFIRMED).write_text(damaged)
+        with pytest.raises(InputError, match=r"is damaged .* --confirm makes it anew"):
+            read_confirmation(tmp_path)
