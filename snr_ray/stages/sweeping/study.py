@@ -75,7 +75,9 @@ class BetterHalf(optuna.pruners.BasePruner):
         step = trial.last_step
         if step not in RUNGS:
             return False
-        values = [t.intermediate_values for t in study.get_trials(deepcopy=False)]
+        # One that broke off is there again where it goes on.
+        states = (*FINISHED, TrialState.RUNNING)
+        values = [t.intermediate_values for t in study.get_trials(deepcopy=False, states=states)]
         there = np.array([its[step] for its in values if step in its])
         mine = trial.intermediate_values[step]
         larger = study.direction == optuna.study.StudyDirection.MAXIMIZE

@@ -116,6 +116,10 @@ def test_the_better_half_of_those_that_came_to_a_rung_goes_on(sign: int) -> None
     assert pruned(4, 0, 4) == [False, False, True]  # the second of three, then of two
     assert pruned(float("nan")) == [True]
     assert pruned(6, 0, 6, 0) == [False] * 4
+    for _ in range(2):  # killed; it comes there again
+        study.tell(study.trials[-1].number, state=TrialState.FAIL)
+        assert pruned(6, 0, 6, 0) == [False] * 4
+    assert pruned(4.5) == [False]  # the third of six
 
 
 def test_what_decides_matters_most(tiny: Config, tmp_path: Path) -> None:
