@@ -16,7 +16,16 @@ from snr_ray.config import SweepConfig
 from snr_ray.outputs import write_atomic
 from snr_ray.stages.sweeping.confirm import read_confirmation
 from snr_ray.stages.sweeping.objectives import OBJECTIVES, Goals, Objective
-from snr_ray.stages.sweeping.study import GIVEN, NINTHS, best_of, compared, importances, keeps, last
+from snr_ray.stages.sweeping.study import (
+    GIVEN,
+    NINTHS,
+    SHARE,
+    best_of,
+    compared,
+    importances,
+    keeps,
+    last,
+)
 
 LOGARITHMIC = ("triplet", "content_kl")
 
@@ -49,12 +58,14 @@ def write_page(
 
 def share_run(trials: list[FrozenTrial]) -> float:
     """Share of the steps of all trials that were run; pruning saved the rest."""
-    ran = [1.0 if t.state == TrialState.COMPLETE else _ninths(t) / NINTHS for t in trials]
-    return sum(ran) / len(ran)
+    return sum(_share(trial) for trial in trials) / len(trials)
 
 
-def _ninths(trial: FrozenTrial) -> int:
-    return max(trial.intermediate_values, default=0)
+def _share(trial: FrozenTrial) -> float:
+    if trial.state == TrialState.COMPLETE:
+        return 1.0
+    of_old = max(trial.intermediate_values, default=0) / NINTHS  # which did not count steps
+    return float(trial.user_attrs.get(SHARE, of_old))
 
 
 def _last(trial: FrozenTrial, objective: Objective) -> float:

@@ -32,6 +32,8 @@ DRIVER = "driver"
 """Attribute of a trial: the folder that runs it, of several drivers of one study."""
 MEASURED = "measured"
 """Attribute of a trial: what its model came to, by the names of metrics.jsonl."""
+SHARE = "share"
+"""Attribute of a trial: the share of its steps that it ran."""
 
 
 def suggest(trial: BaseTrial, config: Config) -> Config:

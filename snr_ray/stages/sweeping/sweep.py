@@ -66,7 +66,7 @@ from snr_ray.stages.sweeping.study import (
     FINISHED,
     GIVEN,
     MEASURED,
-    NINTHS,
+    SHARE,
     best_of,
     by_rungs,
     check_same,
@@ -249,7 +249,7 @@ class _Sweep:
                     # In a bucket they are looked at less often, but always at their end.
                     now = ref in ready or self.desk.soon(running.name)
                     if self.goals.prunes and now:
-                        _report(running, self.goals)
+                        _report(running, self.goals, self.config.train.steps)
                     if ref in ready and (how := self._end(ref, running)):
                         done = self._count(*FINISHED)
                         left = (time.monotonic() - since) / max(1, done - started) * (trials - done)
@@ -305,10 +305,12 @@ class _Sweep:
                 ) from None
             return ""
         self.in_a_row = 0
+        share = rows[-1]["step"] / self.config.train.steps
         trial.set_user_attr(MEASURED, measured)
+        trial.set_user_attr(SHARE, share)
         for bound in self.goals.bounds:
             trial.set_constraint(bound.text, bound.excess(measured))
-        pruned = ended.folder.exists("stop") and len(rows) < NINTHS
+        pruned = ended.folder.exists("stop") and share < 1
         if pruned:
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
@@ -329,15 +331,15 @@ class _Sweep:
         return f"{first.show(best.values[0])} {first.unit} (trial {best.number})"
 
 
-def _report(running: _Live, goals: Goals) -> None:
-    """Tell the pruner what is new; end the trial if it is hopeless."""
+def _report(running: _Live, goals: Goals, steps: int) -> None:
+    """Tell the pruner what is new of a trial of so many steps; end it if it is hopeless."""
     rows = _checkpoints(running.folder)
     for step, row in list(enumerate(rows, start=1))[running.reported :]:
         if (value := row.get(goals.first.metric)) is None:
             continue
         running.trial.report(value, step)
         # All are compared with the config as given; after the last checkpoint nothing is saved.
-        mortal = running.name != GIVEN and step < NINTHS
+        mortal = running.name != GIVEN and row["step"] < steps
         if mortal and running.trial.should_prune():
             running.folder.write("stop", "")
     # A run that began again from a checkpoint has dropped lines, and has the same again.

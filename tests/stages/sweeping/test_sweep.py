@@ -1,5 +1,6 @@
 """The sweep stage: trials, pruning by the files of a run, resume after a kill, best.yaml."""
 
+import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from snr_ray.stages.simulation.dataset import Origin
 from snr_ray.stages.sweeping import sweep as module
 from snr_ray.stages.sweeping.confirm import confirm, read_confirmation
 from snr_ray.stages.sweeping.objectives import Goals
-from snr_ray.stages.sweeping.study import FINISHED, by_rungs
+from snr_ray.stages.sweeping.study import FINISHED, BetterHalf, by_rungs
 from snr_ray.stages.sweeping.sweep import sweep
 
 GLYPHS = Origin(images="glyphs")
@@ -151,6 +152,21 @@ def test_a_storage_that_is_not_there_leaves_the_folder_alone(tiny: Config, tmp_p
     with pytest.raises(InputError, match="cannot be reached"):
         sweep(tiny, origin=GLYPHS, out=tmp_path / "s", trials=1, storage=url)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(("steps", "ends"), [(9, True), (3, False)])
+def test_a_trial_that_has_run_all_its_steps_is_not_ended(
+    tmp_path: Path, steps: int, ends: bool
+) -> None:
+    study = optuna.create_study(direction="maximize", pruner=BetterHalf())
+    for _ in range(3):
+        better = study.ask()
+        better.report(30.0, 3)
+    folder = open_folder(tmp_path)
+    folder.write("metrics.jsonl", "".join(
+        json.dumps({"step": step, "swap_psnr": 20.0}) + "\n" for step in (1, 2, 3)))  # fmt: skip
+    module._report(module._Live(study.ask(), "0004", folder), Goals(), steps)
+    assert folder.exists("stop") == ends
 
 
 @pytest.mark.ray
