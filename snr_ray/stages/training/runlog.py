@@ -65,7 +65,7 @@ class RunLog:
         """Show an image [H, W, 3] in [0, 1] of named columns; the newest is a file, too."""
         self.writer.add_image(" | ".join(columns), sheet, step, dataformats="HWC")
         self.writer.flush()
-        write_atomic(self.path.with_name("pictures.png"), png(sheet, ", ".join(columns), step))
+        write_atomic(self.path.with_name("pictures.png"), png(sheet, " | ".join(columns), step))
 
 
 def read_metrics(path: Path) -> list[Metrics]:

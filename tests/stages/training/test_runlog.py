@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
@@ -11,7 +13,8 @@ from snr_ray.errors import InputError
 from snr_ray.metrics import as_json
 from snr_ray.stages.training import runlog
 from snr_ray.stages.training.desk import Desk
-from snr_ray.stages.training.runlog import Watch, metrics_of, read_metrics
+from snr_ray.stages.training.runlog import RunLog, Watch, metrics_of, read_metrics
+from snr_ray.stages.training.tracker import Settings, Tracker
 
 ROWS = [{"step": step, "loss": 1.5 / step} for step in (25, 50, 75)]
 TEXT = "".join(as_json(row) + "\n" for row in ROWS)
@@ -38,6 +41,14 @@ def test_a_damaged_line_inside_is_one_sentence(tmp_path: Path, line: bytes) -> N
             InputError, match=r"metrics\.jsonl must be .* line 2 is damaged .*remove"
         ):
             read()
+
+
+def test_columns_of_a_picture_are_told_apart(tiny: Config, tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, tiny, Settings({}))
+    with RunLog(tmp_path, 0, tracker) as run_log:
+        run_log.picture(np.zeros((8, 8, 3), np.float32), ["clean", "noisy, 6 views"], 20)
+    with Image.open(tmp_path / "pictures.png") as image:
+        assert image.info["Description"].endswith(": clean | noisy, 6 views")
 
 
 @pytest.mark.parametrize("scored", [True, False])
