@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from snr_ray import __version__
@@ -133,7 +133,7 @@ def save_model(
     donors = codes.donors if codes else []
     tensors |= {f"{DONORS}{level}": code for level, code in enumerate(donors)}
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    save_file(tensors, partial / WEIGHTS_FILE, {"snr_ray": __version__})
+    (partial / WEIGHTS_FILE).write_bytes(save(tensors, {"snr_ray": __version__}))
     configs.save(config, partial / "config.yaml")
     (partial / "metrics.json").write_text(as_json(metrics, indent=2) + "\n")
     (partial / "README.md").write_text(_card(config, model, metrics, origin, steps))

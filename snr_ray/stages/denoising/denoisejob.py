@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snr_ray.config import ImagesConfig
-from snr_ray.errors import InputError, RunError, check
+from snr_ray.errors import NO_ROOM, InputError, RunError, check, no_room
 from snr_ray.folder import Folder
 from snr_ray.images.collection import Texts
 from snr_ray.images.datafolder import FAILURES_SCHEMA
@@ -35,10 +35,8 @@ from snr_ray.stages.denoising.cleaning import Cleaning, Maker, on_cores, on_gpus
 from snr_ray.stages.denoising.imagefiles import (
     DOUBTFUL,
     MANIFEST_SCHEMA,
-    NO_ROOM,
     OWN_NAMES,
     PASS_PIXELS,
-    no_room,
 )
 from snr_ray.stages.denoising.manifest import Manifest, Summary
 from snr_ray.stages.job import pools

@@ -7,7 +7,6 @@ Between the two lies the network (`fileswap`), in the same process or on another
 """
 
 import contextlib
-import errno
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snr_ray.config import ImagesConfig
-from snr_ray.errors import InputError, RunError
+from snr_ray.errors import NO_ROOM, InputError, no_room
 from snr_ray.folder import Folder, NotShared
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.formats import OpenFile, open_file, stored_frames
@@ -70,11 +69,6 @@ OWN_NAMES = ("job.json", "manifest.parquet", "failures.parquet", "report.html")
 """What the job itself writes beside the images."""
 _MOVED = r"(?i)^/|//|(^|/)\.{1,2}/|^(" + "|".join(re.escape(name) for name in OWN_NAMES) + r")(/|$)"
 """Ids whose output name is not simply theirs."""
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-
-
-class NoRoom(RunError):
-    """The output folder can take no more files, whichever image it is."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +150,6 @@ class Target:
     doubtful: Doubtful = "copy"
     """What becomes of a result that does not explain its input: it is written all the same, the
     input's pixels are written in its place, or the image fails."""
-
-
-def no_room(out: Folder, error: OSError) -> NoRoom:
-    """What is said of an output folder that can take no more files."""
-    return NoRoom(
-        f"--out must have room, but {out} can take no more files ({error.strerror}); make some, "
-        "and the same command continues."
-    )
 
 
 def output_name(source: Source, name: str) -> str:

@@ -37,7 +37,7 @@ from sqlalchemy.exc import OperationalError
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
 from snr_ray.config import Config
-from snr_ray.errors import InputError, Lost, RunError
+from snr_ray.errors import InputError, Lost, RunError, room_in
 from snr_ray.folder import Folder
 from snr_ray.learning.validation import Metrics
 from snr_ray.lock import check_free, locked
@@ -163,7 +163,7 @@ def sweep(
         close(asked)
     check_free(place)
     claim(place, known | {"study": name if url else None}, owned=OWNED, overwrite=overwrite)
-    with locked(place, "sweep"):
+    with room_in(desk.name), locked(place, "sweep"):
         desk.fetch(DRIVER_FILE, JOURNAL, "best.yaml", CONFIRMED)
         driver = driver_of(desk.path) if url else None
         desk.keep(DRIVER_FILE)

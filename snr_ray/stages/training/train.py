@@ -36,7 +36,7 @@ from ray.train import UserCallback
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
 from snr_ray.config import Config
-from snr_ray.errors import InputError, RunError, check
+from snr_ray.errors import InputError, RunError, check, room_in
 from snr_ray.folder import Folder
 from snr_ray.images.datafolder import Failure
 from snr_ray.learning.modelfolder import WEIGHTS_FILE, model_place, read_model
@@ -132,7 +132,8 @@ def train(
             desk.fetch("config.yaml")  # the driver was killed before it could write its page
             write_page(desk, f"{DONE} {_named(origin)}")
         return _outcome(desk)
-    with locked(place, "train") if alone else contextlib.nullcontext():
+    held = locked(place, "train") if alone else contextlib.nullcontext()
+    with room_in(desk.name), held:
         configs.save(config, desk.path / "config.yaml")
         desk.keep("config.yaml")
         desk.fetch("metrics.jsonl", "pictures.png", CHECKPOINTS)

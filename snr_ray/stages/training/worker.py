@@ -16,6 +16,7 @@ import torch
 from ray.train.torch.config import TorchConfig, _TorchBackend
 from torch import nn
 
+from snr_ray.errors import room_in
 from snr_ray.learning.batches import PairFeed, Share
 from snr_ray.learning.checkpoint import WEIGHTS_FILE, load_any, save_model
 from snr_ray.learning.fit import fit
@@ -65,7 +66,8 @@ def work(job: dict[str, Any]) -> None:
         wrap=ray.train.torch.prepare_model,
         meet=lambda step: ray.train.report({"step": step}),
     )
-    train_at(place, job)
+    with room_in(job["desk"].name):
+        train_at(place, job)
 
 
 def work_alone(job: dict[str, Any], datasets: dict[str, Any]) -> None:
@@ -75,7 +77,9 @@ def work_alone(job: dict[str, Any], datasets: dict[str, Any]) -> None:
         return iter(datasets[name].iter_batches(batch_size=None, batch_format="pyarrow"))
 
     device = torch.device("cuda" if job["config"].train.use_gpu else "cpu")
-    train_at(Place(Share(), device, tables, lambda module: module, lambda step: None), job)
+    place = Place(Share(), device, tables, lambda module: module, lambda step: None)
+    with room_in(job["desk"].name):
+        train_at(place, job)
 
 
 def train_at(place: Place, job: dict[str, Any]) -> None:

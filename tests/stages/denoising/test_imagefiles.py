@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from snr_ray.config import ImagesConfig
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, NoRoom
 from snr_ray.images.collection import Source
 from snr_ray.images.headers import n_values
 from snr_ray.images.zarrfolder import pack
@@ -25,7 +25,6 @@ from snr_ray.stages.denoising.imagefiles import (
     Answer,
     Doubtful,
     ImageFile,
-    NoRoom,
     Target,
     check_output_names,
     open_files,

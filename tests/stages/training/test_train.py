@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
 from snr_ray.config import Config
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, NoRoom
 from snr_ray.hashing import hash64
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.learning.learner import Learner
@@ -114,6 +114,20 @@ def test_a_finished_run_without_its_failures_says_so(
             (run / "failures.parquet").write_bytes(left)
         with pytest.raises(InputError, match=r"missing or damaged .*model, can be used without"):
             train(tiny, origin=GLYPHS, out=run)
+
+
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_a_full_disk_ends_a_run_at_once(tiny: Config, unbroken: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").symlink_to("/dev/full")  # takes nothing, as a full disk
+    with pytest.raises(NoRoom, match=r"No space left on device\); make some, and the same command"):
+        train(tiny, origin=GLYPHS, out=run)
+    assert not (run / "errors.txt").exists()  # it was not tried again and again
+    (run / "metrics.jsonl").unlink()
+    train(tiny, origin=GLYPHS, out=run)
+    np.testing.assert_array_equal(weights(run), weights(unbroken))
 
 
 @pytest.mark.slow
