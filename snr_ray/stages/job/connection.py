@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -46,10 +47,12 @@ def connected(*, data: bool = True) -> Iterator[None]:
     Data, which takes a second to import.
 
     Raises:
-        InputError: within a minute, if the cluster cannot be used, with the reason.
+        InputError: within a minute, if the cluster cannot be used, with the reason; and where one
+            ended a task.
     """
     if ray.is_initialized():
-        yield
+        with _of_tasks():
+            yield
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {}
@@ -74,7 +77,8 @@ def connected(*, data: bool = True) -> Iterator[None]:
     if address == "local":
         threading.Thread(target=_end_with_ray, args=(done,), daemon=True).start()
     try:
-        yield
+        with _of_tasks():
+            yield
     except ray.exceptions.RayError as error:
         if not _is_lost(error):
             raise
@@ -85,6 +89,19 @@ def connected(*, data: bool = True) -> Iterator[None]:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.shutdown()
         _hear(stops)  # which Ray has taken away, behind Python's back
+
+
+@contextmanager
+def _of_tasks() -> Iterator[None]:
+    """Raise the InputError that ended a task as it was: of one in Ray Data the text alone is left,
+    among all the rest."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        told = re.findall(r"^(?:\w+\.)*InputError: (.+)$", str(error), re.MULTILINE)
+        if not told:
+            raise
+        raise InputError(told[-1]) from None
 
 
 def _hear(stops: Any) -> None:
@@ -228,7 +245,7 @@ def quiet_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def cpus() -> int:

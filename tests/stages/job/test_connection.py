@@ -50,6 +50,20 @@ def test_ray_that_does_not_start(
     assert len(tries) == (2 if said == "too busy" else 1)
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_2_cpus")
+def test_wrong_input_that_a_task_finds_is_its_sentence() -> None:
+    def refuse(_: object) -> object:
+        raise InputError("Images must be whole, but one is not.")
+
+    with pytest.raises(InputError, match=r"^Images must be whole, but one is not\.$"), connected():
+        ray.data.range(1).map_batches(refuse).materialize()
+    with pytest.raises(InputError, match=r"^Images must be whole, but one is not\.$"), connected():
+        ray.get(ray.remote(refuse).remote(None))
+    with pytest.raises(ray.exceptions.RayTaskError, match="ZeroDivisionError"), connected():
+        ray.get(ray.remote(lambda: 1 / 0).remote())
+
+
 @pytest.fixture
 def heads() -> Iterator[Callable[[dict[str, str], str], str]]:
     """Starts what a head answers its drivers with: versions, to those with the token."""
