@@ -157,6 +157,17 @@ def given(config: Config) -> dict[str, Any]:
     return values
 
 
+def moved(config: Config) -> list[str]:
+    """What `given` has moved into the ranges, in words."""
+    before, after = (configs.to_dict(one) for one in (config, config_of(given(config), config)))
+    return [
+        f"{section}.{key}={after[section][key]} in place of {before[section][key]}"
+        for section in ("model", "loss")
+        for key in before[section]
+        if before[section][key] != after[section][key]
+    ]
+
+
 def requeue(study: optuna.Study, driver: str | None) -> None:
     """Trials that a killed driver left running: asked again with their folder, so they resume.
 

@@ -25,6 +25,7 @@ beyond a bound (--at-most, --at-least) none is the best, nor on the front.
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ from snr_ray.stages.sweeping.study import (
     check_same,
     config_of,
     given,
+    moved,
     open_study,
     requeue,
     suggest,
@@ -148,6 +150,9 @@ def sweep(
         )
     config = settle(config, origin)
     config = by_rungs(config)
+    if outside := moved(config):
+        print(f"sweep: the config as given lies outside of what is searched; what is trained and "
+              f"called so has {', '.join(outside)}.", file=sys.stderr)  # fmt: skip
     place = open_folder(out)
     desk = Desk(place)
     for split in ("train", "val"):

@@ -24,6 +24,7 @@ from snr_ray.stages.sweeping.study import (
     config_of,
     importances,
     keeps,
+    moved,
     requeue,
     suggest,
 )
@@ -38,6 +39,14 @@ def test_first_trial_is_the_given_config(tiny: Config, tmp_path: Path) -> None:
     study = open_study(tmp_path, tiny)
     chosen = suggest(study.ask(), tiny)
     assert chosen == tiny
+
+
+def test_a_given_config_that_is_moved_into_the_ranges_is_told(tiny: Config) -> None:
+    assert moved(tiny) == []
+    config = configs.replace(tiny, {"sweep.noise_channels": [3, 5], "loss.triplet": 20.0})
+    assert moved(config) == [
+        "model.noise_channels=[3, 3] in place of [2, 2]", "loss.triplet=10.0 in place of 20.0"
+    ]  # fmt: skip
 
 
 def test_suggestions_stay_in_their_ranges(tiny: Config, tmp_path: Path) -> None:
