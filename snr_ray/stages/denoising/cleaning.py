@@ -5,7 +5,8 @@
                    task: encode, write
 
 Tasks around a GPU load neither torch nor the model, and the next stacks are copied to the GPU while
-it works on those before.
+it works on those before. A block that was under way when a process was killed is done anew on
+cores, by a process that serves no other block.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 from ray import cloudpickle
+from ray.core.generated.gcs_pb2 import ActorTableData
 
 from snr_ray.config import ImagesConfig
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, Lost
 from snr_ray.images.collection import Source
 from snr_ray.stages.denoising.bulk import RAMP, Block, Indices, Work
 from snr_ray.stages.denoising.imagefiles import (
@@ -61,6 +63,8 @@ LOOK_AT = 8
 """Files of which one should be readable."""
 LOOK_S = 5.0
 """Seconds after which the number of cores is asked for anew."""
+LOST_LOOK_S = 0.5
+"""Seconds between two looks for a GPU, where all are lost."""
 STAND_IN = "SNR_RAY_GPU_IS_CPU"
 """Set in the environment, a Ray GPU is served by the processor: for tests of the pipeline alone."""
 
@@ -108,6 +112,7 @@ def on_gpus(job: Cleaning, maker: Maker, n_gpus: int, wait_minutes: float, per_b
 
     Raises:
         InputError: if Ray counts GPUs that torch cannot use, or that others do not give back.
+        Lost: from a start, if all of them are lost for so many minutes.
     """
     ref, model = ray.put(job), ray.put(packed(maker))
     gpu = ray.remote(_Gpu).options(num_gpus=1, num_cpus=0, max_restarts=-1)
@@ -137,16 +142,44 @@ def on_gpus(job: Cleaning, maker: Maker, n_gpus: int, wait_minutes: float, per_b
     ref = ray.put(replace(job, pass_values=fitting))
     for actor in actors:  # while the first blocks are read
         actor.warm.remote(ref, model, per_block)
-    turn = 0
+    turns = _Turns(actors, wait_minutes)
 
     def start(block: Block) -> "ray.ObjectRef":
-        nonlocal turn
-        turn = (turn + 1) % n_gpus
-        opened, stacks = (_read_alone if block.alone else _read).remote(ref, block.indices)
-        answers = actors[turn].answer.remote(ref, model, stacks)
+        if block.alone:  # what waits for a GPU dies with its process, whichever block is to blame
+            return _clean_alone.remote(ref, model, block.indices)
+        opened, stacks = _read.remote(ref, block.indices)
+        answers = turns.next().answer.remote(ref, model, stacks)
         return _write.remote(ref, opened, stacks, answers)
 
     return Work(start, _Width(more=QUEUED * n_gpus), _failed(job))
+
+
+class _Turns:
+    """Actors in turn, but for those that are lost: Ray starts them anew where it finds a GPU, and
+    what they are asked until then fails at once."""
+
+    def __init__(self, actors: Sequence[Any], wait_minutes: float) -> None:
+        self.actors, self.wait_minutes, self.turn = actors, wait_minutes, 0
+
+    def next(self) -> Any:
+        """An actor that lives. Raises Lost if there is none for so many minutes."""
+        begun = said = time.monotonic()
+        while True:
+            for _ in self.actors:
+                self.turn = (self.turn + 1) % len(self.actors)
+                actor = self.actors[self.turn]
+                if actor._get_local_state() == ActorTableData.ALIVE:
+                    return actor
+            now = time.monotonic()
+            if now - begun > 60 * self.wait_minutes:
+                raise Lost(
+                    f"A GPU must be there within {self.wait_minutes:g} minutes, but all "
+                    f"{len(self.actors)} are lost"
+                )
+            if now - said > SAY_S:
+                said = now
+                print("denoise: waiting for a GPU; all are lost", file=sys.stderr, flush=True)
+            time.sleep(LOST_LOOK_S)
 
 
 class _Width:
@@ -242,7 +275,6 @@ def _looked_at(stack: Stack, angle_range: float) -> Stack:
 
 
 _read = ray.remote(**_TASK, num_returns=2)(_read_block)
-_read_alone = ray.remote(**_TASK, num_returns=2, max_calls=1)(_read_block)
 
 
 @ray.remote(**_TASK)

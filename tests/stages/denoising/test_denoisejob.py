@@ -21,8 +21,9 @@ from PIL import Image
 
 from snr_ray.cli import main
 from snr_ray.config import Config
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, Lost
 from snr_ray.images import memory
+from snr_ray.stages.denoising import cleaning as cleaning_of_blocks
 from snr_ray.stages.denoising import room
 from snr_ray.stages.denoising.cleaning import on_gpus
 from snr_ray.stages.denoising.denoise import denoise
@@ -243,7 +244,7 @@ def test_as_many_gpus_as_there_are(model_folder: Path, image_folder: Path, tmp_p
 
 KINDS = ("start", "answer")
 PLAYED = """
-import dataclasses, os, sys, time, uuid
+import dataclasses, os, signal, sys, time, uuid
 from pathlib import Path
 from types import SimpleNamespace
 from snr_ray.environment import prepare_environment
@@ -265,8 +266,12 @@ def mark(what):
 class Slow:
     def __init__(self, swapper):
         self.swapper = swapper
+    def run(self, *given):
+        return self.swapper.run(*given)
     def answer(self, stack):
         mark("answer")
+        if os.environ.get("KILLS") in stack.ids:
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.3)
         return self.swapper.answer(stack)
 
@@ -321,6 +326,32 @@ def test_gpus_hold_the_model_once_and_have_several_batches_at_hand(
     command[5] = str(tmp_path / "refused")
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert "torch finds none on" in done.stdout
+
+
+def test_an_image_that_kills_the_process_of_a_gpu_takes_no_other_with_it(
+    model_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "log").mkdir()
+    command = [sys.executable, "-c", PLAYED, str(model_folder), str(image_folder),
+               str(tmp_path / "out"), str(tmp_path / "log"), "1"]  # fmt: skip
+    env = {**os.environ, "SNR_RAY_GPU_IS_CPU": "1", "KILLS": "a/10.png"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "24 0", done.stdout + done.stderr
+
+
+def test_lost_gpus_get_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cleaning_of_blocks, "LOST_LOOK_S", 0)
+    states = {"a": [2, 3, 3, 3, 3, 3, 2], "b": [2, 2, 2, 3, 3, 3, 3]}
+    actors = [
+        SimpleNamespace(name=name, _get_local_state=iter(said).__next__)
+        for name, said in states.items()
+    ]
+    turns = cleaning_of_blocks._Turns(actors, 1)
+    assert [turns.next().name for _ in range(4)] == ["b", "a", "b", "b"]
+    assert turns.next().name == "a"
+    turns = cleaning_of_blocks._Turns([SimpleNamespace(_get_local_state=lambda: 3)], 1e-5)
+    with pytest.raises(Lost, match=r"A GPU must be there within 1e-05 minutes, but all 1 are lost"):
+        turns.next()
 
 
 def test_gpus_that_never_come_are_told() -> None:
