@@ -28,6 +28,13 @@ class BucketFolder(Folder):
     def __reduce__(self) -> tuple[Any, ...]:
         return BucketFolder, (self._uri, self._fs, self._root)
 
+    @property
+    def place(self) -> PurePosixPath:
+        # What is pickled of a file system is all there is of its address.
+        options = self._fs.__reduce__()[1][0]
+        endpoint = options.get("endpoint_override", "") if isinstance(options, dict) else ""
+        return PurePosixPath("/", self._fs.type_name, endpoint or "-", self._root)
+
     def write(self, name: str, data: bytes | str, *, durable: bool = False) -> None:
         with self._fs.open_output_stream(self._path(name)) as stream:
             stream.write(data.encode() if isinstance(data, str) else data)

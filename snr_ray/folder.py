@@ -6,7 +6,7 @@ Folders are small and picklable: tasks on any node get them as they are.
 
 import abc
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -34,6 +34,11 @@ class Folder(abc.ABC):
     def local(self) -> Path | None:
         """The folder on a file system; None in a bucket."""
         return None
+
+    @property
+    @abc.abstractmethod
+    def place(self) -> PurePath:
+        """The same path for all spellings: by it, what lies in what can be told."""
 
     @property
     def named(self) -> "Path | Folder":

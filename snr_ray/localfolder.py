@@ -42,6 +42,10 @@ class LocalFolder(Folder):
         return self.path
 
     @property
+    def place(self) -> Path:
+        return self.path.resolve()
+
+    @property
     def named(self) -> Path:
         return Path(self._named)
 

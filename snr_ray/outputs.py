@@ -54,7 +54,7 @@ def claim(
     *,
     owned: Iterable[str],
     overwrite: bool,
-    inputs: Path | None = None,
+    inputs: Folder | None = None,
     inputs_alone: bool = False,
 ) -> bool:
     """Take an output folder for a job.
@@ -77,17 +77,19 @@ def claim(
     """
     out = open_folder(out)
     known: dict[str, Any] = json.loads(without_secrets(json.dumps(identity)))
-    place = out.local and out.local.resolve()
-    inside = bool(place and inputs and inputs in place.parents) and not inputs_alone
-    above = (place, *place.parents) if place and inputs else ()
-    image = next((p for p in above if inputs in p.parents and _is_image(p)), None)
-    if image or inside or (place and place == inputs):
-        where = "inside" if image or inside else "their folder"
-        raise InputError(
-            f"--out must lie outside the images, but {out} is {where} {image or inputs}; give "
-            "another --out."
-        )
-    if place and place.exists() and not place.is_dir():
+    place = out.place
+    if inputs:
+        images = inputs.place
+        inside = images in place.parents and not inputs_alone
+        above = (place, *place.parents) if isinstance(place, Path) else ()
+        image = next((p for p in above if images in p.parents and _is_image(p)), None)
+        if image or inside or place == images:
+            where = "inside" if image or inside else "their folder"
+            raise InputError(
+                f"--out must lie outside the images, but {out} is {where} {image or inputs}; give "
+                "another --out."
+            )
+    if isinstance(place, Path) and place.exists() and not place.is_dir():
         raise InputError(f"--out must be a folder, but {out} is a file.")
     try:
         return _claim(out, known, (JOB, *owned), overwrite)

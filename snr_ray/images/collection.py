@@ -9,7 +9,6 @@ import functools
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 
 from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError
+from snr_ray.folder import Folder
 from snr_ray.hashing import fingerprint, hash64
 from snr_ray.images.errors import unreadable
 from snr_ray.images.formats import SUFFIXES, only, open_file, output_name
@@ -79,8 +79,8 @@ class Source:
     tensors: bool = False
     labels: Sequence[str] = ()
     """Class of each image; empty where classes are not known."""
-    folder: Path | None = None
-    """The local folder that the images lie in, if they do; results must not land there."""
+    folder: Folder | None = None
+    """The folder that the images lie in, if they do; results must not land there."""
     alone: bool = False
     """Whether only files of `folder` itself are meant; results may then go to folders in it."""
     chunks: npt.NDArray[np.int64] | None = None

@@ -73,7 +73,7 @@ def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
         name,
         identity=kind_of_source + place.identity,
         home=kind_of_source + home + (f"#{place.column}" if place.column else ""),
-        folder=Path(root).resolve() if place.local else None,
+        folder=LocalFolder(Path(root)) if place.local else BucketFolder(home, place.fs, root),
         alone=alone,
         left_out=listing.left_out,
     )

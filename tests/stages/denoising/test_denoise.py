@@ -298,6 +298,31 @@ def test_inputs_are_never_replaced_even_on_demand(
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("images", "out"),
+    [
+        ("in", "in"),
+        ("in", "in/cleaned"),
+        ("in/", "in//"),
+        ("in", "i%6e"),
+        ("in/*.png", "in"),
+        ("in/00.png", "in"),
+        ("in/**", "in/cleaned"),
+    ],
+)
+def test_nor_are_those_in_a_bucket(
+    model_folder: Path, image_folder: Path, bucket: tuple[pafs.FileSystem, str],
+    images: str, out: str,
+) -> None:  # fmt: skip
+    there = f"s3://{{}}bucket/{{}}?{bucket[1]}"
+    image = (image_folder / "a" / "00.png").read_bytes()
+    open_folder(there.format("", "in")).write("00.png", image)
+    with pytest.raises(InputError, match="--out must lie outside the images"):
+        cleaning(model=str(model_folder), images=there.format("", images),
+                 out=there.format("test:test@", out), overwrite=True)  # fmt: skip
+    assert open_folder(there.format("", "in")).list() == ["00.png"]
+
+
 def test_two_inputs_with_one_output_name_are_refused(model_folder: Path, tmp_path: Path) -> None:
     rows = {"name": ["x", "x.png"], "image": [b"1", b"2"]}
     pq.write_table(pa.table(rows), tmp_path / "t.parquet")
