@@ -132,8 +132,13 @@ class _Remote:
     times: npt.NDArray[np.int64] | None
 
     def read(self, index: int) -> bytes:
-        name = self.ids[index]
-        return zarrfolder.contents(BucketFolder("", self.fs, self.prefix), name)
+        # Keys as they are: in a bucket a//b is another than a/b.
+        path = self.prefix + self.ids[index]
+        try:
+            with self.fs.open_input_stream(path) as stream:
+                return stream.read()
+        except FileNotFoundError:
+            return zarrfolder.pack(BucketFolder("", self.fs, path), self.ids[index])
 
     def stamp(self, index: int) -> str:
         if self.sizes is None or self.times is None:

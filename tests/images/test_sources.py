@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from snr_ray.bucketcreate import create_object
 from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError
 from snr_ray.images.collection import SPLITS, Source
@@ -233,6 +234,19 @@ def test_bucket_is_read_through_its_uri(bucket: tuple[pafs.FileSystem, str]) -> 
     source = open_source(f"s3://bucket/scans?{query}")
     assert source.ids == ["0.png", "1.png", "2.png"]
     assert source.read(2).pixels.shape == (1, 12, 12)
+
+
+def test_keys_of_a_bucket_are_read_as_they_are(bucket: tuple[pafs.FileSystem, str]) -> None:
+    fs, query = bucket
+    keys = ["a b.png", "c#d.png", "e%20f.png", "g+h.png", "i/j.png", "ü.png", "k?l.png", "i//j.png"]
+    for k, key in enumerate(keys):
+        create_object(fs, f"bucket/scans/{key}", png(k))
+    source = open_source(f"s3://bucket/scans?{query}")
+    assert sorted(source.ids) == sorted(keys)
+    for k, key in enumerate(keys[:-1]):
+        assert source.file(source.ids.index(key)) == (key, png(k)), key
+    with pytest.raises(InputError, match="Empty path component"):  # pyarrow's; it is not i/j.png
+        source.file(source.ids.index("i//j.png"))
 
 
 def test_names_with_special_characters_are_read_literally(tmp_path: Path) -> None:
