@@ -37,17 +37,13 @@ class Scan:
 
     def shape(self) -> tuple[int, int, int]:
         """Views, slices and bins. Raises InputError if it cannot be read or is no sinogram."""
-        with _opened(self.data, DATA) as data:
-            shape = tuple(int(n) for n in data.shape)
-            kind = np.dtype(data.dtype)
-        if len(shape) == 2:
-            shape = (shape[0], 1, shape[1])
-        if len(shape) != 3 or min(shape) < 1 or kind.kind not in "fiu":
+        shape, kind, numbers = _held(self.data, DATA)
+        if len(shape) not in (2, 3) or min(shape) < 1 or not numbers:
             raise InputError(
                 f"A sinogram must hold numbers [views, bins] or [views, slices, bins], but "
-                f"{self.data} holds {kind} {list(shape)}."
+                f"{self.data} holds {kind} {shape}."
             )
-        return shape
+        return shape[0], (1, *shape[1:-1])[-1], shape[-1]
 
     @property
     def path(self) -> Path:
@@ -66,23 +62,33 @@ class Scan:
         for option, name, own in (("flats", self.flats, FLATS), ("darks", self.darks, DARKS)):
             if not name:
                 continue
-            with _opened(name, own) as field:
-                shape = list(field.shape)
-            if shape[1:] not in ([n_bins], [n_slices, n_bins]) or not shape[0]:
+            shape, kind, numbers = _held(name, own)
+            fits = shape[1:] in ([n_bins], [n_slices, n_bins]) and shape[0] > 0
+            if not (fits and numbers):
                 raise InputError(
-                    f"--{option} must hold [fields, {n_bins} bins] or [fields, {n_slices} slices, "
-                    f"{n_bins} bins], as the sinogram has, but {name} holds {shape}."
+                    f"--{option} must hold numbers [fields, {n_bins} bins] or [fields, {n_slices} "
+                    f"slices, {n_bins} bins], as the sinogram has, but {name} holds {kind} {shape}."
+                )
+            if n_slices > 1 and shape == [n_slices, n_bins]:
+                raise InputError(
+                    f"--{option} must say what they are of, but {name} holds {shape}, which may be "
+                    f"one field or {n_slices}; store one as [1, {n_slices}, {n_bins}], several "
+                    f"that serve all slices as [{n_slices}, {n_slices}, {n_bins}]."
                 )
 
     def theta(self) -> npt.NDArray[np.float64] | None:
         """Angles of the views in degrees, where the file tells them: beside the data set of the
-        views. None where it does not, so that whoever takes others can say so."""
+        views. None where it does not, so that whoever takes others can say so. Raises InputError
+        if they are no numbers."""
         path, name = _split(self.data)
         if not path.lower().endswith(HDF5_SUFFIXES):
             return None
         found = _beside(path, name, THETA)
         if not found:
             return None
+        shape, kind, numbers = _held(found, THETA)
+        if not numbers:
+            raise InputError(f"Angles must be numbers, but {found} holds {kind} {shape}.")
         with _opened(found, THETA) as theta:
             return np.asarray(theta[...], np.float64).ravel()
 
@@ -144,6 +150,14 @@ def _beside(path: str, name: str, own: str) -> str:
             return f"{path}#{found}"
     except InputError:
         return ""
+
+
+def _held(text: str, own: str) -> tuple[list[int], np.dtype, bool]:
+    """Shape and kind of the array of a file, and whether it holds real numbers; of an HDF5 data set
+    that holds nothing, no numbers of no shape."""
+    with _opened(text, own) as data:
+        kind, shape = np.dtype(data.dtype), data.shape
+    return list(shape or ()), kind, shape is not None and kind.kind in "fiu"
 
 
 def _opened(text: str, own: str) -> AbstractContextManager[Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from snr_ray.errors import InputError
 from snr_ray.images.scans import open_scan
 
 h5py = pytest.importorskip("h5py")
@@ -37,3 +38,16 @@ def test_names_may_hold_the_sign_that_parts_them(tmp_path: Path, name: str) -> N
     assert opened.shape() == VIEWS.shape
     assert opened.stamp()
     assert (opened.theta() is None) == (name == "#od#d/data")
+
+
+@pytest.mark.parametrize("part", ["data", "data_white", "data_dark", "theta"])
+@pytest.mark.parametrize("kind", ["S4", "complex64", "bool", "empty"])
+def test_what_holds_no_numbers_is_one_sentence(tmp_path: Path, part: str, kind: str) -> None:
+    shape = 6 if part == "theta" else VIEWS.shape
+    parts = {"data": VIEWS, part: h5py.Empty("f4") if kind == "empty" else np.zeros(shape, kind)}
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, values in parts.items():
+            file[f"exchange/{name}"] = values
+    opened = open_scan(str(tmp_path / "a.h5"))
+    with pytest.raises(InputError, match=r"numbers.* holds "):
+        [ask() for ask in (opened.shape, opened.check_fields, opened.theta)]

@@ -177,8 +177,11 @@ def test_bad_scans_are_one_sentence(integrals: np.ndarray, scan: Path, tmp_path:
     np.save(tmp_path / "f3.npy", np.ones((3, 3, 48)))
     np.save(tmp_path / "f40.npy", np.ones((3, 40)))
     for fields in ("f3", "f40"):
-        refused(r"\[fields, 48 bins\] or \[fields, 2 slices, 48 bins\], .*f\w+\.npy holds \[3, ",
-                flats=str(tmp_path / f"{fields}.npy"))  # fmt: skip
+        refused(r"\[fields, 48 bins\] or \[fields, 2 slices, 48 bins\], .*f\w+\.npy holds float64 "
+                r"\[3, ", flats=str(tmp_path / f"{fields}.npy"))  # fmt: skip
+    np.save(tmp_path / "f2.npy", np.ones((2, 48)))
+    refused(r"--flats must say what they are of, .*f2\.npy holds \[2, 48\], which may be one field "
+            r"or 2; store one as \[1, 2, 48\]", flats=str(tmp_path / "f2.npy"))  # fmt: skip
     refused("--darks say nothing without --flats", darks=str(tmp_path / "d.npy"))
     refused("--every must be at most the 36 views", every=37)
     refused("--every must be at least 1", every=0)
