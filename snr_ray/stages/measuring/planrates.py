@@ -89,9 +89,7 @@ def read_rates(
     its_model = fingerprint(read_model(model).weights) if stage == "denoise" else ""
     try:
         rates = Rates(**json.loads(path.read_text())["rates"])
-        for key in ("images_per_s_per_core", "output_bytes", "driver_bytes", "worker_bytes"):
-            if not 0 < float(getattr(rates, key)) < math.inf:
-                raise ValueError(f"{key} is {getattr(rates, key)}")
+        _check_numbers(rates)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"--rates must be a file that `snr plan --out` wrote, but {path} is not ({error})."
@@ -114,6 +112,17 @@ def read_rates(
         f"--gpus needs images_per_s_per_gpu in {path}; put what `snr denoise` reached there.",
     )
     return rates
+
+
+def _check_numbers(rates: Rates) -> None:
+    """Raise ValueError for rates that somebody wrote by hand and that are no numbers of any use."""
+    above = ("images_per_s_per_core", "output_bytes", "driver_bytes", "worker_bytes")
+    given = () if rates.images_per_s_per_gpu is None else ("images_per_s_per_gpu",)
+    for key in (*above, "start_s", "shared_bytes", *given):
+        value = getattr(rates, key)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf or (key in above and not value):
+            raise ValueError(f"{key} is {value!r}")
 
 
 def measure(

@@ -42,8 +42,10 @@ def test_rates_are_read_back_and_must_fit(tmp_path: Path) -> None:
     file.write_text(json.dumps({"rates": dataclasses.asdict(without)}))
     with pytest.raises(InputError, match="needs images_per_s_per_gpu"):
         read_rates(file, "denoise", 128, 30, 1, 1, "any")
-    odd = (0, "fast", math.nan, -1.0)
-    by_hand = [dataclasses.asdict(RATES) | {"images_per_s_per_core": rate} for rate in odd]
+    odd = [("images_per_s_per_core", rate) for rate in (0, "fast", math.nan, -1.0, True)]
+    odd += [("images_per_s_per_gpu", "900"), ("images_per_s_per_gpu", -1), ("shared_bytes", None)]
+    odd += [("start_s", -1.0), ("start_s", math.nan), ("start_s", "36")]
+    by_hand = [dataclasses.asdict(RATES) | {key: rate} for key, rate in odd]
     edited = [json.dumps({"rates": rates}) for rates in by_hand]
     for text in ("", "{}", '{"rates": {}}', "[1]", *edited):
         file.write_text(text)
