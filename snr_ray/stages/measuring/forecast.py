@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from snr_ray.stages.denoising.denoisejob import images_per_block
 from snr_ray.stages.measuring.planrates import Rates
 
 
@@ -32,7 +33,8 @@ def forecast_job(
     else:
         rate = nodes * cores * rates.images_per_s_per_core
     hours = (rates.start_s + images / rate) / 3600
-    block = 64 * 4 * rates.channels * rates.size**2  # images of a task, as float32
+    values = rates.channels * rates.size**2
+    block = 4 * values * images_per_block(values)  # of a task, as float32
     return Forecast(
         hours=hours,
         head_bytes=rates.driver_bytes,

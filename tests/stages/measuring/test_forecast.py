@@ -40,6 +40,13 @@ def test_twice_the_cores_take_half_the_time(more: dict[str, int]) -> None:
     assert two.hours == pytest.approx(one.hours / 2)
 
 
+@pytest.mark.parametrize(("size", "together"), [(28, 256), (128, 64), (512, 4), (4096, 1)])
+def test_the_store_holds_two_blocks_of_each_core(size: int, together: int) -> None:
+    rates = dataclasses.replace(RATES, size=size)
+    job = forecast_job(rates, images=10**6, nodes=5, cores=4, gpus=0, price=None)
+    assert job.store_bytes == 2 * 4 * together * 4 * size**2
+
+
 def test_table_says_where_figures_are_from() -> None:
     job = forecast_job(RATES, images=10**6, nodes=5, cores=4, gpus=0, price=2.0)
     said = table(RATES, job, measured=True, cores=4, nodes=5, here=2)
