@@ -246,10 +246,11 @@ def _elsewhere(config: Config, size: int | None, n_views: tuple[int, ...]) -> Co
             "trained on crops, whose noise comes from beyond them; leave them out."
         )
     changes = {
-        "images.size": size or config.images.size,
+        "images.size": config.images.size if size is None else size,
         "noise.n_views": list(n_views or config.noise.n_views),
         "noise.views_per_pixel": None,  # these counts are what is scored, not a sample of a range
         "train.sizes": [],
+        "train.size_weights": [],
     }
     return configs.replace(config, changes)
 

@@ -250,6 +250,14 @@ def test_other_sizes_and_view_counts_are_scored_blind_told_and_found(
         assert image.height > 600
 
 
+@pytest.mark.parametrize("model", configs.shipped_models())
+def test_models_that_come_with_snr_ray_can_be_scored_elsewhere(model: str, tmp_path: Path) -> None:
+    """Up to the images, which come after all that a model may not be asked."""
+    with pytest.raises(InputError, match="SRC must be a path that exists"):
+        evaluate(Config(), model=model, images=str(tmp_path / "none"), out=tmp_path / "o",
+                 size=40, n_views=(13, 8))  # fmt: skip
+
+
 def test_bad_requests_are_refused(
     tiny: Config, model_folder: Path, unet_folder: Path, tmp_path: Path
 ) -> None:
@@ -267,6 +275,8 @@ def test_bad_requests_are_refused(
         run(size=32, n_views=(129,))
     with pytest.raises(InputError, match=r"images\.size must be from 8 to 4096 pixels, but got 4"):
         run(size=4)
+    with pytest.raises(InputError, match=r"images\.size must be from 8 to 4096 pixels, but got 0"):
+        run(size=0)
     with pytest.raises(InputError, match="holds a supervised U-Net, the baseline"):
         run(model=str(unet_folder))
     with pytest.raises(InputError, match="two are called 'unet'"):
