@@ -11,7 +11,7 @@ from snr_ray.stages.simulation.simulate import simulate
 from snr_ray.stages.training.train import train
 
 INTRODUCTION = """\
-snr demo: sparse-view noise out of rendered letters, about 5 minutes on 2 cores.
+snr demo: sparse-view noise out of rendered letters, about 10 minutes on 2 cores.
   1. simulate  draw letters A to J in many fonts; reconstruct each from {views} projections
   2. train     a hierarchical VAE for {steps} steps, the longest part
   3. denoise   clean unseen noisy letters by exchanging their noise code

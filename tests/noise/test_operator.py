@@ -287,6 +287,19 @@ def test_photon_noise_is_unbiased_and_falls_with_the_root_of_the_count() -> None
     assert spread[2_000] / spread[200_000] == pytest.approx(10, rel=0.05)
 
 
+def test_photons_are_counted_along_each_ray_and_none_counts_as_one() -> None:
+    x = np.random.default_rng(0).random((2, 1, 12, 20)).astype(np.float32)
+    exact = noise_operator(NoiseSpec(6), 12, 20).project(x)
+    counted = noise_operator(NoiseSpec(6, photons=4), 12, 20).project(x, [3, 4])
+    for image, seed in enumerate([3, 4]):
+        expected = 4 * np.exp(-4 / 20 * exact[image, 0].T.astype(np.float64))
+        counts = np.random.default_rng([seed, 0, 6]).poisson(expected)
+        assert not counts.all()
+        by_hand = -np.log(np.maximum(counts, 1) / 4) * 20 / 4
+        # A draw may turn on the last digit of what is expected.
+        assert np.isclose(counted[image, 0].T, by_hand, atol=1e-4).mean() > 0.99
+
+
 def test_photon_noise_belongs_to_the_image_and_not_to_its_place() -> None:
     x = np.random.default_rng(7).random((5, 2, 16, 16), dtype=np.float32)
     noise = noise_operator(NoiseSpec(6, photons=1000), 16, 16)
