@@ -27,6 +27,7 @@ from snr_ray.images.pixels import (
     Span,
     Stored,
     Values,
+    check_white,
     scale,
     stored_values,
 )
@@ -165,6 +166,8 @@ def open_file(
         bool(frames),
         f"An image file must hold pixels, but {name} holds no picture; replace the file.",
     )
+    if white is not None and not tensors:
+        check_white(frames, name, white)
     return OpenFile(name, kind, frames, contents.write)
 
 

@@ -27,7 +27,9 @@ BELOW_BLACK = -0.1
 image, so that noise, however strong, does not bring it there; slices in Hounsfield units lie near
 -0.5."""
 
-
+DIM = 0.01
+"""Of white, what the brightest pixel of a file has at the least: models take what is dimmer for
+next to nothing, and did harm to it from a 50th of white on."""
 AIR = -1000.0
 """Hounsfield units of air: below it there is nothing, and what is read there is noise."""
 EDGE = 0.1
@@ -154,6 +156,18 @@ def scale(
             "white, for example --set images.window=[-1000,1000] --set images.white=null."
         )
     return Decoded(pixels, depth, (low, high), beyond)
+
+
+def check_white(frames: Sequence[Decoded], name: str, white: float) -> None:
+    """Raise InputError where images.white, which all files share, is not that of a file."""
+    brightest = max(float(frame.pixels.max()) for frame in frames)
+    asked = all(frame.span == (0.0, white) and frame.depth.itemsize > 1 for frame in frames)
+    if asked and 0 < brightest < DIM:
+        raise InputError(
+            f"images.white={white:g} is to be the value of white, but {name} reaches "
+            f"{brightest * white:.3g}, {brightest:.1g} of it; give its own white, and do files of "
+            "another apart."
+        )
 
 
 def _beyond(values: Values, inside: Values, low: float) -> Beyond:

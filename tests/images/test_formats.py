@@ -110,6 +110,18 @@ def test_npy_with_pickle_is_refused() -> None:
         decode(out.getvalue(), "a.npy")
 
 
+@pytest.mark.parametrize("suffix", ["npy", "tif", "png"])
+def test_a_white_that_is_that_of_other_files_is_refused(suffix: str) -> None:
+    depth = np.dtype(np.uint16 if suffix == "png" else np.float32)
+    data = encode(np.full((1, 9, 9), 300 / 65535, np.float32), f"a.{suffix}", depth=depth,
+                  span=(0, 65535))  # fmt: skip
+    with pytest.raises(InputError, match=rf"white=65535 .* a\.{suffix} reaches 300, 0\.005 of it"):
+        decode(data, f"a.{suffix}", white=65535)
+    assert decode(data, f"a.{suffix}", white=1000).pixels.max() == pytest.approx(0.3)
+    black = encode(np.zeros((1, 9, 9), np.float32), f"a.{suffix}", depth=depth)
+    decode(black, f"a.{suffix}", white=65535)
+
+
 def test_nan_is_refused() -> None:
     with pytest.raises(InputError, match=r"must be finite, but a\.tif holds NaN"):
         decode(tiff(np.full((4, 4), np.nan, np.float32)), "a.tif", white=1)
