@@ -135,7 +135,7 @@ def denoise(
     source = asked.source
     check_output_names(source, samples=samples > 0)
     lenders = None if donor in LENT else _lenders(donor)
-    pool = donor if lenders is None else _pool(network(), lenders, config)
+    pool = donor if lenders is None else _pool(network(), lenders, config, inject)
     told = _detect_views(network(), source, config) if n_views == "detect" else n_views
     _check_format(folder, overwrite=overwrite)
     identity = {
@@ -285,13 +285,25 @@ def _lenders(donor: str) -> Source:
         ) from None
 
 
-def _pool(trained: "TrainedModel", lenders: Source, config: Config) -> list[Array]:
-    """Noise codes of the images of a source, per level: [n_donors, C_noise, h, w]."""
+def _pool(
+    trained: "TrainedModel", lenders: Source, config: Config, inject: int | None
+) -> list[Array]:
+    """Noise codes of the images of a source, per level: [n_donors, C_noise, h, w].
+
+    Raises:
+        InputError: if an image cannot be read or differs in size where that matters, or noise is
+            to be injected and it has none to lend.
+    """
     from snr_ray.network.swap import noise_code
 
     codes = []
     for index in range(len(lenders.ids)):
         pixels = lenders.read(index, config.images).pixels
+        check(
+            inject is None or bool(trained.guess_views(pixels[None])[0]),
+            f"--inject takes the noise codes of noisy donors, but {lenders.ids[index]} of "
+            f"{lenders.name} looks clean; give others, or leave --donor out.",
+        )
         codes.append([level.numpy() for level in noise_code(trained.model, pixels[None])])
     shapes = {tuple(level.shape for level in code) for code in codes}
     if len(shapes) > 1:

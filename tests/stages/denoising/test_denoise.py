@@ -146,6 +146,19 @@ def test_donor_images_and_injection_change_the_result(
     assert len(set(results.values())) == 3
 
 
+def test_noise_is_not_injected_by_donors_that_have_none(tmp_path: Path) -> None:
+    clean = open_source("glyphs").load(0, ImagesConfig(size=28))
+    noisy = noise_operator(NoiseSpec(20), 28, 28)(clean[None])[0]
+    for name, pixels in (("clean", clean), ("noisy", noisy)):
+        tifffile.imwrite(tmp_path / f"{name}.tif", pixels[0])
+    options = {"model": "notmnist", "images": str(tmp_path / "clean.tif"), "inject": 20}
+    job = functools.partial(denoise, configs.load([], ["images.white=1"]), **options)
+    with pytest.raises(InputError, match=r"noisy donors, but clean\.tif of .* looks clean"):
+        job(out=tmp_path / "none", donor=str(tmp_path / "clean.tif"))
+    job(out=tmp_path / "out", donor=str(tmp_path / "noisy.tif"))
+    assert psnr(tifffile.imread(tmp_path / "out" / "clean.tif")[None, None], noisy[None]) > 30
+
+
 def test_a_job_is_that_of_its_donors_and_of_its_model_as_it_is(
     model_folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:
