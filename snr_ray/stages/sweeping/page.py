@@ -179,7 +179,9 @@ def _answer(trials: list[FrozenTrial], goals: Goals, front: list[int]) -> str:
         f"{first.unit} on validation images"
     )
     given = next((t for t in trials if t.user_attrs["folder"] == GIVEN), None)
-    if given is None or given.number == best.number:
+    if given is None:
+        text += ". The trial of the config as given failed: with the same command it is tried anew."
+    elif given.number == best.number:
         text += ", the config as given."
     else:
         before = _last(given, first)

@@ -125,7 +125,8 @@ def open_study(
         study.sampler = optuna.samplers.TPESampler(
             seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=10
         )
-    if all(t.user_attrs.get("folder") != GIVEN for t in study.get_trials(deepcopy=False)):
+    known = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.FAIL]
+    if all(t.user_attrs.get("folder") != GIVEN for t in known):
         study.enqueue_trial(given(config), user_attrs={"folder": GIVEN})
     return study
 

@@ -4,22 +4,27 @@ import csv
 from pathlib import Path
 
 import optuna
+from optuna.trial import TrialState
 from PIL import Image
 
 from snr_ray.config import Config
 from snr_ray.stages.sweeping.objectives import Goals, read_goals
 from snr_ray.stages.sweeping.page import write_page
 from snr_ray.stages.sweeping.storage import open_storage
-from snr_ray.stages.sweeping.study import FINISHED, MEASURED, open_study, suggest
+from snr_ray.stages.sweeping.study import FINISHED, GIVEN, MEASURED, open_study, suggest
 
 
-def written(tiny: Config, out: Path, goals: Goals) -> str:
-    """The page of twelve trials, whose wider content codes clean better and inject worse."""
+def written(tiny: Config, out: Path, goals: Goals, fails: str = "") -> str:
+    """The page of twelve trials, whose wider content codes clean better and inject worse; the one
+    of a folder `fails`."""
     study = open_study(open_storage(out, None), tiny, goals)
     for _ in range(12):
         trial = study.ask()
         trial.set_user_attr("folder", trial.user_attrs.get("folder", f"{trial.number:04d}"))
         suggest(trial, tiny)
+        if trial.user_attrs["folder"] == fails:
+            study.tell(trial, state=TrialState.FAIL)
+            continue
         width = trial.params["content_channels_0"]
         measured = {"swap_psnr": 20.0 + width, "inject_psnr": 40.0 - width, "seconds_per_image": 1}
         trial.set_user_attr(MEASURED, measured)
@@ -48,6 +53,12 @@ def test_page_of_one_objective_has_no_front(tiny: Config, tmp_path: Path) -> Non
     assert "<code>pip install optuna-dashboard;\noptuna-dashboard HERE</code>" in page
     assert {row["on_front"] for row in rows(tmp_path)} == {""}
     assert not (tmp_path / "front.png").exists()
+
+
+def test_a_given_config_that_failed_is_not_the_best(tiny: Config, tmp_path: Path) -> None:
+    page = written(tiny, tmp_path, Goals(), fails=GIVEN)
+    assert "The trial of the config as given failed" in page
+    assert ", the config as given." not in page
 
 
 def test_page_of_several_shows_the_front_and_says_what_best_means(

@@ -41,6 +41,16 @@ def test_first_trial_is_the_given_config(tiny: Config, tmp_path: Path) -> None:
     assert chosen == tiny
 
 
+def test_a_given_config_that_failed_is_tried_anew(tiny: Config, tmp_path: Path) -> None:
+    for state in (TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE):
+        study = open_study(tmp_path, tiny)
+        trial = study.ask()
+        assert trial.user_attrs["folder"] == GIVEN
+        assert suggest(trial, tiny) == tiny
+        study.tell(trial, 1.0 if state == TrialState.COMPLETE else None, state=state)
+    assert "folder" not in open_study(tmp_path, tiny).ask().user_attrs
+
+
 def test_a_given_config_that_is_moved_into_the_ranges_is_told(tiny: Config) -> None:
     assert moved(tiny) == []
     config = configs.replace(tiny, {"sweep.noise_channels": [3, 5], "loss.triplet": 20.0})
