@@ -297,7 +297,10 @@ def _card(config: Config, model: HVAE | UNet, metrics: "Metrics", origin: str, s
   noisy versions
 - made by: {origin}, with the config.yaml beside this card (snr_ray {__version__})
 
-Validation images (PSNR in dB, clipped to [0, 1], mean clean noise code):
+Validation images, PSNR in dB: `swap`, `told`, `unet`, of cleaned images (by the mean clean noise
+code, where there are codes), and `recon_clean` clipped to [0, 1]; `recon_noisy` and `inject`, whose
+target is noisy, unclipped. Answers that explain less than `least_explained` of their views per
+pixel are doubtful; `bf16_costs` is what bfloat16 takes.
 
 | metric | value |
 |---|---|

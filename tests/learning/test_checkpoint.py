@@ -182,6 +182,7 @@ def test_the_card_says_how_long_and_on_what_a_model_was_trained(
         card = (tmp_path / "model" / "README.md").read_text()
         assert told in card
         assert "crops of 8x8 pixels of 16x16 grey images" in card
+        assert "`recon_noisy` and `inject`, whose\ntarget is noisy, unclipped" in card
 
 
 def test_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
