@@ -298,7 +298,7 @@ class Learner:
                 if "capturable" in group:  # as this device wants it, not the one of the state
                     group["capturable"] = self.device.type == "cuda"
         self.captured = self._capturing()  # graphs write to the states that were
-        self.step = state["step"]
+        self.step = int(state["step"])
         first = state.get("first_loss")
         self.first_loss = torch.as_tensor(torch.nan if first is None else first, device=self.device)
         self._skipped.fill_(state["skipped"])

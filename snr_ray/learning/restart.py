@@ -102,7 +102,7 @@ def load_checkpoint(folder: Path, learner: Learner) -> None:
     state = read_state(folder, learner.device)
     try:
         learner.load_state(state)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"A run goes on from states of its own network, but {folder} holds another "

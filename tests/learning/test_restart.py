@@ -104,3 +104,17 @@ def test_a_state_of_another_network_is_a_sentence(tiny: Config, three: Path) -> 
     wider = Learner(configs.replace(tiny, {"model.channels": [8, 16]}))
     with pytest.raises(InputError, match=r"its own network, but .*step-000000020 holds another"):
         load_checkpoint(three / "step-000000020", wider)
+
+
+@pytest.mark.parametrize(
+    "change", [{"objective": None}, {"average": "x"}, {"optimizers": "x"}, {"step": "x"},
+               {"skipped": []}, {"first_loss": "x"}, None]
+)  # fmt: skip
+def test_an_intact_file_that_holds_no_state_is_a_sentence(
+    tiny: Config, three: Path, tmp_path: Path, change: dict[str, object] | None
+) -> None:
+    state = shutil.copytree(three / "step-000001000", tmp_path / "step-000001000")
+    held = change and read_state(state) | change
+    torch.save(held, state / "state.pt")
+    with pytest.raises(InputError, match="holds another"):
+        load_checkpoint(state, Learner(tiny))
