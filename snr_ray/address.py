@@ -1,6 +1,7 @@
 """Addresses as users give them, paths and URIs: opened, waited for so long and no longer, and shown
 without the secrets in them."""
 
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def open_folder(place: str | Path | Folder) -> Folder:
             f"A URI has two slashes after its scheme, but got {text!r}; give "
             f"{text.replace(':/', '://', 1)}.",
         )
-        return LocalFolder(Path(text))
+        return LocalFolder(local_path(text))
     fs, root = open_uri(text)
     if isinstance(fs, pafs.LocalFileSystem):
         return LocalFolder(Path(root))
@@ -54,6 +55,12 @@ def open_folder(place: str | Path | Folder) -> Folder:
             f"{without_secrets(str(error))}; look at the name, the region and the credentials."
         ) from None
     return folder
+
+
+def local_path(text: str | Path) -> Path:
+    """A path as shells read it: `~` is the home folder, also where a shell has left it, as it does
+    in `--out=~/x`."""
+    return Path(os.path.expanduser(text))
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:

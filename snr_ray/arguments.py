@@ -6,7 +6,7 @@ from typing import Any
 
 from snr_ray import __version__
 from snr_ray import configfile as configs
-from snr_ray.address import without_secrets
+from snr_ray.address import local_path, without_secrets
 from snr_ray.config import FILTERS
 from snr_ray.usage import EXAMPLES, PURPOSE, SRC_HELP, USES
 
@@ -216,7 +216,7 @@ def _plan(stage: argparse.ArgumentParser) -> None:
     add("--nodes", metavar="N", type=int, default=1, help="machines that work (default 1)")
     add("--cores", metavar="N", type=int, help="cores of each (default: those of this machine)")
     add("--gpus", metavar="N", type=int, default=0, help="GPUs of all of them; needs --rates")
-    add("--rates", metavar="FILE", type=Path,
+    add("--rates", metavar="FILE", type=local_path,
         help="rates that an earlier `snr plan --out` wrote, also on another machine; without, a "
              "small job is measured here")  # fmt: skip
     add("--like", metavar="SRC",
@@ -258,7 +258,7 @@ def _count(text: str) -> int:
 
 def _place(text: str) -> Path | str:
     """A path; a URI stays as it was typed, as a Path would lose one of its slashes."""
-    return text if ":/" in text else Path(text)
+    return text if ":/" in text else local_path(text)
 
 
 def _here(text: str) -> Path:
@@ -267,7 +267,7 @@ def _here(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"takes a path on this machine, but got {without_secrets(text)!r}; copy the result"
         )
-    return Path(text)
+    return local_path(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -10,7 +10,10 @@ import pytest
 
 from snr_ray import address
 from snr_ray.address import open_folder, within, without_secrets
+from snr_ray.arguments import parser
 from snr_ray.errors import InputError
+from snr_ray.images.places import find
+from snr_ray.learning.modelfolder import read_model
 from snr_ray.localfolder import LocalFolder
 
 
@@ -24,6 +27,20 @@ def test_file_uri_is_a_folder(tmp_path: Path) -> None:
     place = open_folder(f"file://{tmp_path}/out")
     assert isinstance(place, LocalFolder)
     assert place.local == tmp_path / "out"
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_folder("~/out").local == tmp_path / "out"
+    words = ["denoise", "--images=~/in", "--out=~/out"]
+    assert parser().parse_args(words).out == tmp_path / "out"
+    (tmp_path / "notmnist").mkdir()
+    with pytest.raises(InputError, match=f"but {tmp_path}/notmnist/model does not"):
+        read_model("~/notmnist/model")
+    for text in ("~nobodys/in", "~in"):  # of a user who is not there, or a name like any other
+        assert find(text).root == str(Path(text).absolute())
 
 
 @pytest.mark.parametrize("text", ["nosuch://bucket/x", "s3://", "http://host/x"])

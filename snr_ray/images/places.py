@@ -8,12 +8,11 @@ place is known by goes into files that others read, so it holds no key of a buck
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import pyarrow.fs as pafs
 
-from snr_ray.address import open_uri
+from snr_ray.address import local_path, open_uri
 
 WHERE = ("endpoint_override", "blob_storage_authority", "dfs_storage_authority")
 """Parts of a URI's query that say where a bucket is; the others say how to get there."""
@@ -50,7 +49,7 @@ def find(text: str) -> Place:
         InputError: if a URI cannot be opened.
     """
     column, pattern, uri = "", "", "://" in text
-    if uri or not Path(text).expanduser().exists():  # names of files may hold any character
+    if uri or not local_path(text).exists():  # names of files may hold any character
         before, mark, after = text.rpartition("#")
         if mark and not re.search(r"[/*\[]", after):  # else it belongs to a name
             text, column = before, after
@@ -60,7 +59,7 @@ def find(text: str) -> Place:
             i
             for i, part in enumerate(parts)
             if _WILD.search(part.split("?")[0] if uri else part)
-            and (uri or not Path("/".join(parts[: i + 1])).expanduser().exists())
+            and (uri or not local_path("/".join(parts[: i + 1])).exists())
         ]
         if wild:
             pattern = "/".join(part for part in parts[wild[0] :] if part not in ("", "."))
@@ -71,7 +70,7 @@ def find(text: str) -> Place:
     if uri:
         fs, root = open_uri(text)
     else:
-        fs, root = pafs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+        fs, root = pafs.LocalFileSystem(), str(local_path(text).absolute())
     local = isinstance(fs, pafs.LocalFileSystem)
     home = _address(text)
     if local and os.path.isdir(root):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from snr_ray.address import local_path
 from snr_ray.errors import InputError
 from snr_ray.images import samples
 from snr_ray.images.collection import SPLITS, Raw, Source
@@ -74,6 +75,7 @@ def _notmnist(path: str) -> Source:
         path = str(archive)
     if not path.endswith((".tar.gz", ".tgz", ".tar")):
         return open_path(path, f"notmnist:{path}", NAMES)
+    path = str(local_path(path))
     if not Path(path).is_file():
         raise InputError(f"notmnist:PATH must be the archive or its folder, but {path} is missing.")
     ids, offsets, chunks = [], [0], []
@@ -100,7 +102,7 @@ def _read_slice(buffer: npt.NDArray[np.uint8], offsets: Sequence[int], index: in
 
 def _cifar10(path: str) -> Source:
     """CIFAR-10: Parquet files as data hubs publish them, a folder of images, or torchvision's."""
-    root = Path(path or CACHE).expanduser()
+    root = local_path(path or CACHE)
     python = [root / "cifar-10-batches-py", root / "cifar-10-python.tar.gz"]
     if path and not any(p.exists() for p in python):
         return open_path(path, f"cifar10:{path}", NAMES)

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, deserialize
 
 from snr_ray import configfile as configs
-from snr_ray.address import open_folder, without_secrets
+from snr_ray.address import local_path, open_folder, without_secrets
 from snr_ray.config import Config
 from snr_ray.errors import InputError, check
 from snr_ray.hashing import fingerprint
@@ -163,7 +163,7 @@ def model_path(folder: str | Path) -> Path:
         return _fetched(str(folder))
     if is_shipped(folder):
         return Path(str(resources.files("snr_ray") / "shipped" / str(folder)))
-    return Path(folder)
+    return local_path(folder)
 
 
 def model_place(folder: str | Path) -> str:

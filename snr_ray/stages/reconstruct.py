@@ -14,7 +14,7 @@ import numpy as np
 import ray
 import tifffile
 
-from snr_ray.address import open_folder
+from snr_ray.address import local_path, open_folder
 from snr_ray.errors import InputError, RunError, check
 from snr_ray.folder import Folder, NotShared
 from snr_ray.hashing import fingerprint
@@ -68,7 +68,9 @@ def reconstruct(
     """
     check(every >= 1, f"--every must be at least 1, but got {every}.")
     check(together >= 1, f"--bin must be at least 1, but got {together}.")
-    scan = open_scan(str(Path(sinogram).absolute()), *(_absolute(name) for name in (flats, darks)))
+    scan = open_scan(
+        str(local_path(sinogram).absolute()), *(_absolute(name) for name in (flats, darks))
+    )
     n_views, n_slices, n_bins = scan.shape()
     scan.check_fields()
     check(
@@ -162,7 +164,7 @@ def reconstruct(
 
 
 def _absolute(name: str) -> str:
-    return str(Path(name).absolute()) if name else ""
+    return str(local_path(name).absolute()) if name else ""
 
 
 def _tell(what: str) -> None:

@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from snr_ray import configfile as configs
+from snr_ray.address import local_path
 from snr_ray.config import Config
 from snr_ray.errors import InputError
 from snr_ray.images.sources import NAMES
@@ -45,7 +46,7 @@ def check_paths(args: Namespace, config: Config) -> None:
 
 
 def _is_absolute(path: str | Path) -> bool:
-    return "://" in str(path) or Path(path).expanduser().is_absolute()
+    return "://" in str(path) or local_path(path).is_absolute()
 
 
 def _path_of_source(text: str | int | None) -> str | None:
