@@ -6,6 +6,7 @@ gamma, no conversion between colour profiles; the profile stays in the file.
 
 import functools
 import io
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,6 +55,7 @@ def read(data: bytes, name: str) -> Contents:
             said = ("comment",) if turned else ("comment", "xmp")  # which may say how to turn
             kept |= {key: file.info[key] for key in said if key in file.info}
         if kind == "PNG":
+            _check_whole(data, name)
             kept["chunks"] = _said(data, turned)
             _widen_key(file, data)
         if kind == "PNG" and data[24] == 16 and data[25] != 0:
@@ -142,6 +144,16 @@ def _chunks(data: bytes) -> Iterator[bytes]:
         end = at + 12 + int.from_bytes(data[at : at + 4])
         yield data[at:end]
         at = end
+
+
+def _check_whole(data: bytes, name: str) -> None:
+    """Refuse a PNG whose pixels are not those that were written: Pillow does not look at checksums,
+    and zeros where a copy ended are pixels to it."""
+    for chunk in _chunks(data):
+        if chunk[4:8] == b"IDAT" and zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
+            raise InputError(
+                f"{name} is damaged: a checksum of its pixels fails; replace the file."
+            )
 
 
 def _with_chunks(png: bytes, chunks: bytes) -> bytes:

@@ -193,6 +193,13 @@ def test_a_grey_that_means_clear_is_refused_at_every_depth(bits: int) -> None:
                 decode(clear, "a.png")
 
 
+def test_a_png_that_ends_in_zeros_is_refused() -> None:
+    data = saved(GREY, "png")
+    copied = len(data) * 3 // 4
+    with pytest.raises(InputError, match=r"a\.png is damaged: a checksum of its pixels fails"):
+        decode(data[:copied] + bytes(len(data) - copied), "a.png")
+
+
 @pytest.mark.parametrize("deep", [False, True])
 def test_what_a_png_says_of_its_colours_and_in_words_is_kept(deep: bool) -> None:
     said = [
