@@ -155,11 +155,13 @@ class _Remote:
 def _kind(place: Place) -> pafs.FileType:
     if not place.local:
         return within(ANSWER_S, lambda: place.fs.get_file_info(place.root).type)
-    if not os.path.exists(place.root):
+    try:
+        mode = os.stat(place.root).st_mode
+    except (FileNotFoundError, NotADirectoryError):
         return pafs.FileType.NotFound
-    if os.path.isdir(place.root):
+    if stat.S_ISDIR(mode):
         return pafs.FileType.Directory
-    return pafs.FileType.File if os.path.isfile(place.root) else pafs.FileType.Unknown
+    return pafs.FileType.File if stat.S_ISREG(mode) else pafs.FileType.Unknown
 
 
 def _is_image(place: Place) -> bool:

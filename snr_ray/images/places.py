@@ -49,7 +49,7 @@ def find(text: str) -> Place:
         InputError: if a URI cannot be opened.
     """
     column, pattern, uri = "", "", "://" in text
-    if uri or not local_path(text).exists():  # names of files may hold any character
+    if uri or not _exists(text):  # names of files may hold any character
         before, mark, after = text.rpartition("#")
         if mark and not re.search(r"[/*\[]", after):  # else it belongs to a name
             text, column = before, after
@@ -59,7 +59,7 @@ def find(text: str) -> Place:
             i
             for i, part in enumerate(parts)
             if _WILD.search(part.split("?")[0] if uri else part)
-            and (uri or not local_path("/".join(parts[: i + 1])).exists())
+            and (uri or not _exists("/".join(parts[: i + 1])))
         ]
         if wild:
             pattern = "/".join(part for part in parts[wild[0] :] if part not in ("", "."))
@@ -81,6 +81,11 @@ def find(text: str) -> Place:
     tail = f"/{printable(pattern)}" if pattern else ""
     wanted = f"#{column}" if column else ""
     return Place(fs, root, pattern, column, home + tail + wanted or "/", home or "/")
+
+
+def _exists(text: str) -> bool:
+    """Whether there is such a path; False where this user may not look."""
+    return os.path.exists(local_path(text))
 
 
 def shown(text: str) -> str:

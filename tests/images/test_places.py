@@ -1,7 +1,9 @@
 """What a source is known by: the same for every spelling, another for another place, no secrets."""
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -38,6 +40,26 @@ def test_folders_may_be_called_as_patterns_and_columns_are(tmp_path: Path) -> No
     assert open_source(f"{tmp_path}/run#1/*.png").folder == tmp_path / "run#1"
     assert open_source(f"{tmp_path}/scan [12]/*.png").ids == ["scan 1/s.png"]
     assert find("data/test#noisy_20").column == find("file:///d#noisy_20").column == "noisy_20"
+
+
+def test_what_may_not_be_looked_at_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"cannot be listed \(.*name too long"):
+        open_source(str(tmp_path / ("a" * 300)))
+    with pytest.raises(InputError, match=r"'~nobody-of-that-name/a\.png' is none of these"):
+        open_source("~nobody-of-that-name/a.png")
+    really = os.stat
+
+    def locked(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(str(tmp_path)):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", locked)  # root may look everywhere
+    for name in ("a.png", "*.png", "a [1]/*.png"):
+        with pytest.raises(InputError, match=r"cannot be listed \(.*Permission denied"):
+            open_source(str(tmp_path / name))
 
 
 def test_what_can_be_read_only_once_is_no_source(tmp_path: Path) -> None:
