@@ -76,7 +76,7 @@ def _notmnist(path: str) -> Source:
     if not path.endswith((".tar.gz", ".tgz", ".tar")):
         return open_path(path, f"notmnist:{path}", NAMES)
     path = str(local_path(path))
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"notmnist:PATH must be the archive or its folder, but {path} is missing.")
     ids, offsets, chunks = [], [0], []
     try:
@@ -104,7 +104,7 @@ def _cifar10(path: str) -> Source:
     """CIFAR-10: Parquet files as data hubs publish them, a folder of images, or torchvision's."""
     root = local_path(path or CACHE)
     python = [root / "cifar-10-batches-py", root / "cifar-10-python.tar.gz"]
-    if path and not any(p.exists() for p in python):
+    if path and not any(map(os.path.exists, python)):
         return open_path(path, f"cifar10:{path}", NAMES)
     from torchvision.datasets import CIFAR10  # only here: torch is slow to import
 
