@@ -3,6 +3,7 @@
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """What a file system says that takes no more files."""
@@ -34,7 +35,7 @@ def no_room(out: object, error: OSError) -> NoRoom:
 
 
 @contextmanager
-def room_in(out: object) -> Iterator[None]:
+def room_in(out: Path) -> Iterator[None]:
     """Raise NoRoom in place of what it led to that an output folder can take no more files."""
     try:
         yield
@@ -43,10 +44,15 @@ def room_in(out: object) -> Iterator[None]:
     except Exception as error:  # torch has its own words for a file that it could not write
         cause: BaseException | None = error
         while cause is not None:
-            if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            if isinstance(cause, OSError) and cause.errno in NO_ROOM and _is_in(out, cause):
                 raise no_room(out, cause) from None
             cause = cause.__cause__ or cause.__context__
         raise
+
+
+def _is_in(out: Path, error: OSError) -> bool:
+    """Whether an error may be of a file in a folder: those of writes do not tell of which."""
+    return not isinstance(error.filename, str) or Path(error.filename).is_relative_to(out)
 
 
 def check(rule: bool, sentence: str) -> None:

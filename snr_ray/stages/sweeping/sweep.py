@@ -168,7 +168,7 @@ def sweep(
         close(asked)
     check_free(place)
     claim(place, known | {"study": name if url else None}, owned=OWNED, overwrite=overwrite)
-    with room_in(desk.name), locked(place, "sweep"):
+    with room_in(desk.path), locked(place, "sweep"):
         desk.fetch(DRIVER_FILE, JOURNAL, "best.yaml", CONFIRMED)
         driver = driver_of(desk.path) if url else None
         desk.keep(DRIVER_FILE)

@@ -133,7 +133,7 @@ def train(
             write_page(desk, f"{DONE} {_named(origin)}")
         return _outcome(desk)
     held = locked(place, "train") if alone else contextlib.nullcontext()
-    with room_in(desk.name), held:
+    with room_in(desk.path), held:
         configs.save(config, desk.path / "config.yaml")
         desk.keep("config.yaml")
         desk.fetch("metrics.jsonl", "pictures.png", CHECKPOINTS)

@@ -66,7 +66,7 @@ def work(job: dict[str, Any]) -> None:
         wrap=ray.train.torch.prepare_model,
         meet=lambda step: ray.train.report({"step": step}),
     )
-    with room_in(job["desk"].name):
+    with room_in(job["desk"].path):
         train_at(place, job)
 
 
@@ -78,7 +78,7 @@ def work_alone(job: dict[str, Any], datasets: dict[str, Any]) -> None:
 
     device = torch.device("cuda" if job["config"].train.use_gpu else "cpu")
     place = Place(Share(), device, tables, lambda module: module, lambda step: None)
-    with room_in(job["desk"].name):
+    with room_in(job["desk"].path):
         train_at(place, job)
 
 

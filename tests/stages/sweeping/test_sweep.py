@@ -46,7 +46,7 @@ def test_killed_sweep_resumes_its_trial_and_ends_with_a_usable_config(
     class Killed(BaseException):
         pass
 
-    def die(running: Any, _: Goals) -> None:
+    def die(running: Any, *_: object) -> None:
         if running.folder.exists("config.yaml"):
             raise Killed
 
