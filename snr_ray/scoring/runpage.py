@@ -158,6 +158,7 @@ def _curves(rows: list[dict[str, Any]]) -> str:
                 axis.plot(*zip(*points, strict=True), label=name, lw=1.2,
                           marker="." if len(points) < 20 else None)  # fmt: skip
             axis.set_title(title, loc="left", fontsize=9)
+            axis.xaxis.get_major_locator().set_params(integer=True)  # there is no step 19.25
             axis.grid(alpha=0.25)
             if chosen[0] in LOGARITHMIC:
                 axis.set_yscale("log")

@@ -63,6 +63,13 @@ def test_page_holds_curves_pictures_and_settings_and_needs_nothing_else() -> Non
     assert page == run_page(rows, "train:\n  lr: 0.006 # <fast>\n", picture, "Stopped & kept.")
 
 
+def test_steps_of_a_short_run_are_whole() -> None:
+    axis = r">{}</text>"
+    page = run_page([{"step": 20, "grad_norm": 5.0}], "", None, "Done.")
+    assert re.search(axis.format("20"), page)
+    assert not re.search(axis.format(r"(19|20)\.\d+"), page)
+
+
 def test_page_of_a_run_that_never_stepped() -> None:
     page = run_page([], "", None, "Interrupted.")
     assert "No step has been logged yet." in page
