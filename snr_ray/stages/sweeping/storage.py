@@ -8,6 +8,7 @@ Each driver has an output folder of its own, and runs trials of the study that n
 
 import importlib.util
 import json
+import shlex
 import time
 import uuid
 import warnings
@@ -204,7 +205,7 @@ class Heart:
 
 
 def dashboard(out: Folder, url: URL | None) -> str:
-    """The command that opens a study in optuna-dashboard."""
+    """The command that opens a study in optuna-dashboard, as a shell takes it."""
     if url is None and out.local is None:
         return f"optuna-dashboard {JOURNAL}, of a copy of {out.join(JOURNAL)},"
-    return f"optuna-dashboard {shown(url) if url else out.join(JOURNAL)}"
+    return f"optuna-dashboard {shlex.quote(shown(url) if url else str(out.join(JOURNAL)))}"

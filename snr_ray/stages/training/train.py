@@ -20,6 +20,7 @@ as if it were the last. A run in a bucket is worked on in copies: see `desk`.
 import contextlib
 import functools
 import math
+import shlex
 import signal
 import sys
 import threading
@@ -224,7 +225,8 @@ def _train(
 
 
 def _named(origin: Origin) -> str:
-    return f"snr train {'--images' if origin.images else '--data'} {origin.name}"
+    """The command, as a shell takes it."""
+    return f"snr train {'--images' if origin.images else '--data'} {shlex.quote(origin.name)}"
 
 
 def _fit_on_ray(job: dict[str, Any], datasets: dict[str, Any]) -> None:

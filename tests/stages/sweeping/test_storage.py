@@ -1,5 +1,6 @@
 """Where a study is kept: the journal, and a real PostgreSQL that the tests start."""
 
+import shlex
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from stages.sweeping.postgres import binaries, free_port, server
 
+from snr_ray.address import open_folder
 from snr_ray.config import Config
 from snr_ray.errors import InputError
 from snr_ray.stages.sweeping import storage as module
@@ -52,6 +54,13 @@ def test_passwords_are_neither_shown_nor_written() -> None:
         assert "hush" not in shown(url)
         assert "hush" not in dashboard(Path("out"), url)
         assert shown(url).startswith("postgresql+psycopg://me@host")
+
+
+def test_the_command_of_the_dashboard_is_one_that_a_shell_takes(tmp_path: Path) -> None:
+    url = read_url("postgresql://me@host/db?sslmode=require&application_name=a")
+    for out, where in ((tmp_path, url), (tmp_path / "my sweep", None)):
+        words = shlex.split(dashboard(open_folder(out), where))
+        assert words == ["optuna-dashboard", shown(url) if where else str(out / JOURNAL)]
 
 
 def _studied(folder: Path) -> Path:

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from snr_ray.stages.simulation import dataset
 from snr_ray.stages.simulation.dataset import Origin
 from snr_ray.stages.simulation.simulate import simulate
 from snr_ray.stages.training import setup
+from snr_ray.stages.training import train as module
 from snr_ray.stages.training.runlog import read_metrics
 from snr_ray.stages.training.setup import check_images, settle_start, wait_for_room
 from snr_ray.stages.training.train import train
@@ -89,6 +91,11 @@ def test_a_finished_run_whose_driver_was_killed_gets_its_page(
         (run / "report.html").write_text(left)
         train(tiny, origin=GLYPHS, out=run)
         assert (run / "report.html").read_text() == (unbroken / "report.html").read_text()
+
+
+def test_the_command_of_a_page_is_one_that_a_shell_takes() -> None:
+    command = module._named(Origin(images="my 'scans'/a*.png?x&y"))
+    assert shlex.split(command) == ["snr", "train", "--images", "my 'scans'/a*.png?x&y"]
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
