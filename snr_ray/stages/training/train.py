@@ -315,8 +315,12 @@ def _outcome(desk: Desk) -> Outcome:
     failed = _count_failed(desk.place)
     desk.fetch("metrics.jsonl")
     rows = read_metrics(desk.path / "metrics.jsonl")
-    where = desk.place.local or desk.place
-    return Outcome(where, int(rows[-1]["step"]) if rows else 0, failed)
+    check(
+        bool(rows),
+        f"{desk.place.join('metrics.jsonl')} must hold the curves of the run, but holds none; put "
+        f"a copy of it in its place. The model, {desk.place.join('model')}, can be used without.",
+    )
+    return Outcome(desk.place.local or desk.place, int(rows[-1]["step"]), failed)
 
 
 def _count_failed(place: Folder) -> int:

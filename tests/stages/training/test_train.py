@@ -110,7 +110,7 @@ def test_a_damaged_model_is_made_anew(
     np.testing.assert_array_equal(weights(run), weights(unbroken))
 
 
-def test_a_finished_run_without_its_failures_says_so(
+def test_a_finished_run_without_its_failures_or_curves_says_so(
     tiny: Config, unbroken: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(unbroken, tmp_path / "run")
@@ -121,6 +121,10 @@ def test_a_finished_run_without_its_failures_says_so(
             (run / "failures.parquet").write_bytes(left)
         with pytest.raises(InputError, match=r"missing or damaged .*model, can be used without"):
             train(tiny, origin=GLYPHS, out=run)
+    shutil.copy(unbroken / "failures.parquet", run)
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"holds none; .*model, can be used without"):
+        train(tiny, origin=GLYPHS, out=run)
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
