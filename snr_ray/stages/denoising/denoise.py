@@ -47,6 +47,7 @@ from snr_ray.stages.denoising.imagefiles import (
     Doubtful,
     Target,
     check_output_names,
+    kept,
 )
 from snr_ray.stages.denoising.manifest import Manifest
 from snr_ray.stages.denoising.retrylist import asked_for
@@ -107,6 +108,7 @@ def denoise(
 
     Raises:
         InputError: for a model, source, folder or setting the user can put right.
+        Lost: if the output folder is not to be reached any more.
     """
     if samples < 0:
         raise InputError(f"--samples must not be negative, but got {samples}.")
@@ -164,8 +166,9 @@ def denoise(
         inputs_alone=source.alone,
     )
     with locked(folder, "denoise"):
-        rows = Manifest(folder)
-        done = rows.resume(source, beside=DEVIATIONS if samples else "")
+        with kept(folder):
+            rows = Manifest(folder)
+            done = rows.resume(source, beside=DEVIATIONS if samples else "")
         job = Job(asked, folder, config.images, running, rows, done, samples)
         if job.n_left:
             injects = inject is not None
@@ -189,7 +192,7 @@ def _check_format(out: Folder, *, overwrite: bool) -> None:
     """Raise InputError for a folder of an snr_ray that kept its rows in another way."""
     before: Any = None
     if out.exists(JOB) and not overwrite:
-        with contextlib.suppress(ValueError):  # damaged: the claim says so
+        with contextlib.suppress(ValueError, OSError):  # damaged or closed: the claim says so
             before = json.loads(out.read(JOB))
     if isinstance(before, dict) and before.get("stage") == "denoise":
         check(

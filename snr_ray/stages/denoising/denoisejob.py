@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snr_ray.config import ImagesConfig
-from snr_ray.errors import NO_ROOM, InputError, RunError, check, no_room
+from snr_ray.errors import InputError, RunError, check
 from snr_ray.folder import Folder
 from snr_ray.images.collection import Texts
 from snr_ray.images.datafolder import FAILURES_SCHEMA
@@ -37,6 +37,7 @@ from snr_ray.stages.denoising.imagefiles import (
     MANIFEST_SCHEMA,
     OWN_NAMES,
     PASS_PIXELS,
+    kept,
 )
 from snr_ray.stages.denoising.manifest import Manifest, Summary
 from snr_ray.stages.job import pools
@@ -139,7 +140,7 @@ class Job:
         """Do all images that are left.
 
         Raises:
-            InputError, RunError: if the job cannot go on; all that was done is kept.
+            InputError, RunError, Lost: if the job cannot go on; all that was done is kept.
         """
         n_gpus, per_block = self._gpus(), self._per_block()
         if not n_gpus:
@@ -179,12 +180,8 @@ class Job:
                 self.n_failed += len(bad)
                 count_images("denoise", failed=len(bad))
                 table = table.filter(pc.invert(failed))
-            try:
+            with kept(self.out):
                 self.rows.add(table.select(MANIFEST_SCHEMA.names))
-            except OSError as error:
-                if error.errno in NO_ROOM:
-                    raise no_room(self.out, error) from None
-                raise
             doubtful = pc.sum(pc.equal(table["status"], DOUBTFUL)).as_py() or 0
             count_images("denoise", done=len(table), doubtful=doubtful)
             self.curve.append((time.monotonic() - since, n_done))
@@ -241,8 +238,9 @@ class Job:
 
         Raises:
             RunError: if files are missing that rows speak of, or there is no room for the page.
+            Lost: if the output folder is not to be reached any more.
         """
-        try:
+        with kept(self.out):
             self.rows.flush(last=True)
             n_failed = self._write_failures()
             size = trained.config.images.size
@@ -261,10 +259,6 @@ class Job:
                 self.curve,
             )
             self.out.write("report.html", denoise_report(page, self.images))
-        except OSError as error:
-            if error.errno in NO_ROOM:
-                raise no_room(self.out, error) from None
-            raise
         self._say(summary, trained)
         if self.out.local is not None:
             found = _count_files(self.out.local, self.begun)

@@ -19,8 +19,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from snr_ray.address import without_secrets
 from snr_ray.config import ImagesConfig
-from snr_ray.errors import NO_ROOM, InputError, no_room
+from snr_ray.errors import NO_ROOM, InputError, Lost, no_room
 from snr_ray.folder import Folder, NotShared
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.formats import OpenFile, open_file, stored_frames
@@ -150,6 +151,25 @@ class Target:
     doubtful: Doubtful = "copy"
     """What becomes of a result that does not explain its input: it is written all the same, the
     input's pixels are written in its place, or the image fails."""
+
+
+@contextlib.contextmanager
+def kept(out: Folder) -> Iterator[None]:
+    """What is said where a job's own rows and pages cannot be read or written.
+
+    Raises:
+        NoRoom: if the output folder can take no more files.
+        Lost: if it cannot be reached, or not any more.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise no_room(out, error) from None
+        raise Lost(
+            f"--out must stay where it can be read and written, but {out} cannot any more "
+            f"({without_secrets(' '.join(str(error).split()))[:300]})"
+        ) from None
 
 
 def output_name(source: Source, name: str) -> str:

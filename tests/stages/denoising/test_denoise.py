@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import tifffile
+from moto.s3.responses import S3Response
 from PIL import Image
 
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder
 from snr_ray.config import Config, ImagesConfig
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, Lost
 from snr_ray.images.formats import decode
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import load_model
@@ -440,6 +441,29 @@ def test_model_images_and_results_may_be_in_a_bucket(
         assert place.read(path.name) == (tmp_path / "out" / path.name).read_bytes()
     assert b"test:test" not in b"".join(map(place.read, written))
     assert not Path("s3:").exists()
+
+
+@pytest.mark.parametrize("name", ["manifest.parquet", "failures.parquet", "report.html"])
+def test_a_bucket_that_fails_later_ends_the_job_in_a_sentence(
+    name: str, model_folder: Path, image_folder: Path, bucket: tuple[pafs.FileSystem, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    answer = S3Response._key_response
+    text = "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+
+    def closed(response: S3Response, request: Any, url: str) -> Any:
+        denied = (403, {"Content-Type": "application/xml"}, text)
+        written = request.method in ("PUT", "POST") and name in url
+        return denied if written else answer(response, request, url)
+
+    out = f"s3://test:test@bucket/out?{bucket[1]}"
+    job = {"model": str(model_folder), "images": str(image_folder / "a"), "out": out}
+    with monkeypatch.context() as patch:
+        patch.setattr(S3Response, "_key_response", closed)
+        with pytest.raises(Lost, match=r"but s3://bucket/out\S+ cannot any more \(.*ACCESS_DENIED"):
+            cleaning(**job)
+    outcome = cleaning(**job)
+    assert (outcome.images, outcome.failed) == (12, 0)
 
 
 def test_a_driver_of_a_shipped_model_imports_little(image_folder: Path, tmp_path: Path) -> None:
