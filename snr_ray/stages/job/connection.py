@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc
 import ray
+from ray._private import services
 from ray._private.grpc_utils import init_grpc_channel
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
@@ -58,7 +59,8 @@ def connected(*, data: bool = True) -> Iterator[None]:
     options: dict[str, Any] = {}
     if address == "local":
         options = {"include_dashboard": False, "_temp_dir": str(closed_folder() / "local")}
-    elif address != "auto" and "://" not in address:
+    elif "://" not in address:
+        address = _detected() if address == "auto" else address
         check_cluster(address)
     stops = signal.getsignal(signal.SIGTERM)
     for attempt in range(ATTEMPTS):
@@ -120,6 +122,15 @@ def _start(address: str, options: dict[str, Any]) -> None:
             configure_logging=True,
             **options,
         )
+
+
+def _detected() -> str:
+    """HOST:PORT of the Ray that RAY_ADDRESS=auto means. Raises InputError if there is none, or more
+    than one."""
+    try:
+        return services.canonicalize_bootstrap_address_or_die("auto")
+    except ConnectionError as error:
+        raise _sentence("auto", error) from None
 
 
 def check_cluster(address: str) -> None:

@@ -15,6 +15,7 @@ import grpc
 import psutil
 import pytest
 import ray
+from ray._private import services
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from snr_ray.errors import InputError
@@ -135,6 +136,22 @@ except InputError as error: print(error)
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert said in done.stdout if said else not done.stdout
+
+
+@pytest.mark.parametrize("last", ["127.0.0.1:9", ""])
+def test_a_cluster_that_is_found_dead_is_told_soon(
+    last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(connection, "ANSWER_S", 1.0)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: last or None)
+    monkeypatch.setattr(services, "find_gcs_addresses", set)
+    began = time.monotonic()
+    said = "127.0.0.1:9 does not answer" if last else "auto cannot be used .*not find any running"
+    with pytest.raises(InputError, match=f"^RAY_ADDRESS must .*{said}.* unset "), connected():
+        pass
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("kind", ["dead", "silent", "unknown", "http", "no port"])
