@@ -42,9 +42,9 @@ def add_noise(images: npt.NDArray[np.floating], noise: int | NoiseSpec) -> Array
         [..., H, W] float32, not clipped.
 
     Raises:
-        InputError: if images are integers, too small, or hold NaN or infinity, for a view count
-            below 1 or above 4 per pixel of the longer side, and for images far beyond [0, 1] of
-            which photons are counted.
+        InputError: if images are integers, masked, too small, or hold NaN or infinity, for a view
+            count below 1 or above 4 per pixel of the longer side, and for images far beyond [0, 1]
+            of which photons are counted.
     """
     _check_array(images)
     check(images.ndim >= 2, f"Images must be [..., H, W], but got {list(images.shape)}.")
@@ -72,8 +72,8 @@ def denoise(
         The shape of `images`, float32, clipped to [0, 1].
 
     Raises:
-        InputError: for images of another shape or of integers, with NaN or infinity, with black
-            or white elsewhere than at 0 and 1, or a view count that the model cannot be told.
+        InputError: for images of another shape, of integers or masked, with NaN or infinity, with
+            black or white elsewhere than at 0 and 1, or a view count that the model cannot be told.
     """
     _check_array(images)
     shape = images.shape
@@ -129,6 +129,10 @@ def _check_array(images: object) -> None:
     check(
         isinstance(images, np.ndarray),
         f"Images must be a NumPy array, but got {type(images).__name__}; give numpy.asarray(...).",
+    )
+    check(
+        not isinstance(images, np.ma.MaskedArray),
+        "Images must have a value at every pixel, but these are masked; give images.filled(VALUE).",
     )
 
 

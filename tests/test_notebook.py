@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import snr_ray
 from snr_ray.config import ImagesConfig
@@ -85,6 +86,21 @@ def test_a_model_with_physics_detects_or_is_told(physics_folder: Path) -> None:
     assert snr_ray.denoise(image, model).shape == image.shape
 
 
+def test_images_that_must_not_be_written_to_are_cleaned_without_a_word(
+    model_folder: Path, clean: np.ndarray
+) -> None:
+    """As of a file that is mapped into memory; pytest takes torch's warning for an error."""
+    model, noisy = snr_ray.load_model(model_folder), snr_ray.add_noise(clean, 9)
+    kept = noisy.copy()
+    kept.flags.writeable = False
+    torch.set_warn_always(True)  # else once in a process
+    try:
+        out = snr_ray.denoise(kept, model)
+    finally:
+        torch.set_warn_always(False)
+    np.testing.assert_array_equal(out, snr_ray.denoise(noisy, model))
+
+
 def test_noise_is_that_of_the_spec(clean: np.ndarray) -> None:
     by_count = snr_ray.add_noise(clean, 9)
     by_spec = snr_ray.add_noise(clean, snr_ray.NoiseSpec(9))
@@ -142,6 +158,8 @@ def test_wrong_input_is_one_sentence(
         (lambda: snr_ray.denoise(np.zeros((1, 1, 28, 0)), model_folder), "must have pixels"),
         (lambda: snr_ray.denoise(np.zeros((1, 0, 28, 28)), model_folder), "1 or 3 channels C"),
         (lambda: snr_ray.denoise(clean.tolist(), model_folder), "a NumPy array, but got list"),
+        (lambda: snr_ray.denoise(np.ma.masked_less(clean, 0.5), model_folder), "are masked; give"),
+        (lambda: snr_ray.add_noise(np.ma.masked_less(clean, 0.5), 9), "are masked; give"),
         (lambda: snr_ray.denoise(clean, model_folder, n_views=9.5), "whole number .* got 9.5"),
         (lambda: snr_ray.denoise(clean, model_folder, n_views="detect"), "whole number .*'detect'"),
         (lambda: snr_ray.add_noise(clean, True), "whole number .* got True"),

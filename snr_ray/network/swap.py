@@ -324,7 +324,9 @@ def _noise_codes(model: HVAE, images: Array) -> list[Tensor]:
 
 def _tensor(model: HVAE, images: Array) -> Tensor:
     """Images on the model's device, in the memory layout its convolutions are fastest in."""
-    tensor = on_device(np.ascontiguousarray(images, np.float32), model.top.device)
+    # Torch warns of arrays that must not be written to.
+    own = np.require(images, np.float32, ["C", "W"])
+    tensor = on_device(own, model.top.device)
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
