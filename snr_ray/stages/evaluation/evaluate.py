@@ -61,8 +61,8 @@ def evaluate(
 
     Args:
         config: only how images are read (images.fit, images.white, images.limit) and split
-            (images.group) is used; size, channels and noise, and what keeps images in one split,
-            are the model's where not said otherwise. With images.channels=3 a
+            (images.group) is used; size, channels, window and noise, and what keeps images in one
+            split, are the model's where not said otherwise. With images.channels=3 a
             grey model is applied to each channel of RGB images, else they are made grey for it.
         model: model folder, or the name of a shipped model.
         images: SRC of clean images; train and val splits serve the baselines and probes.
@@ -92,6 +92,10 @@ def evaluate(
     if per_channel:
         _tell("the images are RGB and the model is grey: it takes each channel by itself")
         keep["images.channels"] = 3
+    window = trained.config.images.window
+    if window is not None and config.images.window is None:  # as denoise has it
+        _tell(f"CT slices are read in the model's window, {window[0]:g} to {window[1]:g} HU")
+        keep["images.window"] = list(window)
     asked_group = config.images.group
     config = configs.replace(trained.config, keep)
     if config.images.crop:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from PIL import Image
 
 from snr_ray import configfile as configs
@@ -256,6 +257,23 @@ def test_models_that_come_with_snr_ray_can_be_scored_elsewhere(model: str, tmp_p
     with pytest.raises(InputError, match="SRC must be a path that exists"):
         evaluate(Config(), model=model, images=str(tmp_path / "none"), out=tmp_path / "o",
                  size=40, n_views=(13, 8))  # fmt: skip
+
+
+def test_slices_are_read_in_the_window_of_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "slices").mkdir()
+    slices = np.random.default_rng(0).integers(-1200, 1200, (2, 16, 16), np.int16)
+    for k, values in enumerate(slices):
+        tifffile.imwrite(tmp_path / "slices" / f"{k}.tif", values)
+    out = evaluate(Config(), model="ct", images=str(tmp_path / "slices"), out=tmp_path / "o",
+                   baselines=(), size=16, n_views=(6,), split="all").out  # fmt: skip
+    assert "read in the model's window, -1000 to 1000 HU" in capsys.readouterr().out
+    clean = ((slices[:, None].astype(np.float32) + 1000) / 2000).clip(0, 1)
+    noisy = noise_operator(NoiseSpec(6), 16, 16)(clean)
+    first = json.loads((out / "metrics.json").read_text())["results"][0]
+    assert first["method"] == "noisy"
+    assert first["psnr"] == pytest.approx(psnr(noisy, clean).mean(), abs=1e-3)
 
 
 def test_bad_requests_are_refused(
