@@ -75,6 +75,14 @@ def test_very_few_images_still_give_an_estimate(n: int, photons: int) -> None:
     assert np.isfinite(Lmmse(ImagePrior(clean), noise)(noise(clean))).all()
 
 
+def test_the_noise_of_photons_is_expected_where_they_are_counted() -> None:
+    clean, prior = glyphs(400), ImagePrior(glyphs(400))
+    exact, counted = (noise_operator(NoiseSpec(6, photons=n), 16, 16) for n in (0, 300))
+    noisy = counted(clean)
+    knows, hopes = (psnr(Lmmse(prior, noise)(noisy), clean).mean() for noise in (counted, exact))
+    assert knows > hopes + 2
+
+
 def test_it_refuses_large_images() -> None:
     with pytest.raises(InputError, match="at most 4096 pixels per image, but got 65x65"):
         ImagePrior(np.zeros((2, 1, 65, 65), np.float32))

@@ -23,6 +23,11 @@ def test_a_range_rises_within_what_the_operator_takes(views: tuple[float, float]
         NoiseConfig(views_per_pixel=views)
 
 
+@pytest.mark.parametrize(("side", "counts"), [(4, (1, 3)), (32, (3, 26)), (128, (13, 102))])
+def test_ends_of_a_range_are_the_nearest_whole_counts(side: int, counts: tuple[int, int]) -> None:
+    assert ViewRange(0.1, 0.8).counts(side) == counts
+
+
 @pytest.mark.parametrize("side", [8, 28, 128, 512])
 def test_every_count_of_the_range_is_drawn_and_none_beyond_it(side: int) -> None:
     views, rng = ViewRange(0.1, 0.8), np.random.default_rng(0)
