@@ -5,12 +5,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from random_models import images
 
 from snr_ray.config import ImagesConfig
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import load_model
-from snr_ray.network.swap import detect, exchange, explained, read_views, swap
+from snr_ray.network.swap import NoiseCodes, detect, exchange, explained, read_views, swap
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 
 
@@ -63,6 +64,20 @@ def test_flat_images_have_a_view_count_too(model_folder: Path) -> None:
         assert n_views is not None
         found.append(n_views)
     np.testing.assert_array_equal(*found)
+
+
+def test_noise_ids_are_told_apart_by_what_varies_least() -> None:
+    rng = np.random.default_rng(0)
+
+    def codes(noise_id: int, n: int) -> torch.Tensor:
+        values = rng.standard_normal((n, 2, 1, 1), np.float32)
+        values[:, 0] *= 3
+        values[:, 1] = noise_id + 0.1 * values[:, 1]
+        return torch.from_numpy(values)
+
+    known = NoiseCodes([torch.stack([codes(k, 50) for k in range(3)])])
+    for noise_id in range(3):
+        np.testing.assert_array_equal(known.detect([codes(noise_id, 40)]), [noise_id] * 40)
 
 
 def test_of_no_images_nothing_is_known(model_folder: Path) -> None:
