@@ -80,6 +80,14 @@ def test_noise_ids_are_told_apart_by_what_varies_least() -> None:
         np.testing.assert_array_equal(known.detect([codes(noise_id, 40)]), [noise_id] * 40)
 
 
+def test_a_model_of_rgb_answers_to_grey_images_with_the_mean_of_its_channels() -> None:
+    trained, grey = load_model("cifar10-rgb"), images(2)
+    code = trained.codes.mean(0)
+    rgb = swap(trained.model, grey.repeat(3, axis=1), code)
+    assert np.ptp(rgb, axis=1).max() > 0.01
+    np.testing.assert_allclose(swap(trained.model, grey, code), rgb.mean(1, keepdims=True))
+
+
 def test_of_no_images_nothing_is_known(model_folder: Path) -> None:
     trained, nothing = load_model(model_folder), images(2)[:0]
     assert explained(trained.model, nothing, nothing).shape == (0,)
