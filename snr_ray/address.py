@@ -18,7 +18,11 @@ from snr_ray.localfolder import LocalFolder
 
 ANSWER_S = 60.0
 """How long a store may take to answer when it is opened."""
-_SECRET = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#@'\"]*@")
+_SECRET = re.compile(
+    r"(\b[A-Za-z][A-Za-z0-9+.-]*://)"
+    # A secret may hold slashes that should have been escaped; what follows a port is no secret.
+    r"([^\s/?#@'\"]*|[^\s/?#@'\":]*:(?!\d+/)[^\s?#@'\"]*)@"
+)
 
 T = TypeVar("T")
 

@@ -74,3 +74,8 @@ def test_secrets_are_never_shown(bucket: tuple[pafs.FileSystem, str]) -> None:
     assert "cret" not in str(pickle.loads(pickle.dumps(place.join("x"))))
     said = without_secrets("read 's3://k:s@b/x', s3://t@b, mail a@b.c at http://h/p?u=a@b")
     assert said == "read 's3://b/x', s3://b, mail a@b.c at http://h/p?u=a@b"
+    kept = "s3://b/x@y.png s3://b/x:1@y http://h:80/x@y"
+    assert without_secrets(kept) == kept
+    with pytest.raises(InputError, match="s3://bucket/out is not a URI that") as told:
+        open_folder("s3://key:se/c+ret@bucket/out")  # not escaped, as it should be
+    assert "ret" not in str(told.value)

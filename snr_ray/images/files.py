@@ -43,6 +43,11 @@ def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
     home = place.home
     try:
         kind = _kind(place)
+        if kind == pafs.FileType.NotFound and not place.local:
+            raise InputError(
+                f"A URI must name images that are there, but at {name} nothing is; look at the "
+                "bucket, the name, the region and the credentials."
+            )
         if kind == pafs.FileType.NotFound:
             raise InputError(
                 f"SRC must be a path that exists, a URI, or one of {', '.join(known)}, "

@@ -237,6 +237,9 @@ def test_bucket_is_read_through_its_uri(bucket: tuple[pafs.FileSystem, str]) -> 
     source = open_source(f"s3://bucket/scans?{query}")
     assert source.ids == ["0.png", "1.png", "2.png"]
     assert source.read(2).pixels.shape == (1, 12, 12)
+    for nowhere in ("nosuch/scans", "bucket/nosuch"):
+        with pytest.raises(InputError, match=rf"at s3://{nowhere}\S+ nothing is; look at the buck"):
+            open_source(f"s3://{nowhere}?{query}")
 
 
 def test_keys_of_a_bucket_are_read_as_they_are(bucket: tuple[pafs.FileSystem, str]) -> None:
