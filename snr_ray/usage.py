@@ -48,7 +48,7 @@ EXAMPLES = {
     "reconstruct": """snr reconstruct --sinogram scan.h5 --center 295.5 --out slices
   snr reconstruct --sinogram scan.h5 --center 295.5 --every 4 --bin 4 --out slices45
   snr reconstruct --sinogram sinogram.npy --flats flats.npy --darks darks.npy --out slices
-  snr denoise --images slices45/ --out cleaned --views 45 --set images.white=0.03""",
+  snr denoise --images slices45/ --out cleaned --views 45 --set images.white=0.04""",
     "bench": """snr bench radon
   snr bench train --out train.json
   snr bench simulate --set images.size=32 --set images.limit=1000000 --out simulate.json""",
