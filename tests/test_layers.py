@@ -14,7 +14,7 @@ import snr_ray
 PACKAGE = Path(snr_ray.__file__).parent
 STAGES = ("job", "simulation", "denoising", "training", "evaluation", "sweeping", "measuring")
 ROOMS = (
-    *("", "noise", "images", "network", "learning", "scoring"),
+    *("", "noise", "images/formats", "images", "network", "learning", "scoring"),
     *(f"stages/{room}" for room in STAGES),
     "stages",
 )
@@ -99,7 +99,8 @@ def test_imports_point_downwards_only() -> None:
         ("hashing.py", "import numba"),
         ("hashing.py", "from snr_ray.noise.rays import tiles"),
         ("outputs.py", "from snr_ray.cli import main"),
-        ("noise/rays.py", "from snr_ray.images.formats import decode"),
+        ("noise/rays.py", "from snr_ray.images.formats.codec import decode"),
+        ("images/formats/tiff.py", "from snr_ray.images.collection import Source"),
         ("noise/lmmse.py", "import torch"),
         ("images/files.py", "from snr_ray.network import swap"),
         ("images/files.py", "import torch"),

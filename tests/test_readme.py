@@ -20,11 +20,17 @@ def test_readme_names_what_exists() -> None:
     package = REPOSITORY / "snr_ray"
     ground = re.findall(r"\b(\w+\.py)\b", tree.group(1).partition("snr_ray/\n")[2])
     assert ground == sorted(p.name for p in package.glob("[!_]*.py"))
-    rooms = dict(re.findall(r"^ {2}(\w+)/ .*(?:\n {17}(.*))?$", tree.group(1), re.MULTILINE))
-    assert set(rooms) == {p.name for p in package.iterdir() if p.is_dir()} - {"__pycache__"}
-    inner = dict(re.findall(r"^ {4}(\w+)/ +(.*)$", tree.group(1), re.MULTILINE))
-    assert set(inner) == {p.parent.name for p in package.glob("stages/*/__init__.py")}
-    rooms |= {f"stages/{room}": modules for room, modules in inner.items()}
+    rooms, room = {}, ""
+    for line in tree.group(1).partition("snr_ray/\n")[2].splitlines():
+        if found := re.match(r" {2}(\w+)/ ", line):
+            room = found[1]
+            rooms[room] = ""
+        elif found := re.match(r" {4}(\w+)/ +(.*)", line):
+            rooms[f"{room}/{found[1]}"] = found[2]
+        elif found := re.match(r" {17}(.*)", line):
+            rooms[room] = found[1]
+    with_code = {str(p.parent.relative_to(package)) for p in package.glob("*/**/__init__.py")}
+    assert set(rooms) == {*with_code, "presets", "shipped"}
     for room, modules in rooms.items():
         assert modules.split() == sorted(p.stem for p in (package / room).glob("[!_]*.py")), room
     for command in re.findall(r"^snr (\w+)", text, re.MULTILINE):

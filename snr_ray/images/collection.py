@@ -20,10 +20,10 @@ from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError
 from snr_ray.folder import Folder
 from snr_ray.hashing import fingerprint, hash64
-from snr_ray.images.errors import unreadable
-from snr_ray.images.formats import SUFFIXES, only, open_file, output_name
+from snr_ray.images.formats.codec import SUFFIXES, only, open_file, output_name
+from snr_ray.images.formats.errors import unreadable
+from snr_ray.images.formats.pixels import Decoded, prepare, scale
 from snr_ray.images.listing import LeftOut
-from snr_ray.images.pixels import Decoded, prepare, scale
 
 Array = npt.NDArray[np.float32]
 Raw = bytes | npt.NDArray[np.generic]

@@ -15,8 +15,8 @@ from snr_ray.address import ANSWER_S, within
 from snr_ray.bucketfolder import BucketFolder
 from snr_ray.errors import InputError
 from snr_ray.folder import Folder
-from snr_ray.images import zarrfolder
 from snr_ray.images.collection import Source, Texts
+from snr_ray.images.formats import zarrfolder
 from snr_ray.images.listing import Glob, LeftOut, Listing, list_place
 from snr_ray.images.places import Place, find, printable, shown
 from snr_ray.images.tables import table_source

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from snr_ray.errors import InputError, check
-from snr_ray.images import dicom
 from snr_ray.images.collection import Source, Texts
-from snr_ray.images.formats import HEAD_BYTES, KINDS, recognise, split
+from snr_ray.images.formats import dicom
+from snr_ray.images.formats.codec import HEAD_BYTES, KINDS, recognise, split
 
 PATIENT_ID = "PatientID"
 FOLDER = "folder"

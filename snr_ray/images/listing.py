@@ -24,8 +24,8 @@ import pyarrow.fs as pafs
 
 from snr_ray.bucketfolder import BucketFolder
 from snr_ray.folder import Folder
-from snr_ray.images import zarrfolder
-from snr_ray.images.formats import HEAD_BYTES, SUFFIXES, recognise
+from snr_ray.images.formats import zarrfolder
+from snr_ray.images.formats.codec import HEAD_BYTES, SUFFIXES, recognise
 from snr_ray.images.places import Place
 from snr_ray.localfolder import LocalFolder
 

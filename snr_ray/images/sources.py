@@ -16,7 +16,7 @@ from snr_ray.errors import InputError
 from snr_ray.images import samples
 from snr_ray.images.collection import SPLITS, Raw, Source
 from snr_ray.images.files import open_path
-from snr_ray.images.formats import SUFFIXES
+from snr_ray.images.formats.codec import SUFFIXES
 
 NAMES = ("glyphs", "photos", "notmnist", "cifar10", "places365")
 CACHE = Path("~/.cache/snr_ray")

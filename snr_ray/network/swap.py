@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from snr_ray.images.pixels import with_channels
+from snr_ray.images.formats.pixels import with_channels
 from snr_ray.network.blocks import Normal, unexplained
 from snr_ray.network.correction import corrected
 from snr_ray.network.hvae import HVAE

@@ -18,8 +18,8 @@ from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError
 from snr_ray.folder import Folder
 from snr_ray.images.collection import Source, Texts
-from snr_ray.images.formats import open_file
-from snr_ray.images.zarrfolder import contents
+from snr_ray.images.formats.codec import open_file
+from snr_ray.images.formats.zarrfolder import contents
 
 Array = npt.NDArray[np.float32]
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from snr_ray.hashing import hash64
-from snr_ray.images.pixels import with_channels
+from snr_ray.images.formats.pixels import with_channels
 from snr_ray.learning.checkpoint import TrainedModel, TrainedUNet
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.itnet import ItNet

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from snr_ray.hashing import hash64
-from snr_ray.images.pixels import with_channels
+from snr_ray.images.formats.pixels import with_channels
 from snr_ray.learning.batches import Pairs
 from snr_ray.learning.checkpoint import TrainedModel
 from snr_ray.metrics import psnr

@@ -23,8 +23,8 @@ from snr_ray.errors import InputError, RunError, check
 from snr_ray.folder import Folder
 from snr_ray.images.collection import Texts
 from snr_ray.images.datafolder import FAILURES_SCHEMA
-from snr_ray.images.headers import n_values
-from snr_ray.images.zarrfolder import is_image
+from snr_ray.images.formats.headers import n_values
+from snr_ray.images.formats.zarrfolder import is_image
 from snr_ray.learning.modelfolder import Knowledge
 from snr_ray.localfolder import LocalFolder, discard
 from snr_ray.lock import is_lock

@@ -24,9 +24,9 @@ from snr_ray.config import ImagesConfig
 from snr_ray.errors import NO_ROOM, InputError, Lost, no_room
 from snr_ray.folder import Folder, NotShared
 from snr_ray.images.collection import Source, Texts
-from snr_ray.images.formats import OpenFile, open_file, stored_frames
-from snr_ray.images.pixels import Made, Values
-from snr_ray.images.zarrfolder import write_image
+from snr_ray.images.formats.codec import OpenFile, open_file, stored_frames
+from snr_ray.images.formats.pixels import Made, Values
+from snr_ray.images.formats.zarrfolder import write_image
 from snr_ray.stages.denoising.room import check_room
 
 if TYPE_CHECKING:  # SciPy is slow to import

@@ -1,8 +1,8 @@
 """How much memory an image will take, known from its header, beside how much a node has."""
 
 from snr_ray.config import Config
-from snr_ray.images.headers import n_values
-from snr_ray.images.memory import check_values
+from snr_ray.images.formats.headers import n_values
+from snr_ray.images.formats.memory import check_values
 from snr_ray.network.tiles import TILE
 from snr_ray.noise.blocks import working_bytes
 

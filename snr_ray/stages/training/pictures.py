@@ -16,7 +16,7 @@ from snr_ray.config import Config
 from snr_ray.errors import InputError, check
 from snr_ray.images.collection import Source
 from snr_ray.images.datafolder import Array, Failure, tensors
-from snr_ray.images.pixels import prepare
+from snr_ray.images.formats.pixels import prepare
 from snr_ray.learning.mixed import Pictures, own_side, training_sizes
 from snr_ray.stages.job.connection import ON_CORES, shared
 from snr_ray.stages.simulation.dataset import Origin, memory_for_rows, open_rows

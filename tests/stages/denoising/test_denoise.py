@@ -28,7 +28,7 @@ from snr_ray import configfile as configs
 from snr_ray.address import open_folder
 from snr_ray.config import Config, ImagesConfig
 from snr_ray.errors import InputError, Lost
-from snr_ray.images.formats import decode
+from snr_ray.images.formats.codec import decode
 from snr_ray.images.sources import open_source
 from snr_ray.learning.checkpoint import load_model
 from snr_ray.lock import locked

@@ -22,7 +22,7 @@ from PIL import Image
 from snr_ray.cli import main
 from snr_ray.config import Config
 from snr_ray.errors import InputError, Lost
-from snr_ray.images import memory
+from snr_ray.images.formats import memory
 from snr_ray.stages.denoising import cleaning as cleaning_of_blocks
 from snr_ray.stages.denoising import room
 from snr_ray.stages.denoising.cleaning import on_gpus

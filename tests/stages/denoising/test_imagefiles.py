@@ -15,8 +15,8 @@ from PIL import Image
 from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError, NoRoom
 from snr_ray.images.collection import Source
-from snr_ray.images.headers import n_values
-from snr_ray.images.zarrfolder import pack
+from snr_ray.images.formats.headers import n_values
+from snr_ray.images.formats.zarrfolder import pack
 from snr_ray.localfolder import LocalFolder
 from snr_ray.stages.denoising.imagefiles import (
     HELD_PIXELS,

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from snr_ray.errors import InputError
-from snr_ray.images import zarrfolder
-from snr_ray.images.pixels import Contents, Made, Stored, Values
-from snr_ray.images.tiff import MOST_PACKED, SMALL
+from snr_ray.images.formats import zarrfolder
+from snr_ray.images.formats.pixels import Contents, Made, Stored, Values
+from snr_ray.images.formats.tiff import MOST_PACKED, SMALL
 
 
 def read(data: bytes, name: str) -> Contents:

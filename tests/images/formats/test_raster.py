@@ -11,9 +11,9 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from snr_ray.errors import InputError
-from snr_ray.images.formats import decode, encode, open_file
-from snr_ray.images.headers import n_values
-from snr_ray.images.raster import write
+from snr_ray.images.formats.codec import decode, encode, open_file
+from snr_ray.images.formats.headers import n_values
+from snr_ray.images.formats.raster import write
 
 Y, X = np.mgrid[:32, :24]
 GREY = (120 + 100 * np.sin(Y / 9) * np.cos(X / 5 + 1)).astype(np.uint8)

@@ -27,9 +27,10 @@ BELOW_BLACK = -0.1
 image, so that noise, however strong, does not bring it there; slices in Hounsfield units lie near
 -0.5."""
 
-DIM = 0.01
-"""Of white, what the brightest pixel of a file has at the least: models take what is dimmer for
-next to nothing, and did harm to it from a 50th of white on."""
+UNIT, FAR = 2.0, 200.0
+"""Float pixels with white at 1 stay below UNIT, with their noise; where white is said to be FAR or
+more, models take such for next to nothing and ruin them. Whole numbers may be that small: the end
+of a volume is nearly empty."""
 AIR = -1000.0
 """Hounsfield units of air: below it there is nothing, and what is read there is noise."""
 EDGE = 0.1
@@ -159,14 +160,15 @@ def scale(
 
 
 def check_white(frames: Sequence[Decoded], name: str, white: float) -> None:
-    """Raise InputError where images.white, which all files share, is not that of a file."""
+    """Raise InputError where a file has white at 1, and images.white, which all share, is far from
+    it."""
     brightest = max(float(frame.pixels.max()) for frame in frames)
-    asked = all(frame.span == (0.0, white) and frame.depth.itemsize > 1 for frame in frames)
-    if asked and 0 < brightest < DIM:
+    asked = all(frame.span == (0.0, white) and frame.depth.kind == "f" for frame in frames)
+    if asked and white >= FAR and 0 < brightest * white <= UNIT:
         raise InputError(
-            f"images.white={white:g} is to be the value of white, but {name} reaches "
-            f"{brightest * white:.3g}, {brightest:.1g} of it; give its own white, and do files of "
-            "another apart."
+            f"images.white={white:g} is to be the value of white, but {name} holds float pixels up "
+            f"to {brightest * white:.3g}, as files with white at 1 do; clean those apart, with "
+            "images.white=1."
         )
 
 

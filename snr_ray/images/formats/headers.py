@@ -7,8 +7,8 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from snr_ray.images import nifti, zarrfolder
-from snr_ray.images.formats import HEAD_BYTES, KINDS, recognise, split
+from snr_ray.images.formats import nifti, zarrfolder
+from snr_ray.images.formats.codec import HEAD_BYTES, KINDS, recognise, split
 
 
 def n_values(data: bytes, name: str) -> int | None:

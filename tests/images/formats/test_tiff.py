@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image, ImageOps
 
 from snr_ray.errors import InputError
-from snr_ray.images.formats import OpenFile, decode, open_file
+from snr_ray.images.formats.codec import OpenFile, decode, open_file
 
 RNG = np.random.default_rng(0)
 Y, X = np.mgrid[:48, :34]

@@ -10,8 +10,8 @@ import pytest
 
 from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError
-from snr_ray.images.formats import open_file, output_name
-from snr_ray.images.headers import n_values
+from snr_ray.images.formats.codec import open_file, output_name
+from snr_ray.images.formats.headers import n_values
 from snr_ray.images.sources import open_source
 
 WINDOW = (-1000.0, 400.0)

@@ -16,11 +16,11 @@ from zarr_images import describe, described, multiscales, pixels, small, write
 
 from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError
-from snr_ray.images import memory
-from snr_ray.images.formats import encode, open_file
-from snr_ray.images.headers import n_values
+from snr_ray.images.formats import memory
+from snr_ray.images.formats.codec import encode, open_file
+from snr_ray.images.formats.headers import n_values
+from snr_ray.images.formats.zarrfolder import write_image
 from snr_ray.images.sources import open_source
-from snr_ray.images.zarrfolder import write_image
 from snr_ray.localfolder import LocalFolder
 
 WINDOW = (-1000.0, 400.0)

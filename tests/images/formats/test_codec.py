@@ -9,8 +9,8 @@ from PIL import Image
 
 from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError
-from snr_ray.images.formats import decode, encode, open_file, stored_frames
-from snr_ray.images.pixels import prepare, stored_values, with_channels
+from snr_ray.images.formats.codec import decode, encode, open_file, stored_frames
+from snr_ray.images.formats.pixels import prepare, stored_values, with_channels
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (9, 7), dtype=np.uint8)
@@ -110,16 +110,21 @@ def test_npy_with_pickle_is_refused() -> None:
         decode(out.getvalue(), "a.npy")
 
 
-@pytest.mark.parametrize("suffix", ["npy", "tif", "png"])
+@pytest.mark.parametrize("suffix", ["npy", "tif"])
 def test_a_white_that_is_that_of_other_files_is_refused(suffix: str) -> None:
-    depth = np.dtype(np.uint16 if suffix == "png" else np.float32)
-    data = encode(np.full((1, 9, 9), 300 / 65535, np.float32), f"a.{suffix}", depth=depth,
-                  span=(0, 65535))  # fmt: skip
-    with pytest.raises(InputError, match=rf"white=65535 .* a\.{suffix} reaches 300, 0\.005 of it"):
-        decode(data, f"a.{suffix}", white=65535)
-    assert decode(data, f"a.{suffix}", white=1000).pixels.max() == pytest.approx(0.3)
-    black = encode(np.zeros((1, 9, 9), np.float32), f"a.{suffix}", depth=depth)
-    decode(black, f"a.{suffix}", white=65535)
+    def stored(brightest: float, kind: type) -> bytes:
+        values = np.full((1, 9, 9), brightest / 10, np.float32)
+        return encode(values, f"a.{suffix}", depth=np.dtype(kind), span=(0, 10))
+
+    data = stored(0.8, np.float32)
+    with pytest.raises(
+        InputError, match=rf"white=4095 .* a\.{suffix} holds float pixels up to 0\.8"
+    ):
+        decode(data, f"a.{suffix}", white=4095)
+    assert decode(data, f"a.{suffix}", white=2).pixels.max() == pytest.approx(0.4)
+    for nearly_empty in (stored(0, np.float32), stored(1, np.uint16), stored(5, np.float32)):
+        decode(nearly_empty, f"a.{suffix}", white=4095)
+    decode(stored(0.0002, np.float32), f"a.{suffix}", white=0.04)
 
 
 def test_nan_is_refused() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from snr_ray.errors import InputError
-from snr_ray.images.pixels import Contents, Made, Stored, Values, turn, without_alpha
+from snr_ray.images.formats.pixels import Contents, Made, Stored, Values, turn, without_alpha
 
 # Pillow warns of large images and refuses larger ones; how large is too large, memory decides.
 Image.MAX_IMAGE_PIXELS = None

@@ -14,9 +14,9 @@ from zarr_images import describe, small, write
 
 from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError
-from snr_ray.images.formats import open_file, output_name
+from snr_ray.images.formats.codec import open_file, output_name
+from snr_ray.images.formats.zarrfolder import is_archive, pack, unpack
 from snr_ray.images.sources import open_source
-from snr_ray.images.zarrfolder import is_archive, pack, unpack
 from snr_ray.localfolder import LocalFolder
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from tifffile import COMPRESSION, PHOTOMETRIC, PLANARCONFIG
 
 from snr_ray.errors import InputError
-from snr_ray.images.pixels import Contents, Made, Stored, Values, turn, without_alpha
+from snr_ray.images.formats.pixels import Contents, Made, Stored, Values, turn, without_alpha
 
 COLOURS = {
     PHOTOMETRIC.MINISBLACK: 1,

@@ -13,8 +13,8 @@ from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 
 from snr_ray.errors import InputError
-from snr_ray.images.formats import OpenFile, decode, open_file
-from snr_ray.images.pixels import Made
+from snr_ray.images.formats.codec import OpenFile, decode, open_file
+from snr_ray.images.formats.pixels import Made
 
 WINDOW = (-1000.0, 200.0)
 STORED = (np.arange(48, dtype=np.uint16) * 20).reshape(8, 6)

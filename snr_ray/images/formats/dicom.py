@@ -19,7 +19,7 @@ import numpy as np
 
 from snr_ray import __version__
 from snr_ray.errors import InputError
-from snr_ray.images.pixels import Contents, Made, Stored, Values
+from snr_ray.images.formats.pixels import Contents, Made, Stored, Values
 
 LONGEST_TEXT = {"SeriesDescription": 64, "DerivationDescription": 1024}
 """Characters that their value representations (LO, ST) hold."""
@@ -43,7 +43,7 @@ def read(data: bytes, name: str) -> Contents:
             ImplicitVRLittleEndian,
         )
 
-        from snr_ray.images import dicomcodecs
+        from snr_ray.images.formats import dicomcodecs
     except ImportError:
         raise InputError(
             f"Reading DICOM needs pydicom, and {name} is one; pip install 'snr-ray[dicom]'."

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from snr_ray.errors import InputError, check
-from snr_ray.images import dicom, nifti, omezarr, raster, tiff, zarrfolder
-from snr_ray.images.errors import unreadable
-from snr_ray.images.pixels import (
+from snr_ray.images.formats import dicom, nifti, omezarr, raster, tiff, zarrfolder
+from snr_ray.images.formats.errors import unreadable
+from snr_ray.images.formats.pixels import (
     Array,
     Contents,
     Decoded,

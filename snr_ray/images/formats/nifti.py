@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from snr_ray.errors import InputError
-from snr_ray.images.pixels import Contents, Made, Stored, Values
+from snr_ray.images.formats.pixels import Contents, Made, Stored, Values
 
 PACKED = b"\x1f\x8b"
 FIRST_HEADER, SECOND_HEADER = 348, 540

@@ -19,7 +19,7 @@ from typing import Any
 
 from snr_ray.errors import InputError
 from snr_ray.folder import Folder
-from snr_ray.images.memory import check_values
+from snr_ray.images.formats.memory import check_values
 
 SUFFIX = ".zarr"
 ROOTS = ("zarr.json", ".zattrs")
