@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from snr_ray.bucketfolder import BucketFolder
-from snr_ray.errors import InputError, check
+from snr_ray.errors import InputError, Lost, check
 from snr_ray.folder import JOB, Folder
 from snr_ray.localfolder import LocalFolder
 
@@ -33,7 +33,8 @@ def open_folder(place: str | Path | Folder) -> Folder:
     Nothing is made yet. Credentials are those of the environment, or stand in the URI.
 
     Raises:
-        InputError: if a URI cannot be opened, or its store does not answer within a minute.
+        InputError: if a URI cannot be opened.
+        Lost: if its store does not answer within a minute, which it may the next time.
     """
     if isinstance(place, Folder):
         return place
@@ -53,7 +54,9 @@ def open_folder(place: str | Path | Folder) -> Folder:
     folder = BucketFolder(without_secrets(text), fs, root)
     try:
         within(ANSWER_S, lambda: folder.exists(JOB))
-    except (OSError, TimeoutError) as error:
+    except TimeoutError as error:
+        raise Lost(f"{folder} must be in a store that answers, but it gave {error}") from None
+    except OSError as error:
         raise InputError(
             f"{folder} must be in a bucket that can be reached, but the store says: "
             f"{without_secrets(str(error))}; look at the name, the region and the credentials."
@@ -71,11 +74,16 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     """File system and path of a URI.
 
     Raises:
-        InputError: if pyarrow cannot open it, or its store does not answer within a minute.
+        InputError: if pyarrow cannot open it.
+        Lost: if its store does not answer within a minute.
     """
     try:
         return within(ANSWER_S, lambda: pafs.FileSystem.from_uri(uri))
-    except (pa.ArrowInvalid, OSError, TimeoutError) as error:
+    except TimeoutError as error:
+        raise Lost(
+            f"{without_secrets(uri)} must be in a store that answers, but it gave {error}"
+        ) from None
+    except (pa.ArrowInvalid, OSError) as error:
         raise InputError(
             f"{without_secrets(uri)} is not a URI that can be opened "
             f"({without_secrets(str(error))})."

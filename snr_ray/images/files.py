@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 
 from snr_ray.address import ANSWER_S, within
 from snr_ray.bucketfolder import BucketFolder
-from snr_ray.errors import InputError
+from snr_ray.errors import InputError, Lost
 from snr_ray.folder import Folder
 from snr_ray.images.collection import Source, Texts
 from snr_ray.images.formats import zarrfolder
@@ -35,6 +35,7 @@ def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
 
     Raises:
         InputError: if it is not there or holds no images.
+        Lost: if its store does not answer within a minute.
     """
     place = find(text)
     kind_of_source = name.removesuffix(text)
@@ -70,6 +71,8 @@ def open_path(text: str, name: str, known: tuple[str, ...] = ()) -> Source:
             listing = _one_file(file.name)
         else:
             root, listing = place.root, list_place(place)
+    except TimeoutError as error:
+        raise Lost(f"{name} must be in a store that answers, but it gave {error}") from None
     except OSError as error:
         raise InputError(f"{name} cannot be listed ({error}).") from None
     prefix = root.rstrip("/") + "/"

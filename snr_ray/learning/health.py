@@ -49,7 +49,7 @@ class Health:
         Raises:
             Diverged: if they will not be any more.
         """
-        if skipped >= SKIPS_IN_A_ROW:
+        if skipped >= SKIPS_IN_A_ROW or (last and math.isnan(self.first_loss)):
             raise Diverged(
                 f"Training stopped at step {step}: the gradients of {skipped} steps in a row were "
                 f"not finite; {self._way_out}"

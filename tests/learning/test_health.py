@@ -43,3 +43,9 @@ def test_skipped_steps_end_the_run_where_they_are_many_in_a_row() -> None:
     assert health.judge(25, 2.0, SKIPS_IN_A_ROW - 1, last=False)
     with pytest.raises(Diverged, match=r"gradients of 10 steps in a row were not finite; the last"):
         health.judge(50, math.nan, SKIPS_IN_A_ROW, last=False)
+
+
+def test_a_run_that_took_no_step_does_not_end_as_done() -> None:
+    assert Health(0.01).judge(5, math.nan, 5, last=False)
+    with pytest.raises(Diverged, match=r"at step 8: the gradients of 8 steps in a row were not"):
+        Health(0.01).judge(8, math.nan, 8, last=True)
