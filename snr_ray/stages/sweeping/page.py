@@ -28,6 +28,8 @@ from snr_ray.stages.sweeping.study import (
 )
 
 LOGARITHMIC = ("triplet", "content_kl")
+COMPLETED, EARLY = "C0o", "C1x"
+"""How trials are drawn that ended, and that were ended early: the same in all plots."""
 
 
 def write_page(
@@ -234,9 +236,9 @@ def _history(trials: list[FrozenTrial], goals: Goals, out: Path) -> None:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axis = figure.subplots()
     for drawn, mark, label in (
-        (able, "o", "completed"),
-        ([t for t in complete if not keeps(t)], "s", "out of bounds"),
-        (pruned, "x", "ended early"),
+        (able, COMPLETED, "completed"),
+        ([t for t in complete if not keeps(t)], "C3s", "out of bounds"),
+        (pruned, EARLY, "ended early"),
     ):
         if drawn:
             axis.plot(
@@ -244,7 +246,7 @@ def _history(trials: list[FrozenTrial], goals: Goals, out: Path) -> None:
             )
     if able:
         best = itertools.accumulate((_last(t, first) for t in able), max if first.larger else min)
-        axis.step([t.number for t in able], list(best), where="post", label="best so far")
+        axis.step([t.number for t in able], list(best), "C2", where="post", label="best so far")
     axis.set_xlabel("trial")
     axis.set_ylabel(f"{first.title} on validation images, {first.unit}")
     axis.legend()
@@ -296,9 +298,14 @@ def _split(trials: list[FrozenTrial], goals: Goals, ranges: SweepConfig, out: Pa
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3 * columns, 2.4 * rows), layout="constrained")
     for axis, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
-        for state, mark in ((TrialState.PRUNED, "x"), (TrialState.COMPLETE, "o")):
+        for state, mark, label in (
+            (TrialState.PRUNED, EARLY, "ended early"),
+            (TrialState.COMPLETE, COMPLETED, "completed"),
+        ):
             drawn = [t for t in reached if t.state == state]
-            axis.plot([_setting(t, name) for t in drawn], [values[t.number] for t in drawn], mark)
+            if drawn:
+                x, y = [_setting(t, name) for t in drawn], [values[t.number] for t in drawn]
+                axis.plot(x, y, mark, label=label)
         axis.set_xlabel(name.replace("_", " "))
         if name.startswith("noise_share"):
             axis.set_xlim(0, 1)
@@ -314,6 +321,9 @@ def _split(trials: list[FrozenTrial], goals: Goals, ranges: SweepConfig, out: Pa
         axis.set_axis_off()
     when = f" after 1/{NINTHS} of the steps" if goals.prunes else ""
     figure.supylabel(f"{goals.first.title}{when}, {goals.first.unit}")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside upper right", ncols=2)
     FigureCanvasAgg(figure).print_png(out / "split.png")
 
 
