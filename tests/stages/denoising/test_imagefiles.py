@@ -172,7 +172,7 @@ def test_without_its_deviations_no_result_is_left_behind(
 
 def test_a_doubtful_slice_stays_in_the_series_of_the_others(tmp_path: Path) -> None:
     pydicom = pytest.importorskip("pydicom")
-    from images.test_dicom import dataset, saved
+    from images.formats.test_dicom import dataset, saved
 
     out, series = LocalFolder(tmp_path), []
     for doubted in (False, True):
