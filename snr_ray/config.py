@@ -285,8 +285,6 @@ class TrainConfig:
     lr: float = 6e-3
     """Peak learning rate of a run of at most 1000 steps; that of longer ones falls with the square
     root of their length, but for a U-Net. Linear warm-up, then cosine to 2 %."""
-    momentum: float = 0.95
-    """Of Muon: what its mean of gradients keeps of itself at each step."""
     warmup_steps: int = 100
     """Steps of the learning-rate warm-up."""
     grad_clip: float = 5.0
@@ -332,9 +330,7 @@ class TrainConfig:
         )
         check(0 < self.lr <= 1, f"train.lr must be above 0 and at most 1, but got {self.lr}.")
         check(self.grad_clip > 0, f"train.grad_clip must be above 0, but got {self.grad_clip}.")
-        for name in ("momentum", "ema"):
-            value = getattr(self, name)
-            check(0 <= value < 1, f"train.{name} must be in [0, 1), but got {value}.")
+        check(0 <= self.ema < 1, f"train.ema must be in [0, 1), but got {self.ema}.")
         check(self.versions >= 1, f"train.versions must be at least 1, but got {self.versions}.")
         check(0 <= self.told <= 1, f"train.told must be between 0 and 1, but got {self.told}.")
         for size in self.sizes:

@@ -50,13 +50,7 @@ def build_optimizers(objective: Objective | Regression, config: Config) -> list[
     if config.train.optimizer == "muon":
         layers = [m for m in objective.model.modules() if isinstance(m, nn.Conv2d)]
         kernels = {id(layer.weight) for layer in layers}
-        optimizers.append(
-            Muon(
-                [w for w in weights if id(w) in kernels],
-                lr=config.train.lr,
-                momentum=config.train.momentum,
-            )
-        )
+        optimizers.append(Muon([w for w in weights if id(w) in kernels], lr=config.train.lr))
         weights = [w for w in weights if id(w) not in kernels]
     groups: list[dict[str, Any]] = [{"params": weights}]
     if config.loss.sigma_learned:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the polynomial that drives singular values towards 1 (same source)."""
 N_ITERATIONS = 5
@@ -42,10 +43,9 @@ class Muon(torch.optim.Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, kernels: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+    def __init__(self, kernels: Iterable[nn.Parameter], lr: float) -> None:
         """`kernels`: parameters [out, in, height, width]."""
         super().__init__(kernels, {"lr": lr})
-        self.momentum = momentum
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -62,9 +62,9 @@ class Muon(torch.optim.Optimizer):
         if self.found_inf is not None:
             moves = 1 - self.found_inf
             gradient = torch.where(moves > 0, gradient, momentum)
-        momentum.lerp_(gradient, 1 - self.momentum)
+        momentum.lerp_(gradient, 1 - MOMENTUM)
         stacks = _stacks(tuple(kernel.shape for kernel in kernels), gradient.device)
-        update = stacks.orthogonal(gradient.lerp(momentum, self.momentum), lr * moves)
+        update = stacks.orthogonal(gradient.lerp(momentum, MOMENTUM), lr * moves)
         torch._foreach_mul_(kernels, 1 - lr * WEIGHT_DECAY * moves)
         torch._foreach_sub_(kernels, _like(update, kernels))
 

@@ -41,8 +41,7 @@ def with_batch_size(config: Config, batch_size: int) -> Config:
     fewer a HVAE does not get far, however many images each sees. Warm-up, checkpoints and the
     moving average keep their share of the run. Steps of Adam and Muon are of the same length
     whatever the gradient's, and their noise falls with the square root of r: by so much the highest
-    rate grows, and of a HVAE, which such a run leaves far from its end, by RATE_POWER. At that rate
-    its kernels do better by a mean over more gradients, by the square root of r again.
+    rate grows, and of a HVAE, which such a run leaves far from its end, by RATE_POWER.
 
     Source: Malladi et al., On the SDEs and scaling rules for adaptive gradient algorithms (2022).
     What was tried: presets/README.md.
@@ -57,7 +56,7 @@ def with_batch_size(config: Config, batch_size: int) -> Config:
             f"--batch-size must be from 1 to all {seen:,} images that the run sees, but got "
             f"{batch_size}; give more train.steps."
         )
-    r, hvae = batch_size / before.batch_size, config.model.kind == "hvae"
+    r = batch_size / before.batch_size
     steps = max(round(before.steps / r), min(before.steps, LR_STEPS))
     share = steps / before.steps
     after = dataclasses.replace(
@@ -67,9 +66,8 @@ def with_batch_size(config: Config, batch_size: int) -> Config:
         warmup_steps=round(before.warmup_steps * share),
         checkpoint_every_steps=max(1, round(before.checkpoint_every_steps * share)),
         ema=before.ema ** (1 / share),
-        momentum=1 - (1 - before.momentum) / (math.sqrt(max(1.0, r)) if hvae else 1),
     )
     changed = dataclasses.replace(config, train=after)
-    power = RATE_POWER if hvae else 0.5
+    power = RATE_POWER if config.model.kind == "hvae" else 0.5
     rate = before.lr * r**power * peak_share(config) / peak_share(changed)
     return dataclasses.replace(changed, train=dataclasses.replace(after, lr=min(1.0, rate)))

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from snr_ray import configfile as configs
 from snr_ray.learning.build import build_model
-from snr_ray.learning.muon import RMS, WEIGHT_DECAY, Muon, orthogonal
+from snr_ray.learning.muon import MOMENTUM, RMS, WEIGHT_DECAY, Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 144), (2, 96, 32), (1, 1, 9)])
@@ -75,13 +75,13 @@ def test_all_kernels_at_once_move_as_each_does_alone() -> None:
     together = _kernels()
     alone = [kernel.detach().clone() for kernel in together]
     momenta = [torch.zeros_like(kernel) for kernel in alone]
-    optimizer, lr = Muon(together, lr=0.02, momentum=0.9), 0.02
+    optimizer, lr = Muon(together, lr=0.02), 0.02
     for step in range(4):
         _gradients(together, step)
         optimizer.step()
         for kernel, momentum, moved in zip(alone, momenta, together, strict=True):
-            momentum.lerp_(moved.grad, 0.1)
-            matrix = moved.grad.lerp(momentum, 0.9).flatten(1)
+            momentum.lerp_(moved.grad, 1 - MOMENTUM)
+            matrix = moved.grad.lerp(momentum, MOMENTUM).flatten(1)
             update = orthogonal(matrix[None])[0] * RMS * max(matrix.shape) ** 0.5
             kernel.mul_(1 - lr * WEIGHT_DECAY).sub_(lr * update.view_as(kernel))
     for kernel, moved in zip(alone, together, strict=True):
