@@ -300,15 +300,23 @@ except InputError as error:
 """
 
 
+def played(
+    model: Path, images: Path, place: Path, out: str, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """PLAYED with one GPU, in a process of its own; it marks what it does in place/log."""
+    (place / "log").mkdir(exist_ok=True)
+    command = [sys.executable, "-c", PLAYED, str(model), str(images),
+               str(place / out), str(place / "log"), "1"]  # fmt: skip
+    return subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True, check=True
+    )
+
+
 def test_gpus_hold_the_model_once_and_have_several_batches_at_hand(
     model_folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     # Ray counts a GPU that is the processor: who loads, who swaps, and what waits meanwhile.
-    (tmp_path / "log").mkdir()
-    command = [sys.executable, "-c", PLAYED, str(model_folder), str(image_folder),
-               str(tmp_path / "out"), str(tmp_path / "log"), "1"]  # fmt: skip
-    env = {**os.environ, "SNR_RAY_GPU_IS_CPU": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    done = played(model_folder, image_folder, tmp_path, "out", SNR_RAY_GPU_IS_CPU="1")
     assert done.stdout.splitlines()[-1] == "24 0", done.stdout + done.stderr
     log = [path.name.split("-") for path in (tmp_path / "log").iterdir()]
     who = {kind: [pid for its, pid, *_ in log if its == kind] for kind in ("load", "answer")}
@@ -322,20 +330,16 @@ def test_gpus_hold_the_model_once_and_have_several_batches_at_hand(
         two = (np.asarray(Image.open(tmp_path / of / name), int) for of in ("out", "cores"))
         assert abs(np.subtract(*two)).max() <= 1, name
     # Without torch's leave, one sentence.
-    env.pop("SNR_RAY_GPU_IS_CPU")
-    command[5] = str(tmp_path / "refused")
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    done = played(model_folder, image_folder, tmp_path, "refused")
     assert "torch finds none on" in done.stdout
 
 
 def test_an_image_that_kills_the_process_of_a_gpu_takes_no_other_with_it(
     model_folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "log").mkdir()
-    command = [sys.executable, "-c", PLAYED, str(model_folder), str(image_folder),
-               str(tmp_path / "out"), str(tmp_path / "log"), "1"]  # fmt: skip
-    env = {**os.environ, "SNR_RAY_GPU_IS_CPU": "1", "KILLS": "a/10.png"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    done = played(
+        model_folder, image_folder, tmp_path, "out", SNR_RAY_GPU_IS_CPU="1", KILLS="a/10.png"
+    )
     assert done.stdout.splitlines()[-1] == "24 0", done.stdout + done.stderr
 
 
