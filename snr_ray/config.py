@@ -151,6 +151,9 @@ class ModelConfig:
     unrolled: int = 4
     """Steps of the unrolled solver in the encoder, each of which guesses the clean image, makes its
     noise and sees what is left unexplained; 0: none. Of a decoder with the operator alone."""
+    step_channels: tuple[int, ...] = ()
+    """Channels of coarser levels, each of half the size of the one before, at which a step of the
+    solver looks around; none: it sees full resolution alone. Of a model that unrolls."""
     bounded: bool = False
     """Guesses of the solver are cut to [0, 1], where clean images lie, before their noise is made:
     air that is known to be air leaves so many pixels less to be found."""
@@ -173,7 +176,7 @@ class ModelConfig:
                 f"model.{name} must have one entry per level of model.channels ({levels}), "
                 f"but got {len(widths)}.",
             )
-        for name in ("channels", "content_channels", "noise_channels"):
+        for name in ("channels", "content_channels", "noise_channels", "step_channels"):
             for width in getattr(self, name):
                 check(width >= 1, f"model.{name} must be at least 1, but got {width}.")
         check(
@@ -264,7 +267,8 @@ class TrainConfig:
     """Optimizer steps of the whole run."""
     start: str | None = None
     """Model folder, or name of a model that comes with snr_ray, whose weights the run begins with;
-    it decides the model section. With model.physics it may be one without."""
+    it decides the model section. With model.physics or model.step_channels it may be one
+    without."""
     batch_size: int = 8
     """Clean images per step over all workers; each comes with all of its noisy versions. Must be a
     multiple of 2 x workers, so that every image finds a partner on its worker."""

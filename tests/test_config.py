@@ -64,6 +64,7 @@ def test_later_sources_win_and_set_wins_over_all(tmp_path: Path) -> None:
         ("images.channels=2", r"images\.channels must be one of 1, 3, but got 2"),
         ("model.stem_kernel=4", r"model\.stem_kernel must be odd, but got 4"),
         ("model.kind=vae", r"model\.kind must be"),
+        ("model.step_channels=[8,0]", r"model\.step_channels must be at least 1, but got 0"),
         ("train.batch_size=35", r"multiple of 2 x workers = 2, .*nearest is 36"),
         ("model.noise_channels=[4,4]", r"one entry per level of model\.channels \(3\), but got 2"),
         ("sweep.triplet=[2,1]", r"low <= high"),

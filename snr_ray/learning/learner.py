@@ -95,7 +95,8 @@ class Learner:
         """Begin with the weights of a trained model of the same network.
 
         It may lack model.physics: what reads the linear estimate then begins at zero, and the first
-        guess of the clean image is the estimate.
+        guess of the clean image is the estimate. It may lack model.step_channels, too: what they
+        see adds nothing at first.
         """
         weights = {k: v for k, v in other.state_dict().items() if "stem.inverse." not in k}
         known = weights["stem.conv.weight"]

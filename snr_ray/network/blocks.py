@@ -1,5 +1,6 @@
 """Building blocks of the HVAE: Gaussians, residual blocks, noise head, top-down levels."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -214,10 +215,14 @@ class ConsistencyStep(nn.Module):
     Marino, Yue and Mandt, Iterative amortized inference (2018).
     """
 
-    def __init__(self, width: int, channels: int, *, bounded: bool = False) -> None:
-        """`bounded`: noise is made of the guess cut to [0, 1]."""
+    def __init__(
+        self, width: int, channels: int, *, bounded: bool = False, coarser: Sequence[int] = ()
+    ) -> None:
+        """`bounded`: noise is made of the guess cut to [0, 1]; `coarser`: widths of the levels that
+        the step also looks at."""
         super().__init__()
         self.bounded = bounded
+        self.around = Around(width, coarser) if coarser else None
         self.guess = nn.Conv2d(width, channels, 3, padding=1)
         self.see = nn.Conv2d(2 * channels, width, 3, padding=1)
         self.blocks = residual_blocks(width, 1)
@@ -229,7 +234,40 @@ class ConsistencyStep(nn.Module):
         possible = guess.clamp(0, 1) if self.bounded else guess
         left = unexplained(seen.image, seen.noisy(possible))
         news = torch.cat([guess - PIXEL_OFFSET, left], dim=1)
-        return self.blocks(h + self.see(news)), guess
+        h = h + self.see(news)
+        if self.around is not None:
+            h = h + self.around(h)
+        return self.blocks(h), guess
+
+
+class Around(nn.Module):
+    """What lies around each pixel: features at coarser levels, brought back to full resolution; a
+    U-Net without its finest level. Zero at the start, so that a trained step may be given one."""
+
+    def __init__(self, width: int, coarser: Sequence[int]) -> None:
+        super().__init__()
+        pairs = list(itertools.pairwise((width, *coarser)))
+        self.down = nn.ModuleList(
+            nn.Conv2d(narrow, wide, 3, stride=2, padding=1) for narrow, wide in pairs
+        )
+        self.blocks = nn.ModuleList(ResidualBlock(wide) for wide in coarser)
+        self.up = nn.ModuleList(Up(wide, narrow, "shuffle") for narrow, wide in pairs)
+        for parameter in self.up[0].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[B, width, H, W] -> the same shape."""
+        levels = [h]
+        for down in self.down:
+            levels.append(down(F.silu(levels[-1])))
+        state = levels.pop()
+        for k in reversed(range(len(self.up))):
+            finer = levels.pop()
+            up = self.up[k]
+            assert isinstance(up, Up)
+            state = up.at(self.blocks[k](state), finer.shape[-2:])
+            state = finer + state if k else state
+        return state
 
 
 class PixelLevel(TopDownLevel):
@@ -252,7 +290,7 @@ class PixelLevel(TopDownLevel):
             nn.Conv2d(2 * narrow, narrow, 3, padding=1), residual_blocks(narrow, 1)
         )
         self.steps = nn.ModuleList(
-            ConsistencyStep(narrow, channels, bounded=config.bounded)
+            ConsistencyStep(narrow, channels, bounded=config.bounded, coarser=config.step_channels)
             for _ in range(config.unrolled)
         )
         n_content = n_pixels + config.content_channels[0]

@@ -142,6 +142,23 @@ def test_start_with_physics_begins_with_the_estimate_or_the_model_as_it_was(
             torch.testing.assert_close(first, model.stem.inverse(noisy, ids))
 
 
+def test_start_with_looks_around_begins_with_the_model_as_it_was(
+    tiny: Config, pairs: Pairs, model_folder: Path
+) -> None:
+    trained, noisy = load_model(model_folder).model, pairs.take(np.arange(4), 2)
+    learner = Learner(configs.replace(tiny, {"model.step_channels": [6, 8], "seed": 5}))
+    learner.start_from(trained)
+    for model in (learner.average, learner.objective.model):
+        np.testing.assert_allclose(swap(model, noisy, None), swap(trained, noisy, None), atol=1e-5)
+    for step in range(2):  # the first moves what adds, the second what it adds
+        learner.train_step(PairFeed(pairs, 16, seed=0, share=Share()).batch(step))
+    around = learner.objective.model.levels[0].steps[0].around
+    fresh = Learner(learner.config).objective.model.levels[0].steps[0].around
+    for mine, untrained in zip(around.parameters(), fresh.parameters(), strict=True):
+        if mine.ndim > 1:
+            assert (mine != untrained).any()
+
+
 def test_what_reads_the_estimate_learns_from_the_start(
     tiny: Config, pairs: Pairs, model_folder: Path
 ) -> None:

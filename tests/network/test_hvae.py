@@ -12,7 +12,16 @@ from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.errors import InputError
 from snr_ray.learning.build import build_model
-from snr_ray.network.blocks import PIXEL_OFFSET, BottomUp, Gaussian, PixelLevel, Up, kl, standard
+from snr_ray.network.blocks import (
+    PIXEL_OFFSET,
+    Around,
+    BottomUp,
+    Gaussian,
+    PixelLevel,
+    Up,
+    kl,
+    standard,
+)
 from snr_ray.network.hvae import HVAE, Codes
 from snr_ray.network.noisemaker import Mixed, NoiseMaker
 from snr_ray.network.swap import NoiseCodes, collect, noise_code, swap
@@ -29,9 +38,11 @@ def only(maker: NoiseMaker, noise_id: int) -> None:
         maker.logits.bias[noise_id] = 0.0
 
 
-@pytest.fixture(params=["operator", "network, vector", "network, map"])
+@pytest.fixture(params=["operator", "operator, around", "network, vector", "network, map"])
 def any_code(request: pytest.FixtureRequest, tiny: Config) -> Config:
     decoder, _, code = request.param.partition(", ")
+    if code == "around":
+        return configs.replace(tiny, {"model.step_channels": [6, 8]})
     return configs.replace(tiny, {"model.decoder": decoder, "model.noise_code": code or "vector"})
 
 
@@ -152,6 +163,21 @@ def test_the_encoder_sees_what_its_guess_leaves_unexplained(tiny: Config, told: 
         guess, unexplained = (part.numpy() for part in news.chunk(2, dim=1))
         expected = noise(clean) - noise(guess + PIXEL_OFFSET)
         np.testing.assert_allclose(unexplained, expected, atol=1e-3)
+
+
+def test_what_a_step_sees_around_counts_at_full_resolution() -> None:
+    around, h = Around(5, [6, 8]), torch.randn(2, 5, 33, 22)
+    assert not around(h).any()  # a trained step may be given one
+    with torch.no_grad():
+        around.up[0].weight.normal_()
+        for shape in ((33, 22), (1, 1), (2, 7)):
+            assert around(h[..., : shape[0], : shape[1]]).shape[-2:] == shape
+        far = h.clone()
+        far[:, :, 20, 11] += 1
+        reached = (around(far) - around(h)).abs().sum((0, 1)) > 1e-6
+    rows, columns = torch.nonzero(reached, as_tuple=True)
+    assert int(rows.max() - rows.min()) > 8  # a block at full resolution reaches 5 pixels
+    assert int(columns.max() - columns.min()) > 8
 
 
 def test_noise_is_made_of_guesses_within_the_bounds_of_clean_images(tiny: Config) -> None:

@@ -57,6 +57,7 @@ def settle_start(config: Config) -> Config:
     stored["physics"] = stored["physics"] or mine["physics"]
     for key in ("bounded", "correction"):  # which have no weights
         stored[key] = mine[key]
+    stored["step_channels"] = stored["step_channels"] or mine["step_channels"]
     for key, value in stored.items():
         if mine[key] != value:
             print(f"{without_secrets(str(start))} has model.{key}={value}, which is used in place "

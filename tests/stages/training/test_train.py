@@ -277,6 +277,13 @@ def test_run_may_start_from_a_model(
     np.testing.assert_allclose(weights(run), weights(model_folder.parent), atol=1e-5)
 
 
+def test_start_may_lack_what_steps_see_around(tiny: Config, model_folder: Path) -> None:
+    config = configs.replace(
+        tiny, {"train.start": str(model_folder), "model.step_channels": [6, 8]}
+    )
+    assert settle_start(config) == config
+
+
 def test_start_from_another_kind_is_refused(
     tiny: Config, model_folder: Path, unet_folder: Path, range_folder: Path, tmp_path: Path
 ) -> None:
