@@ -26,8 +26,8 @@ FLOORS = {
 }
 """Images to try a model on that it was not trained on, and PSNR in dB at 40, 20 and 10 views."""
 RANGES = {
-    "any": {(28, 17): 37.0, (64, 40): 41.6, (64, 13): 31.2, (96, 35): 39.3},
-    "ct": {(28, 17): 36.4, (64, 40): 41.2, (64, 13): 30.3, (96, 35): 39.1},
+    "any": {(28, 17): 37.4, (64, 40): 42.0, (64, 13): 31.7, (96, 35): 39.6},
+    "ct": {(28, 17): 36.9, (64, 40): 41.6, (64, 13): 30.8, (96, 35): 39.5},
 }
 """Models of a range, by size and view count: PSNR in dB of photographs, told the view count."""
 
@@ -39,7 +39,7 @@ def test_every_shipped_model_is_guarded() -> None:
 @pytest.mark.parametrize("name", [*FLOORS, *RANGES])
 def test_shipped_model_is_small_and_described(name: str) -> None:
     folder = model_path(name)
-    assert (folder / "model.safetensors").stat().st_size < 3.2 * 2**20
+    assert (folder / "model.safetensors").stat().st_size < 10e6
     card = (folder / "README.md").read_text()
     scored = "images of the test split" if name in FLOORS else "never trained on"
     for part in ("trained on", "made by", "config.yaml", "Limits", scored):
