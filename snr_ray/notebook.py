@@ -117,11 +117,12 @@ def denoise(
             own = known is None
             ids = detect(trained.model, trained.codes, part) if own else np.full(len(part), known)
         found = None
-        if n_views is None:
-            found = views_of_range(trained.model, code, part, trained.geometry)
-        out[start : start + step] = swap(
-            trained.model, part, code, noise_ids=ids, geometry=geometry, told=found
-        )
+        with trained.arithmetic():
+            if n_views is None:
+                found = views_of_range(trained.model, code, part, trained.geometry)
+            out[start : start + step] = swap(
+                trained.model, part, code, noise_ids=ids, geometry=geometry, told=found
+            )
     return np.clip(out, 0, 1).reshape(shape)
 
 

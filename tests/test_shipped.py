@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from skimage import data
 
 from snr_ray.configfile import shipped_models
@@ -46,6 +47,21 @@ def test_shipped_model_is_small_and_described(name: str) -> None:
         assert part in card, part
     images = json.loads((folder / "metrics.json").read_text())["images"]
     assert images >= (300 if name in FLOORS else 5)
+
+
+@pytest.mark.parametrize("name", [*FLOORS, *RANGES])
+def test_bfloat16_costs_next_to_nothing_where_a_model_may_use_it(name: str) -> None:
+    trained = load_model(name)
+    size, source = trained.config.images.size, open_source("photos")
+    rows = source.select("test")[:12]
+    clean = np.stack([source.load(row, trained.config.images) for row in rows])
+    noisy = noise_operator(NoiseSpec(20), size, size)(clean)
+    scores = []
+    for half in (False, trained.bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            made = swap(trained.model, noisy, trained.codes.mean(0), geometry=NoiseSpec(20))
+        scores.append(psnr(made, clean).mean())
+    assert scores[1] == pytest.approx(scores[0], abs=0.05)
 
 
 @pytest.mark.parametrize("name", RANGES)

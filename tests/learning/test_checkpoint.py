@@ -1,9 +1,12 @@
 """Model folders: written, read, refused; what a trained model knows, guesses and injects."""
 
+import dataclasses
 import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -124,6 +127,26 @@ def test_bfloat16_is_for_models_that_were_measured_in_it(
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "metrics.json").write_text(json.dumps(measured))
     assert load_model(folder).bf16 == said
+
+
+@pytest.mark.parametrize(
+    ("may", "device", "units", "expected"),
+    [
+        (True, "cuda", False, True),
+        (True, "cpu", True, True),
+        (True, "cpu", False, False),
+        (False, "cpu", True, False),
+    ],
+)
+def test_bfloat16_is_for_devices_that_are_faster_at_it(
+    few: TrainedModel, may: bool, device: str, units: bool, expected: bool
+) -> None:
+    told = {"amx_bf16": units}
+    capabilities = mock.patch.object(torch.cpu, "get_capabilities", create=True, return_value=told)
+    model = SimpleNamespace(top=SimpleNamespace(device=torch.device(device)))
+    with capabilities, mock.patch.object(torch, "autocast") as made:
+        dataclasses.replace(few, model=model, bf16=may).arithmetic()
+    made.assert_called_once_with(device, torch.bfloat16, enabled=expected)
 
 
 @pytest.mark.parametrize(
