@@ -4,6 +4,7 @@ Palettes, CMYK and the turn that EXIF asks for are resolved. Pixels are taken as
 gamma, no conversion between colour profiles; the profile stays in the file.
 """
 
+import contextlib
 import functools
 import io
 import zlib
@@ -12,7 +13,7 @@ from typing import Any
 
 import imagecodecs
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile
 
 from snr_ray.errors import InputError
 from snr_ray.images.formats.pixels import Contents, Made, Stored, Values, turn, without_alpha
@@ -36,6 +37,7 @@ def read(data: bytes, name: str) -> Contents:
     Raises:
         InputError: for an animation, transparent pixels, or a format or mode that is not known.
     """
+    data = _without_damaged_words(data)
     with Image.open(io.BytesIO(data)) as file:
         kind = str(file.format)
         if kind not in FORMATS:
@@ -45,11 +47,10 @@ def read(data: bytes, name: str) -> Contents:
         frames = getattr(file, "n_frames", 1)
         if frames > 1 and kind != "MPO":
             raise InputError(f"A file must hold one image, but {name} holds {frames}; split it.")
-        exif = file.getexif()
+        orientation, exif = _exif(file)
         kept: dict[str, Any] = {
             key: file.info[key] for key in ("dpi", "icc_profile") if key in file.info
         }
-        orientation = exif.get(_ORIENTATION, 1)
         turned = orientation != 1
         if kind in ("JPEG", "WEBP"):  # that of MPO tells of its other pictures
             said = ("comment",) if turned else ("comment", "xmp")  # which may say how to turn
@@ -60,24 +61,36 @@ def read(data: bytes, name: str) -> Contents:
             _widen_key(file, data)
         if kind == "PNG" and data[24] == 16 and data[25] != 0:
             values = _deep_png(data, name)
-            if turned:
-                values = turn(values, orientation)
         else:
-            image: Image.Image = ImageOps.exif_transpose(file) if turned else file
-            values = _values(image, name)
+            values = _values(file, name)
             if file.mode == "CMYK":
                 kept.pop("icc_profile", None)  # of inks
-    exif.pop(_ORIENTATION, None)
-    if orientation in (5, 6, 7, 8):  # what was across is down
-        if "dpi" in kept:
-            kept["dpi"] = kept["dpi"][::-1]
-        if _ACROSS in exif and _DOWN in exif:
-            exif[_ACROSS], exif[_DOWN] = exif[_DOWN], exif[_ACROSS]
-    if len(exif):
-        kept["exif"] = exif.tobytes()
+    values = turn(values, orientation)
+    if orientation in (5, 6, 7, 8) and "dpi" in kept:  # what was across is down
+        kept["dpi"] = kept["dpi"][::-1]
+    if exif:
+        kept["exif"] = exif
     kind = "JPEG" if kind == "MPO" else kind
 
     return Contents([Stored(values)], functools.partial(_rewrite, kind, kept))
+
+
+def _exif(file: ImageFile.ImageFile) -> tuple[int, bytes]:
+    """How EXIF or XMP say to turn a picture, and EXIF as it is to be kept, of a picture upright.
+
+    A block that cannot be understood turns nothing, and is kept as it stands.
+    """
+    file.load()  # pixels that are damaged are no matter of EXIF
+    orientation = 1
+    with contextlib.suppress(Exception):  # Pillow raises anything on damaged tags
+        exif = file.getexif()
+        understood = len(exif) > 0
+        orientation = int(exif.pop(_ORIENTATION, 1))
+        if orientation in (5, 6, 7, 8) and _ACROSS in exif and _DOWN in exif:
+            exif[_ACROSS], exif[_DOWN] = exif[_DOWN], exif[_ACROSS]
+        if understood:
+            return orientation, exif.tobytes() if len(exif) else b""
+    return orientation, file.info.get("exif", b"") if orientation == 1 else b""
 
 
 def write(values: Values, kind: str, **kept: Any) -> bytes:
@@ -150,10 +163,26 @@ def _check_whole(data: bytes, name: str) -> None:
     """Refuse a PNG whose pixels are not those that were written: Pillow does not look at checksums,
     and zeros where a copy ended are pixels to it."""
     for chunk in _chunks(data):
-        if chunk[4:8] == b"IDAT" and zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
+        if chunk[4:8] == b"IDAT" and not _is_intact(chunk):
             raise InputError(
                 f"{name} is damaged: a checksum of its pixels fails; replace the file."
             )
+
+
+def _without_damaged_words(data: bytes) -> bytes:
+    """A file without the EXIF and the texts of a PNG whose checksums fail: to Pillow it were none,
+    though what is said of a picture is no part of it."""
+    if not data.startswith(b"\x89PNG"):
+        return data
+    words = (b"eXIf", *_TEXT_CHUNKS)
+    damaged = [c for c in _chunks(data) if c[4:8] in words and not _is_intact(c)]
+    for chunk in damaged:
+        data = data.replace(chunk, b"")
+    return data
+
+
+def _is_intact(chunk: bytes) -> bool:
+    return zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
 
 
 def _with_chunks(png: bytes, chunks: bytes) -> bytes:

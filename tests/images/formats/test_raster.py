@@ -249,6 +249,37 @@ def test_xmp_does_not_turn_what_was_turned() -> None:
     np.testing.assert_array_equal(decode(written, "a.png").pixels, pixels)
 
 
+BROKEN = {
+    "no TIFF header": b"not a block of tags",
+    "nothing": b"",
+    "cut": b"MM\0*",
+    "tags that are no numbers": b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04six\0\0\0\0\0",
+    "tags nowhere": b"MM\0*\xff\xff\xff\xf0",
+}
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_exif_that_cannot_be_understood_spoils_no_pixels(kind: str, broken: str) -> None:
+    exif = b"Exif\0\0" + BROKEN[broken]
+    options = {"lossless": True} if kind == "webp" else {}
+    data = saved(RGB, kind, exif=exif, **options)
+    pixels, written = again(data, f"a.{kind}")
+    np.testing.assert_array_equal(pixels, decode(saved(RGB, kind, **options), "a").pixels)
+    assert decode(written, "a").pixels.shape == pixels.shape
+    if broken == "no TIFF header":
+        assert BROKEN[broken] in written
+
+
+@pytest.mark.parametrize("name", [b"eXIf", b"tEXt", b"zTXt", b"iTXt"])
+def test_words_of_a_png_that_are_damaged_spoil_no_pixels(name: bytes) -> None:
+    data, damaged = saved(RGB, "png"), chunk(name, b"Comment\0hello")[:-4] + b"\0\0\0\0"
+    pixels, written = again(data[:33] + damaged + data[33:], "a.png")
+    np.testing.assert_array_equal(pixels, np.moveaxis(RGB, 2, 0) / np.float32(255))
+    assert b"hello" not in written
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_resolution_is_turned_with_the_picture(kind: str, orientation: int) -> None:
