@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from snr_ray.address import local_path
 from snr_ray.config import Config
 from snr_ray.errors import InputError, check
 
@@ -114,7 +115,7 @@ def _presets() -> Any:
 
 
 def _read(source: str | Path) -> dict[str, Any]:
-    path = Path(source)
+    path = local_path(source)
     if _is_file(path):
         try:
             text = path.read_text()

@@ -9,6 +9,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from snr_ray import address
+from snr_ray import configfile as configs
 from snr_ray.address import open_folder, within, without_secrets
 from snr_ray.arguments import parser
 from snr_ray.errors import InputError, Lost
@@ -41,6 +42,8 @@ def test_a_tilde_that_the_shell_left_is_the_home_folder(
     (tmp_path / "notmnist").mkdir()
     with pytest.raises(InputError, match=f"but {tmp_path}/notmnist/model does not"):
         read_model("~/notmnist/model")
+    (tmp_path / "my.yaml").write_text("train: {steps: 7}")
+    assert configs.load(["~/my.yaml"]).train.steps == 7
     for text in ("~nobodys/in", "~in"):  # of a user who is not there, or a name like any other
         assert find(text).root == str(Path(text).absolute())
 
