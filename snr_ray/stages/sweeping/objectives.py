@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from snr_ray.errors import InputError, check
+from snr_ray.metrics import MOST_DB
 
 SWAP = "swap_psnr"
 
@@ -24,6 +26,10 @@ class Objective:
     """Whether larger is better."""
     at_checkpoints: bool
     """Whether every checkpoint has it, or the end of a run alone."""
+    least: float
+    """No trial comes down to it."""
+    most: float
+    """No trial is beyond it."""
 
     def show(self, value: float) -> str:
         """A value as tables have it: decibels with two digits, seconds with three significant."""
@@ -33,9 +39,9 @@ class Objective:
 OBJECTIVES = {
     objective.name: objective
     for objective in (
-        Objective("swap", SWAP, "swap PSNR", "dB", True, True),
-        Objective("inject", "inject_psnr", "injection PSNR", "dB", True, True),
-        Objective("seconds", "seconds_per_image", "seconds per image", "s", False, False),
+        Objective("swap", SWAP, "swap PSNR", "dB", True, True, 0, MOST_DB),
+        Objective("inject", "inject_psnr", "injection PSNR", "dB", True, True, -inf, MOST_DB),
+        Objective("seconds", "seconds_per_image", "seconds per image", "s", False, False, 0, inf),
     )
 }
 
@@ -158,4 +164,11 @@ def _bound(text: str, *, most: bool) -> Bound:
         f"{option} takes NAME=NUMBER, such as {option} "
         f"{'seconds=0.01' if most else 'inject=30'}, but got {text!r}.",
     )
-    return Bound(_objective(name, option), limit, most)
+    one = _objective(name, option)
+    check(
+        limit > one.least if most else limit <= one.most,
+        f"{option} must leave something that a trial can keep to, but {one.title} is "
+        f"{f'above {one.least:g}' if most else f'at most {one.most:g}'} {one.unit} whatever is "
+        f"tried, and got {text}; give another number.",
+    )
+    return Bound(one, limit, most)

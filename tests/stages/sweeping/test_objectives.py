@@ -54,6 +54,9 @@ def test_measured_are_the_numbers_that_a_sweep_knows() -> None:
         ({"at_least": ["inject=nan"]}, "--at-least takes NAME=NUMBER"),
         ({"at_most": ["time=1"]}, "--at-most takes one of swap, inject, seconds, but got 'time'"),
         ({"at_most": ["seconds=1", "seconds=2"]}, "one bound on a side, but seconds has several"),
+        ({"at_most": ["seconds=0"]}, "seconds per image is above 0 s whatever is tried"),
+        ({"at_most": ["swap=-3"]}, "swap PSNR is above 0 dB whatever .* got swap=-3; give another"),
+        ({"at_least": ["inject=101"]}, "injection PSNR is at most 100 dB whatever is tried"),
         ({"at_most": ["swap=20"], "at_least": ["swap=21"]}, "leave nothing between them"),
     ],
 )
