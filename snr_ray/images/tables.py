@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from snr_ray.errors import InputError
 from snr_ray.images.collection import Raw, Source, Texts
+from snr_ray.images.formats.codec import split
 from snr_ray.images.places import Place
 
 IMAGE_COLUMNS = ("clean", "image", "img", "bytes", "data")
@@ -115,10 +116,11 @@ def _table_rows(
 ) -> list[tuple[pa.Array, pa.Array, tuple[str, int, str]]]:
     """Ids, classes and place of each row group."""
     # Ids of a data folder are those of its source already.
-    stem = "" if columns.tensors and columns.id else name.removesuffix(".parquet") + "/"
+    own = columns.tensors and bool(columns.id)
+    stem = "" if own else name.removesuffix(".parquet") + "/"
     found = []
-    for group in range(file.num_row_groups):
-        names = _safe(_names(file, path, group, columns.id))
+    every = [_safe(_names(file, path, k, columns.id)) for k in range(file.num_row_groups)]
+    for group, names in enumerate(every if own else _told_apart(every)):
         ids = pc.binary_join_element_wise(stem, names, "")
         classes = pa.array([], pa.string())
         if "label" in file.schema_arrow.names:
@@ -127,6 +129,22 @@ def _table_rows(
                 classes = labels.cast(pa.string()).combine_chunks()
         found.append((ids, classes, (path, group, columns.image)))
     return found
+
+
+def _told_apart(groups: list[pa.StringArray]) -> list[pa.StringArray]:
+    """Names of the rows of each row group, with their place where several rows share one: hubs keep
+    the last part of a path alone, which files of many folders share."""
+    names, counts = pc.value_counts(pa.chunked_array(groups, pa.string())).flatten()
+    shared = names.filter(pc.greater(counts, 1))
+    if not len(shared):
+        return groups
+    apart = []
+    for group, ids in enumerate(groups):
+        again = pc.is_in(ids, value_set=shared)
+        places = [(*split(ids[i].as_py()), i) for i in np.flatnonzero(again)]
+        numbered = [f"{stem}-{group}-{i:06d}{suffix}" for stem, suffix, i in places]
+        apart.append(pc.replace_with_mask(ids, again, pa.array(numbered, pa.string())))
+    return apart
 
 
 def _safe(ids: pa.StringArray) -> pa.StringArray:

@@ -136,13 +136,6 @@ def test_parquet_without_images_says_which_columns_it_has(tmp_path: Path) -> Non
         open_source(f"{tmp_path}#z")
 
 
-def test_repeated_id_is_refused(tmp_path: Path) -> None:
-    rows = [{"bytes": png(1), "path": "same.png"}] * 2
-    pq.write_table(pa.table({"img": rows}), tmp_path / "t.parquet")
-    with pytest.raises(InputError, match=r"2 images named 't/same\.png'"):
-        open_source(str(tmp_path))
-
-
 def test_notmnist_archive_equals_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +345,24 @@ def test_ids_of_tables_stay_inside_the_output_folder(tmp_path: Path) -> None:
                    tmp_path / "t.parquet")  # fmt: skip
     assert open_source(str(tmp_path)).ids == [
         "t/__/__/up.png", "t/abs/x.png", "t/a/__/b.png", "t/fine..png", "t/__"]  # fmt: skip
+
+
+def test_rows_that_share_a_name_are_told_apart_by_their_place(tmp_path: Path) -> None:
+    names = ["cat/0.png", "dog/0.png", "cat/0.png", None, "cat/0.png", "x", "x"]
+    files = [png(k) for k in range(7)]
+    images = pa.StructArray.from_arrays([pa.array(files), pa.array(names)], ["bytes", "path"])
+    pq.write_table(pa.table({"image": images}), tmp_path / "t.parquet", row_group_size=3)
+    source = open_source(str(tmp_path))
+    assert source.ids == [
+        "t/cat/0-0-000000.png", "t/dog/0.png", "t/cat/0-0-000002.png", "t/1-000000",
+        "t/cat/0-1-000001.png", "t/x-1-000002", "t/x-2-000000"]  # fmt: skip
+    assert [source.file(k)[1] for k in range(7)] == files
+    pq.write_table(pa.table({"image": [png(8)], "id": ["cat/0.png"]}), tmp_path / "more.parquet")
+    assert set(source.ids) < set(open_source(str(tmp_path)).ids)
+    pixels = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((2, 1, 8, 8), np.float32))
+    pq.write_table(pa.table({"clean": pixels, "id": ["a", "a"]}), tmp_path / "tensors.parquet")
+    with pytest.raises(InputError, match="holds 2 images named 'a'"):  # a copied shard
+        open_source(str(tmp_path / "tensors.parquet"))
 
 
 def test_empty_text_is_refused() -> None:
