@@ -164,9 +164,9 @@ class Source:
             looked = min(len(rows), CHECKED)
             raise InputError(f"Of {looked} images of {self.name} none can be read: {reason}")
 
-    def output(self, name: str) -> str:
-        """Relative path of the result of the image with this id."""
-        return output_name(name, tensors=self.tensors, file=self.chunks is None)
+    def output(self, name: str, head: bytes = b"") -> str:
+        """Relative path of the result of the image with this id and these first bytes."""
+        return output_name(name, tensors=self.tensors, file=self.chunks is None, head=head)
 
     def select(self, split: str, limit: int | None = None) -> npt.NDArray[np.int64]:
         """Indices of a split ("train", "val", "test", or "all" of them), in the order of id hashes.

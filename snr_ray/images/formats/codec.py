@@ -53,6 +53,8 @@ NOT_SAID = Made()
 NONE_KEPT: Mapping[int, Values] = MappingProxyType({})
 HEAD_BYTES = 132
 """Bytes that say what a file is."""
+NOT_PNG = {"tiff": ".tif", "dicom": ".dcm", "npy": ".npy"}
+"""Formats that are recognised, and whose pixels may be no PNG; with the suffix of a result."""
 _HEADS = (
     ("dicom", rb".{128}DICM"),  # before it stands what one likes, a TIFF header too
     ("png", rb"\x89PNG\r\n\x1a\n"),
@@ -219,19 +221,21 @@ def encode(
     return _write([values], KINDS.get(split(name)[1].lower(), "png"), name)
 
 
-def output_name(name: str, *, tensors: bool, file: bool) -> str:
+def output_name(name: str, *, tensors: bool, file: bool, head: bytes = b"") -> str:
     """The name under which the result of an image is written: its own wherever possible.
 
     Args:
         name: id of the image.
         tensors: it is no file; its pixels become TIFF.
         file: the id is the name of a file, whose format is kept even if no suffix tells it.
+        head: first bytes of what has neither such a name nor a suffix; it becomes PNG, or what it
+            is if PNG cannot hold that.
     """
     stem, suffix = split(name)
     known = suffix.lower() in KINDS
     if tensors:
         return (stem if known else name) + ".tif"
-    return name if known or file else name + ".png"
+    return name if known or file else name + NOT_PNG.get(recognise(head) or "", ".png")
 
 
 def _write(values: Sequence[Values], kind: str, name: str) -> bytes:

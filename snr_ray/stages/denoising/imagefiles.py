@@ -11,7 +11,6 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from posixpath import splitext
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -24,7 +23,15 @@ from snr_ray.config import ImagesConfig
 from snr_ray.errors import NO_ROOM, InputError, Lost, no_room
 from snr_ray.folder import Folder, NotShared
 from snr_ray.images.collection import Source, Texts
-from snr_ray.images.formats.codec import OpenFile, open_file, stored_frames
+from snr_ray.images.formats.codec import (
+    HEAD_BYTES,
+    KINDS,
+    NOT_PNG,
+    OpenFile,
+    open_file,
+    split,
+    stored_frames,
+)
 from snr_ray.images.formats.pixels import Made, Values
 from snr_ray.images.formats.zarrfolder import write_image
 from snr_ray.stages.denoising.room import check_room
@@ -172,10 +179,11 @@ def kept(out: Folder) -> Iterator[None]:
         ) from None
 
 
-def output_name(source: Source, name: str) -> str:
-    """Relative output path of an image id; another than the source says where the job itself has a
-    file there. Raises InputError for one outside the output folder."""
-    parts = [part for part in source.output(name).split("/") if part not in ("", ".")]
+def output_name(source: Source, name: str, head: bytes = b"") -> str:
+    """Relative output path of an image id and the first bytes of its file; another than the source
+    says where the job itself has a file there. Raises InputError for one outside the output
+    folder."""
+    parts = [part for part in source.output(name, head).split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or not parts:
         raise InputError(f"Image ids must stay inside the output folder, but got {name!r}.")
     if parts[0].casefold() in OWN_NAMES:  # some file systems do not tell capitals apart
@@ -194,9 +202,14 @@ def check_output_names(source: Source, *, samples: bool) -> None:
     if files and not moved and not alike:
         return
     names: list[str] = []
+    bare: list[str] = []
     for name in ids:
         with contextlib.suppress(InputError):
             names.append(output_name(source, name))
+            if not files and not source.tensors and split(name)[1].lower() not in KINDS:
+                bare.append(names[-1].removesuffix(".png"))
+    if len(bare) < len(names):  # what the bytes of a bare one are is not known yet
+        names += [name + suffix for name in bare for suffix in NOT_PNG.values()]
     written = pa.array(names + ([name + DEVIATIONS for name in names] if samples else []))
     found, counts = pc.value_counts(written).flatten()
     most = int(np.argmax(counts))
@@ -213,8 +226,8 @@ def read_files(source: Source, indices: Iterable[int]) -> Iterator[ImageFile]:
         name, data, error, output, stamp = "", b"", "", "", ""
         try:
             stamp = source.stamp(index)
-            output = output_name(source, source.ids[index])
             name, data = source.file(index)
+            output = output_name(source, source.ids[index], data[:HEAD_BYTES])
         except InputError as problem:
             error = str(problem)
         yield ImageFile(source.ids[index], output, name, data, source.tensors, error, stamp)
@@ -367,7 +380,8 @@ def _encoded(one: Opened, pictures: list[_Picture], target: Target, *, copied: b
     file, injected = one.file, target.inject
     doubtful = [k for k, picture in enumerate(pictures) if copied and picture.known("doubtful")]
     all_kept = len(doubtful) == len(pictures)
-    same_format = splitext(file.name)[1].lower() == splitext(file.output)[1].lower()
+    suffix = split(file.output)[1].lower()
+    same_format = split(file.name)[1].lower() == suffix or KINDS.get(suffix) == one.open.kind
     # A slice belongs into the series of the others, which is a new one.
     if all_kept and same_format and one.open.kind != "dicom":
         return file.data

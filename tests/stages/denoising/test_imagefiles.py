@@ -5,6 +5,8 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tifffile
 import zarr_images
@@ -15,8 +17,10 @@ from PIL import Image
 from snr_ray.config import ImagesConfig
 from snr_ray.errors import InputError, NoRoom
 from snr_ray.images.collection import Source
+from snr_ray.images.formats.codec import open_file
 from snr_ray.images.formats.headers import n_values
 from snr_ray.images.formats.zarrfolder import pack
+from snr_ray.images.sources import open_source
 from snr_ray.localfolder import LocalFolder
 from snr_ray.stages.denoising.imagefiles import (
     HELD_PIXELS,
@@ -29,6 +33,7 @@ from snr_ray.stages.denoising.imagefiles import (
     check_output_names,
     open_files,
     output_name,
+    read_files,
     write_files,
 )
 
@@ -68,10 +73,14 @@ def test_names_outside_the_folder_are_refused(name: str) -> None:
         (["x.png", "x.png.std.npy"], True, "x.png.std.npy"),
         (["x.png", "x.png.std.npy", "../x.png"], False, ""),
         (["a.dcm", "a.tif", "b", "b.png"], True, ""),
+        (["t/a", "t/a.tif"], False, "t/a.tif"),
+        (["t/a", "t/a.png"], False, "t/a.png"),
+        (["t/a", "t/b"], True, ""),
     ],
 )
 def test_two_images_never_share_an_output(ids: list[str], samples: bool, clash: str) -> None:
-    source = Source("these", ids, lambda index: b"")
+    rows = np.zeros(1, np.int64) if ids[0] == "t/a" else None
+    source = Source("these", ids, lambda index: b"", chunks=rows)
     if not clash:
         check_output_names(source, samples=samples)
         return
@@ -101,6 +110,36 @@ def test_tensors_of_integers_are_scaled_as_files_are() -> None:
         ((_, (stack,), failed),) = open_files([one], ImagesConfig(white=white))
         assert not failed
         np.testing.assert_array_equal(stack.pixels, 1)
+
+
+def test_rows_without_file_names_are_written_as_what_they_are(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    from images.formats.test_dicom import dataset, saved
+
+    ramp = np.linspace(0, 1, 81, dtype=np.float32).reshape(9, 9)
+    tiff, npy, jpeg = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    tifffile.imwrite(tiff, np.stack([ramp, ramp]), photometric="minisblack")
+    np.save(npy, ramp)
+    Image.fromarray((255 * ramp).astype(np.uint8)).save(jpeg, format="jpeg")
+    bits = [tiff.getvalue(), npy.getvalue(), saved(dataset()), png(ramp > 0.5), jpeg.getvalue()]
+    pq.write_table(pa.table({"image": bits}), tmp_path / "t.parquet")
+    source = open_source(str(tmp_path / "t.parquet"))
+    images = ImagesConfig(white=1.0, window=(-1000.0, 200.0))
+    for doubted in (False, True):
+        inputs = list(read_files(source, range(len(bits))))
+        out = LocalFolder(tmp_path / str(doubted))
+        found = answered(out, inputs, "copy", doubted, images)
+        assert [row["output"] for row in found] == [
+            "t/0-000000.tif", "t/0-000001.npy", "t/0-000002.dcm", "t/0-000003.png",
+            "t/0-000004.png"]  # fmt: skip
+        for row, kind in zip(found, ("tiff", "npy", "dicom", "png", "png"), strict=True):
+            written = open_file(
+                out.read(row["output"]), row["output"], white=1, window=(-1000, 200)
+            )
+            assert written.kind == kind
+            assert len(written.frames) == row["frames"]
+        copied = [out.read(row["output"]) == old for row, old in zip(found, bits, strict=True)]
+        assert copied == [doubted, doubted, False, doubted, False]
 
 
 def answered(
