@@ -184,6 +184,8 @@ def denoise(
                     finds_over=trained.config.noise.angle_range if finds else None,
                 )
                 job.run(cleaning, SwapperMaker(trained, pool, options))
+        else:
+            job.tell_done()
         title = "Noise removed" if inject is None else f"Noise of {inject} views injected"
         return job.finish(title, trained, files_per_image=1 + (samples > 0))
 

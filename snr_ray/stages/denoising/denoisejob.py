@@ -149,6 +149,12 @@ class Job:
         wait = self.running.stall_minutes
         return self.drive(on_gpus(cleaning, maker, n_gpus, wait, per_block), per_block)
 
+    def tell_done(self) -> None:
+        """The last line of a job that has nothing left to do, for programs that wait for it."""
+        if self.running.progress == "json":
+            total = int(self.asked.wanted.sum())
+            Progress("denoise", total, start=total, form="json").update(total)
+
     def drive(self, work: bulk.Work, per_block: int) -> None:
         """The same by any work; raises as `run`."""
         passed = self.done | ~self.asked.wanted

@@ -67,6 +67,17 @@ def test_names_of_the_job_never_meet_those_of_images(
     assert json.loads((tmp_path / "out" / "job.json").read_text())["stage"] == "denoise"
 
 
+def test_who_watches_the_lines_sees_the_end_also_of_a_job_that_was_done(
+    model_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = {"model": str(model_folder), "images": str(image_folder), "out": tmp_path / "out"}
+    for _ in range(2):
+        cleaning(**job, running=Running(progress="json"))
+        lines = [line for line in capsys.readouterr().err.splitlines() if line[:1] == "{"]
+        last = json.loads(lines[-1])
+        assert (last["done"], last["total"], last["failed"]) == (24, 24, 0)
+
+
 def test_a_replaced_input_is_done_again_and_another_spelling_is_the_same_job(
     model_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
