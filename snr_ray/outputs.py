@@ -4,6 +4,7 @@ Each output folder holds `job.json` with what decides its contents. The same job
 or finds itself done; another job is refused, so nothing a user had is mixed or lost.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -73,7 +74,7 @@ def claim(
 
     Raises:
         InputError: if the folder belongs to another job or holds files of someone else, or cannot
-            be written.
+            be written; also to `overwrite`, if another stage wrote it.
     """
     out = open_folder(out)
     known: dict[str, Any] = json.loads(without_secrets(json.dumps(identity)))
@@ -109,6 +110,12 @@ def _claim(out: Folder, identity: dict[str, Any], owned: tuple[str, ...], overwr
     text = json.dumps(identity, indent=2) + "\n"
     taken = out.exists(JOB)
     before = {} if overwrite or not taken else _job(out)
+    stage = _stage(out) if taken else None
+    if stage and "stage" in identity and stage != identity["stage"]:
+        raise InputError(
+            f"{out} holds what snr {stage} wrote, which snr {identity['stage']} neither continues "
+            "nor replaces; give another --out."
+        )
     for key in [*identity, *(key for key in before if key not in identity)]:
         if key == EMPTYING or (key in (FILES, DONORS, SETTINGS) and key not in before):
             continue
@@ -149,6 +156,13 @@ def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
     if all(isinstance(value, str) and _FINGERPRINT.fullmatch(value) for value in values):
         return f"{key} changed"
     return f"{key}: {values[0]!r} there, {values[1]!r} now"
+
+
+def _stage(out: Folder) -> Any:
+    """The stage that wrote a folder; None where its job.json is damaged."""
+    with contextlib.suppress(InputError):
+        return _job(out).get("stage")
+    return None
 
 
 def _job(out: Folder) -> dict[str, Any]:

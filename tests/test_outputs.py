@@ -58,6 +58,16 @@ def test_overwrite_removes_what_the_stage_owns(place: Folder) -> None:
     assert take(place, OTHER) is True
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_stage_wrote_is_not_replaced(overwrite: bool, place: Folder) -> None:
+    take(place, MINE | {"stage": "train"})
+    place.write("manifest", "of the run")
+    with pytest.raises(InputError, match="what snr train wrote, which snr denoise neither"):
+        take(place, MINE, overwrite)
+    assert place.list() == [JOB, "manifest"]
+    assert take(place, MINE | {"stage": "train"}) is True
+
+
 def test_files_of_others_are_left_alone(place: Folder) -> None:
     place.write("manifest", "theirs")
     with pytest.raises(InputError, match="holds other files"):
