@@ -146,7 +146,14 @@ class _Remote:
             with self.fs.open_input_stream(path) as stream:
                 return stream.read()
         except FileNotFoundError:
-            return zarrfolder.pack(BucketFolder("", self.fs, path), self.ids[index])
+            folder, name = BucketFolder("", self.fs, path), self.ids[index]
+            named = name.lower().endswith(zarrfolder.SUFFIX)
+            if not named and folder.exists() and not zarrfolder.is_image(folder):
+                raise InputError(
+                    f"The key of an image must not end in a slash, by which it cannot be read, but "
+                    f"{name}/ does; copy it to another."
+                ) from None
+            return zarrfolder.pack(folder, name)
 
     def stamp(self, index: int) -> str:
         if self.sizes is None or self.times is None:

@@ -10,6 +10,7 @@ import fnmatch
 import os
 import re
 import stat
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from snr_ray.address import within
 from snr_ray.bucketfolder import BucketFolder
 from snr_ray.folder import Folder
 from snr_ray.images.formats import zarrfolder
@@ -97,7 +99,9 @@ def list_place(place: Place) -> Listing:
                 names.add(name, partial(_head, root + b"/" + name))
         return names.listing()
     prefix = place.root.rstrip("/") + "/"
-    infos = place.fs.get_file_info(pafs.FileSelector(place.root, recursive=True))
+    everything = pafs.FileSelector(place.root, recursive=True)
+    # In a thread, as Python hears no signal while pyarrow lists, which may take minutes.
+    infos = within(threading.TIMEOUT_MAX, lambda: place.fs.get_file_info(everything))
     whole = _whole_folders((info.path.removeprefix(prefix) for info in infos), wanted, place)
     for info in infos:
         name = info.path.removeprefix(prefix)
@@ -109,7 +113,8 @@ def list_place(place: Place) -> Listing:
         elif not wanted.has(name):
             continue
         elif name[:1] == "." or "/." in name:
-            names.left_out.add("hidden", name)
+            climbs = not {".", ".."}.isdisjoint(name.split("/"))
+            names.left_out.add("keys that are no paths" if climbs else "hidden", name)
         else:
             head = partial(_remote_head, place.fs, info.path)
             names.add(name.encode(), head, (info.size or 0, info.mtime_ns or 0))
@@ -377,6 +382,12 @@ class _Names:
             sizes, times = np.array(self._stamps, np.int64)[order.to_numpy()].T
         images = names.take(order)
         del names, order
+        if sizes is not None and times is not None:
+            # The key a/ with something in it is listed as a, and no object can be read by it.
+            own = np.append(True, pc.not_equal(images[1:], images[:-1]))[: len(images)]
+            for name in images.filter(pa.array(~own)).to_pylist():
+                self.left_out.add("keys that end in a slash", name + "/")
+            images, sizes, times = images.filter(pa.array(own)), sizes[own], times[own]
         pa.default_memory_pool().release_unused()
         return Listing(images, sorted(self.tables), self.left_out, self.odd, sizes, times)
 

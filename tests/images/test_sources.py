@@ -1,9 +1,17 @@
 """What SRC may name: ids, splits, reading, and the sentences for what it may not."""
 
 import io
+import itertools
+import os
 import pickle
+import signal
 import tarfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qsl
+from urllib.request import urlopen
 
 import numpy as np
 import pyarrow as pa
@@ -246,6 +254,64 @@ def test_keys_of_a_bucket_are_read_as_they_are(bucket: tuple[pafs.FileSystem, st
         assert source.file(source.ids.index(key)) == (key, png(k)), key
     with pytest.raises(InputError, match="Empty path component"):  # pyarrow's; it is not i/j.png
         source.file(source.ids.index("i//j.png"))
+
+
+def test_keys_of_a_bucket_that_are_no_paths_are_told(bucket: tuple[pafs.FileSystem, str]) -> None:
+    fs, query = bucket
+    keys = ["a/../b.png", "./c.png", "../../d.png", "e.png", "e.png-f.png", "e.png/", "g.png/"]
+    for k, key in enumerate([*keys, ".h.png"]):
+        create_object(fs, f"bucket/scans/{key}", png(k))
+    source = open_source(f"s3://bucket/scans?{query}")
+    assert source.ids == ["e.png", "e.png-f.png", "g.png"]
+    assert source.left_out.counts == {
+        "keys that are no paths": 3, "keys that end in a slash": 1, "hidden": 1}  # fmt: skip
+    assert [source.file(k)[1] for k in range(2)] == [png(3), png(4)]
+    with pytest.raises(InputError, match=r"must not end in a slash, .* but g\.png/ does; copy it"):
+        source.file(2)
+    endpoint = dict(parse_qsl(query))["endpoint_override"]
+    urlopen(f"http://{endpoint}/moto-api/reset", data=b"").close()  # pyarrow cannot remove them
+    fs.create_dir("bucket")
+
+
+def test_listing_a_bucket_without_end_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages, since = itertools.count(), time.monotonic()
+
+    class Endless(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(0.1)
+            more = "true" if time.monotonic() < since + 8 else "false"
+            body = (
+                "<?xml version='1.0'?><ListBucketResult><KeyCount>1</KeyCount><Contents><Key>scans/"
+                f"{next(pages)}.png</Key><Size>9</Size></Contents><IsTruncated>{more}"
+                "</IsTruncated><NextContinuationToken>t</NextContinuationToken></ListBucketResult>"
+            ).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_HEAD(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None: ...
+
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, "test")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        query = f"scheme=http&endpoint_override=127.0.0.1:{server.server_port}&region=us-east-1"
+        stop = threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT))
+        stop.start()
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                open_source(f"s3://bucket/scans?{query}")
+        finally:
+            stop.cancel()
+        assert time.monotonic() < since + 6
+        assert next(pages) > 3
+        server.shutdown()
 
 
 def test_names_with_special_characters_are_read_literally(tmp_path: Path) -> None:
