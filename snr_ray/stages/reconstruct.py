@@ -96,12 +96,16 @@ def reconstruct(
             "give them in degrees"
         )
     views = slice(0, n_views // every * every, every)
+    first_bin = (together - 1) / 2
+    last_bin = first_bin + (n_bins // together - 1) * together
     check(
-        center is None or 0 <= center <= n_bins - 1,
-        f"--center must be a bin of the detector, 0 to {n_bins - 1}, but got {center}.",
+        center is None or first_bin <= center <= last_bin,
+        f"--center must be a bin of the detector, {first_bin:g} to {last_bin:g}"
+        + (f" in groups of {together}" if together > 1 else "")
+        + f", but got {center}.",
     )
     if together > 1:  # the same axis among bins that are means of several
-        center = ((n_bins // 2 if center is None else center) - (together - 1) / 2) / together
+        center = ((n_bins // 2 if center is None else center) - first_bin) / together
     check(
         size is None or FEWEST_BINS <= size <= MOST_PER_BIN * n_bins,
         f"--size must be from {FEWEST_BINS} to {MOST_PER_BIN * n_bins}, {MOST_PER_BIN} for each "

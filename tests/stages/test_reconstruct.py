@@ -186,6 +186,8 @@ def test_bad_scans_are_one_sentence(integrals: np.ndarray, scan: Path, tmp_path:
     refused("--every must be at most the 36 views", every=37)
     refused("--every must be at least 1", every=0)
     refused("--center must be a bin of the detector, 0 to 47, but got 48", center=48)
+    for center in (0, 47):
+        refused(rf"0\.5 to 46\.5 in groups of 2, but got {center}", center=center, together=2)
     refused("at least 8 bins, but .* has 48, in groups of 7", together=7)
     for size in (4, 8 * 48 + 1):
         refused(f"--size must be from 8 to 384, 8 for each bin, but got {size}", size=size)
