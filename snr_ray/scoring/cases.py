@@ -60,6 +60,8 @@ class Case:
     """Of a size or view count that was asked for, rather than one that the model was trained on."""
     found: Labels | None = None
     """[B] view counts that the noisy images were found to have, where that was tried."""
+    finding: float = 0.0
+    """Seconds an image that this took."""
     fitted: "Mapping[str, Restore]" = field(default_factory=dict)
     """Baselines that were asked for and fit this noise, by key."""
 

@@ -131,8 +131,13 @@ class Scorer:
             for task in ("remove", "remove_grainy", "remove_stored"):
                 noisy = as_seen(task, exact, self.ids)
                 nearest = detect(trained.model, trained.codes, noisy)
-                found = self.find(noisy) if trained.model.unrolls else None
-                yield Case(task, self.ids, self.clean, noisy, nearest, spec, True, found, fitted)
+                case = Case(task, self.ids, self.clean, noisy, nearest, spec, True, fitted=fitted)
+                if trained.model.unrolls:
+                    since = time.perf_counter()
+                    found = self.find(noisy)
+                    finding = (time.perf_counter() - since) / len(noisy)
+                    case = dataclasses.replace(case, found=found, finding=finding)
+                yield case
 
     def find(self, noisy: Array) -> Labels:
         """View counts of noisy images [B, C, H, W], each found by itself: [B]."""
@@ -158,6 +163,7 @@ class Scorer:
             since = time.perf_counter()
             image = method.run(case, model)
             seconds = 0.0 if method.given else (time.perf_counter() - since) / len(image)
+            seconds += case.finding if method.finds else 0.0
             truth, clip = method.against(case, model), method.clip
             found = case.found if method.finds else None
             self.scores[Row(case.task, method.key, case.n_views, label)] = Scores(

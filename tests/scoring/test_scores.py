@@ -1,6 +1,7 @@
 """Every method on one block, at the model's own noise and elsewhere, without Ray."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,20 @@ def test_elsewhere_images_are_cleaned_blind_told_and_found(trained: TrainedModel
     assert found.found.tolist() == [7, 7, 7]
     np.testing.assert_allclose(found.psnr, told.psnr, rtol=1e-4)
     assert told.found is None
+
+
+def test_finding_the_view_count_takes_its_time_in_the_table(
+    trained: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(self: Scorer, noisy: np.ndarray) -> np.ndarray:
+        time.sleep(0.3 * len(noisy))
+        return np.full(len(noisy), 7)
+
+    monkeypatch.setattr(Scorer, "find", slow)
+    noise = NoiseConfig(n_views=(7,))
+    scores = Scorer(trained, {}, {}, _pairs("photos", 16, noise, 2), noise).run()
+    for row in (row for row in scores if row.method.startswith("swap")):
+        assert (scores[row].seconds >= 0.3) == METHODS[row.method].finds, row
 
 
 def test_at_home_nothing_is_found_or_told_but_of_unseen_view_counts(
