@@ -40,7 +40,14 @@ from snr_ray.scoring.report import calibration, evaluation_table
 from snr_ray.stages.evaluation.scoretask import fit_baselines, score_rows
 from snr_ray.stages.job.connection import connected
 from snr_ray.stages.job.outcome import Outcome
-from snr_ray.stages.simulation.dataset import Origin, collect_pairs, count_rows, gather, open_rows
+from snr_ray.stages.simulation.dataset import (
+    Origin,
+    collect_pairs,
+    count_rows,
+    draw_pairs,
+    failed_images,
+    open_rows,
+)
 
 
 def evaluate(
@@ -149,22 +156,15 @@ def evaluate(
         }
         rows = open_rows(config, origin, split, limit).materialize()
         scores = score_rows(rows, job, n_test)
-        outcome = rows.select_columns(["id", "error"]).iter_rows()
-        failures = [
-            {"id": row["id"], "stage": "read", "reason": row["error"]}
-            for row in outcome
-            if row["error"]
-        ]
-        shown = GRID_ROWS if elsewhere else probes.IMAGES
-        first = rows.limit(shown).iter_batches(batch_size=None, batch_format="pyarrow")
-        test, _ = gather(iter(first), config)
+        failures = failed_images(rows)
+        if len(failures) == n_test:
+            raise InputError(
+                f"Evaluation needs at least one readable test image, but all of {images} failed: "
+                f"{failures[0]['reason']}"
+            )
+        test = draw_pairs(rows, GRID_ROWS if elsewhere else probes.IMAGES, config)
         if not elsewhere:
             val, _ = collect_pairs(open_rows(config, origin, "val", probes.IMAGES), config)
-    if len(failures) == n_test:
-        raise InputError(
-            f"Evaluation needs at least one readable test image, but all of {images} failed: "
-            f"{failures[0]['reason']}"
-        )
     n_images = n_test - len(failures)
     out.write("scores.parquet", parquet_bytes(scores))
     metrics: dict[str, Any] = {

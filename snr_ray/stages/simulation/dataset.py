@@ -6,6 +6,7 @@ Sets too large for that are read from the shards of a data folder, without Ray: 
 """
 
 import functools
+import heapq
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from snr_ray import configfile as configs
 from snr_ray.config import Config
 from snr_ray.errors import InputError, check
 from snr_ray.folder import Folder
+from snr_ray.hashing import hash64
 from snr_ray.images.collection import Source
 from snr_ray.images.datafolder import (
     DataFolder,
@@ -194,7 +196,7 @@ def gather(batches: Iterator[pa.Table], config: Config) -> tuple[Pairs, list[Fai
             bad = _failures(table)
             failures += bad
             if bad:
-                table = table.filter(pc.equal(table["error"], ""))
+                table = _good(table)
         if len(table):
             blocks.append(table)
     if not blocks:
@@ -228,6 +230,28 @@ def collect_pairs(rows: "ray.data.Dataset", config: Config) -> tuple[Pairs, list
     """Rows as Pairs in this process, and the images that failed."""
     batches = rows.iter_batches(batch_size=None, batch_format="pyarrow")
     return gather(iter(batches), config)
+
+
+def draw_pairs(rows: "ray.data.Dataset", n: int, config: Config) -> Pairs:
+    """At most n of the images of materialized rows that could be read, as Pairs: those with the
+    smallest hashes, which stand for all. Rows come as tables hold them, which often are sorted."""
+    told = rows.select_columns(["id", "error"]).iter_batches(
+        batch_size=None, batch_format="pyarrow"
+    )
+    good = (name for table in told for name in _good(table)["id"].to_pylist())
+    names = pa.array(heapq.nsmallest(n, good, key=hash64), pa.string())
+    chosen = rows.map_batches(
+        functools.partial(_named, names=names), batch_size=None, batch_format="pyarrow", **ON_CORES
+    )
+    return collect_pairs(chosen, config)[0]
+
+
+def _good(table: pa.Table) -> pa.Table:
+    return table.filter(pc.equal(table["error"], ""))
+
+
+def _named(table: pa.Table, *, names: pa.StringArray) -> pa.Table:
+    return table.filter(pc.is_in(table["id"], value_set=names))
 
 
 def _read_shard(item: pa.Table, *, folder: DataFolder) -> pa.Table:

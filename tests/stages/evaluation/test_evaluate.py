@@ -17,12 +17,14 @@ from snr_ray import configfile as configs
 from snr_ray.address import open_folder
 from snr_ray.config import Config
 from snr_ray.errors import InputError
+from snr_ray.hashing import hash64
 from snr_ray.images.sources import open_source
 from snr_ray.metrics import psnr
 from snr_ray.noise.operator import NoiseSpec, noise_operator, noise_specs
+from snr_ray.scoring.grids import GRID_ROWS
 from snr_ray.scoring.scores import Row
 from snr_ray.stages.evaluation.evaluate import evaluate, settle_group
-from snr_ray.stages.simulation.dataset import Origin
+from snr_ray.stages.simulation.dataset import Origin, draw_pairs, open_rows
 
 BLOCK_ROWS = 32
 """Images of 16 pixels that are scored together."""
@@ -325,6 +327,42 @@ def test_images_that_cannot_be_read_are_failures_wherever_they_are(
     )  # fmt: skip
     assert (outcome.images, outcome.failed) == (BLOCK_ROWS, 1)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["failed"] == 1
+
+
+def test_pictures_are_of_images_that_could_be_read(
+    tiny: Config, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snr_ray.stages.simulation.simulate.STREAM_ROWS", GRID_ROWS)
+    (tmp_path / "scans").mkdir()
+    names = sorted((f"{k:02d}.png" for k in range(GRID_ROWS + 2)), key=hash64)
+    for k, name in enumerate(names):
+        image = Image.fromarray(np.full((16, 16), 7 * k, np.uint8))
+        image.save(tmp_path / "scans" / name)
+        if k < GRID_ROWS:  # all that come first
+            (tmp_path / "scans" / name).write_bytes(b"broken")
+    outcome = evaluate(
+        tiny, model=str(model_folder), images=str(tmp_path / "scans"), out=tmp_path / "out",
+        baselines=(), n_views=(12,), split="all",
+    )  # fmt: skip
+    assert (outcome.images, outcome.failed) == (2, GRID_ROWS)
+    assert (tmp_path / "out" / "grid.png").is_file()
+
+
+def test_what_is_shown_and_probed_stands_for_a_sorted_table(tiny: Config, tmp_path: Path) -> None:
+    files = []
+    for k in range(64):
+        Image.fromarray(np.full((16, 16), k, np.uint8)).save(tmp_path / "one.png")
+        files.append((tmp_path / "one.png").read_bytes())
+    table = pa.table({"id": [f"{k:02d}" for k in range(64)], "image": files})
+    pq.write_table(table, tmp_path / "sorted.parquet", row_group_size=16)
+    origin = Origin(images=str(tmp_path / "sorted.parquet"))
+    rows = open_rows(tiny, origin, "all").materialize()
+    drawn = draw_pairs(rows, 12, tiny)
+    first = [origin.source.ids[int(k)] for k in origin.source.select("all", 12)]
+    assert sorted(drawn.ids) == sorted(first)
+    truth = [int(name[-2:]) / 255 for name in drawn.names(np.arange(12))]
+    assert len({255 * value // 16 for value in truth}) > 1
+    np.testing.assert_allclose(drawn.take(np.arange(12), 0).mean((1, 2, 3)), truth, atol=1e-6)
 
 
 def test_model_and_report_may_be_in_a_bucket(
