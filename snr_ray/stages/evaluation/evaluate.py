@@ -140,6 +140,7 @@ def evaluate(
         owned=("metrics.json", "metrics.md", "scores.parquet", "grid.png", "calibration.png",
                "failures.parquet"),
         overwrite=overwrite,
+        **origin.inputs,
     )  # fmt: skip
     if resumed and out.exists("metrics.json"):
         with suppress(ValueError, TypeError, KeyError):  # damaged: all is scored again

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -67,6 +68,13 @@ class Origin:
     @functools.cached_property
     def _grouped(self) -> dict[str | None, Grouped]:
         return {}
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What `claim` goes by, so that pictures of a result do not become images of the source."""
+        if self.images is None:
+            return {}
+        return {"inputs": self.source.folder, "inputs_alone": self.source.alone}
 
     @functools.cached_property
     def folder(self) -> DataFolder:

@@ -167,7 +167,8 @@ def sweep(
         check_same(asked, name, shared)
         close(asked)
     check_free(place)
-    claim(place, known | {"study": name if url else None}, owned=OWNED, overwrite=overwrite)
+    whose = known | {"study": name if url else None}
+    claim(place, whose, owned=OWNED, overwrite=overwrite, **origin.inputs)
     with room_in(desk.path), locked(place, "sweep"):
         desk.fetch(DRIVER_FILE, JOURNAL, "best.yaml", CONFIRMED)
         driver = driver_of(desk.path) if url else None

@@ -127,7 +127,7 @@ def train(
     if alone:
         check_tracker(settings())
         check_free(place)
-    claim(place, identity(config, origin), owned=OWNED, overwrite=overwrite)
+    claim(place, identity(config, origin), owned=OWNED, overwrite=overwrite, **origin.inputs)
     if _is_finished(place):
         if not place.exists("report.html") or DONE.encode() not in place.read("report.html"):
             desk.fetch("config.yaml")  # the driver was killed before it could write its page

@@ -365,6 +365,16 @@ def test_what_is_shown_and_probed_stands_for_a_sorted_table(tiny: Config, tmp_pa
     np.testing.assert_allclose(drawn.take(np.arange(12), 0).mean((1, 2, 3)), truth, atol=1e-6)
 
 
+def test_a_report_does_not_lie_among_the_images(
+    tiny: Config, model_folder: Path, image_folder: Path
+) -> None:
+    """Where its pictures would be images, and the same command would be about others."""
+    with pytest.raises(InputError, match="--out must lie outside the images"):
+        evaluate(tiny, model=str(model_folder), images=str(image_folder),
+                 out=image_folder / "report", baselines=(), limit=2)  # fmt: skip
+    assert not (image_folder / "report").exists()
+
+
 def test_model_and_report_may_be_in_a_bucket(
     tiny: Config, model_folder: Path, bucket: tuple[pafs.FileSystem, str]
 ) -> None:

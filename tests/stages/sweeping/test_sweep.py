@@ -142,6 +142,13 @@ def test_one_seed_confirms_nothing(tiny: Config, tmp_path: Path) -> None:
         sweep(tiny, origin=GLYPHS, out=tmp_path / "s", trials=1, seeds=1)
 
 
+def test_a_sweep_does_not_lie_among_the_images(tiny: Config, image_folder: Path) -> None:
+    origin = Origin(images=str(image_folder))
+    with pytest.raises(InputError, match="--out must lie outside the images"):
+        sweep(tiny, origin=origin, out=image_folder / "s", trials=1)
+    assert not (image_folder / "s").exists()
+
+
 def test_a_study_is_named_where_it_is_stored_with_others(tiny: Config, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--study mine without it"):
         sweep(tiny, origin=GLYPHS, out=tmp_path / "s", trials=1, name="mine")

@@ -261,6 +261,9 @@ def test_bad_setups_are_refused_before_any_worker_starts(
     with pytest.raises(InputError, match=r"batch_size = 32\), but the train split .* holds 19;"):
         train(configs.replace(tiny, {"train.batch_size": 32}),
               origin=Origin(images=str(image_folder)), out=tmp_path / "few")  # fmt: skip
+    with pytest.raises(InputError, match="--out must lie outside the images"):
+        train(tiny, origin=Origin(images=str(image_folder)), out=image_folder / "run")
+    assert not (image_folder / "run").exists()
 
 
 @pytest.mark.usefixtures("ray_2_cpus")
