@@ -30,7 +30,8 @@ def line_integrals(counts: Array, flats: Array, darks: Array | None = None) -> A
         darks: [D, ..., N] without a beam, the same; None: nothing is counted then.
 
     Raises:
-        InputError: if shapes do not fit, or no bin of the flats is brighter than the darks.
+        InputError: if shapes do not fit, or no bin of the flats, or of the views where flats are,
+            is brighter than the darks.
     """
     for name, fields in (("flats", flats), ("darks", darks)):
         check(
@@ -44,6 +45,11 @@ def line_integrals(counts: Array, flats: Array, darks: Array | None = None) -> A
     if not lit.any():
         raise InputError("--flats must be brighter than --darks, but none of their bins is.")
     share = (counts - dark) / np.where(lit, beam, 1.0)
+    if share.size and not (lit & (share > 0)).any():
+        raise InputError(
+            "Counts must be brighter than --darks, or 0 where there are none, but no bin of any "
+            "view is; line integrals are taken without --flats."
+        )
     # A dead bin says nothing; 0 is what air would have given.
     integrals = -np.log(np.maximum(np.where(lit, share, 1.0), LEAST_TRANSMITTED))
     return integrals.astype(np.float32)

@@ -54,7 +54,13 @@ def test_counts_become_line_integrals_and_dead_bins_become_air() -> None:
     flats[..., 1] = 10.0
     dead = line_integrals(counts, flats, darks)
     assert (dead[..., 1] == 0).all()
-    assert np.isfinite(line_integrals(np.zeros_like(counts), flats, darks)).all()
+    nothing = np.zeros_like(counts)
+    lone = nothing.copy()
+    lone[0, 0, 2] = counts[0, 0, 2]
+    assert np.isfinite(line_integrals(lone, flats, darks)).all()
+    for none in (nothing, -counts, np.where(flats[:3] == 10.0, counts, 0)):
+        with pytest.raises(InputError, match=r"Counts must be brighter than --darks, .* no bin of"):
+            line_integrals(none, flats, darks)
     with pytest.raises(InputError, match="--flats must be brighter than --darks"):
         line_integrals(counts, darks, darks)
     with pytest.raises(InputError, match=r"--flats must have the rows and bins .* \[1, 4\], but"):
