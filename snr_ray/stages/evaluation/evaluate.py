@@ -119,7 +119,7 @@ def evaluate(
     group = settle_group(origin, asked_group, trained.config, model, split)
     config = configs.replace(config, {"images.group": group})
     needed = reversed(SPLITS) if not elsewhere else ((split, "val") if baselines else (split,))
-    counts = {name: count_rows(config, origin, name) for name in needed}
+    counts = {name: _count(config, origin, name, elsewhere and name != split) for name in needed}
     n_test = min(counts[split], limit or counts[split])
     out = open_folder(out)
     resumed = claim(
@@ -196,6 +196,18 @@ def evaluate(
     out.write("metrics.md", evaluation_table(metrics))
     out.write("metrics.json", as_json(metrics, indent=2) + "\n")
     return Outcome(out.named, n_images, len(failures))
+
+
+def _count(config: Config, origin: Origin, name: str, spared: bool) -> int:
+    """Images of a split; `spared` says that it serves baselines alone."""
+    try:
+        return count_rows(config, origin, name)
+    except InputError as error:
+        if not spared:
+            raise
+        raise InputError(
+            f"{str(error).rstrip('.')}, or leave out the baselines it is for: --baselines ''."
+        ) from None
 
 
 def _probed(

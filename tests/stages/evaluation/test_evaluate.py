@@ -311,6 +311,8 @@ def test_bad_requests_are_refused(
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(images / "one.png")
     with pytest.raises(InputError, match="The test split must hold images"):
         run(images=str(images))
+    with pytest.raises(InputError, match=r"give more images, or leave out the baselines.*''"):
+        run(images=str(images), n_views=(12,), split="all")
 
 
 def test_images_that_cannot_be_read_are_failures_wherever_they_are(
