@@ -6,6 +6,7 @@ A model folder holds `model.safetensors` (weights and donors' noise codes), `con
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -39,7 +40,6 @@ from snr_ray.network.hvae import HVAE
 from snr_ray.network.itnet import ItNet
 from snr_ray.network.swap import NoiseCodes, detect, read_views
 from snr_ray.network.unet import UNet
-from snr_ray.network.viewcount import ViewCountMaker
 
 if TYPE_CHECKING:
     from snr_ray.learning.validation import Metrics
@@ -90,9 +90,9 @@ class TrainedModel(Knowledge):
             return read_views(self.model, images)
         return np.array((0, *self.config.noise.n_views))[detect(self.model, self.codes, images)]
 
-    def donors(self, n_views: int, height: int, width: int) -> list[Tensor]:
-        """Noise codes of donors that inject a view count in images of a size: per level
-        [n_donors, C_noise, h, w]. 0 is clean.
+    def donors(self, n_views: int) -> list[Tensor]:
+        """Noise codes of donors of a view count, in images of the size of training: per level
+        [n_donors, C_noise, h, w]. 0 is clean. Of a range, they come near it.
 
         Raises:
             InputError: of a model of a few view counts, if it was not trained on it.
@@ -101,17 +101,7 @@ class TrainedModel(Knowledge):
             noise_id = self.noise_id(n_views) if n_views else 0
             return [level[noise_id] for level in self.codes.donors]
         check(n_views >= 1, f"A view count must be at least 1, but got {n_views}.")
-        octaves = np.log(np.array(self.config.noise.n_views) / self.config.images.size)
-        codes = self.codes.between(octaves, float(np.log(n_views / max(height, width))))
-        return self.of_count(codes, n_views, height, width)
-
-    def of_count(self, codes: list[Tensor], n_views: int, height: int, width: int) -> list[Tensor]:
-        """Donors' noise codes as those of a view count in images of a size. Of a range, they are
-        moved to it, since a code tells views per pixel; others stay as they are."""
-        maker = self.model.noise_maker
-        if n_views == 0 or not isinstance(maker, ViewCountMaker):
-            return codes
-        return maker.moved(codes, n_views, max(height, width))
+        return self.codes.between(np.log(self.config.noise.n_views), math.log(n_views))
 
 
 @dataclass(frozen=True)

@@ -199,8 +199,8 @@ class HVAE(nn.Module):
         """Posterior-mean codes of images [B, C, H, W]; with `noise`, the codes of the swap."""
         return self(x, noise=noise).codes
 
-    def decode(self, codes: Codes) -> Tensor:
-        """Images [B, C, H, W] of codes, and of nothing else."""
+    def decode(self, codes: Codes, wanted: Tensor | None = None) -> Tensor:
+        """Images [B, C, H, W] of codes, and of nothing else; but for `wanted`, as of `forward`."""
         batch = len(codes.content[-1])
         noise = [code.expand(batch, -1, -1, -1) for code in codes.noise]
         codes = Codes(codes.content, noise, codes.size)
@@ -210,7 +210,7 @@ class HVAE(nn.Module):
             state = layer.advance(state, codes.content[level], noise[level])
             finer = codes.content[level - 1].shape[-2:] if level else torch.Size(codes.size)
             state = self._up(level, state, finer)
-        return self._image(state, codes)
+        return self._image(state, codes, wanted)
 
     def _up(self, level: int, state: Tensor, size: torch.Size) -> Tensor:
         up = self.up[level]

@@ -19,7 +19,7 @@ from snr_ray.network.correction import corrected
 from snr_ray.network.hvae import HVAE
 from snr_ray.network.noisemaker import Alike
 from snr_ray.network.viewcount import ViewCountMaker
-from snr_ray.noise.operator import NoiseSpec
+from snr_ray.noise.operator import NoiseSpec, noise_operator
 
 Array = npt.NDArray[np.float32]
 
@@ -142,6 +142,7 @@ def swap(
     noise_ids: npt.NDArray[np.int64] | None = None,
     geometry: NoiseSpec | None = None,
     told: npt.NDArray[np.int64] | None = None,
+    wanted: int | None = None,
     prior_levels: int = 0,
 ) -> Array:
     """The images alone of `exchange`, which see: [B, C, H, W] float32, not clipped."""
@@ -153,6 +154,7 @@ def swap(
         noise_ids=noise_ids,
         geometry=geometry,
         told=told,
+        wanted=wanted,
         prior_levels=prior_levels,
     ).images
 
@@ -167,6 +169,7 @@ def exchange(
     noise_ids: npt.NDArray[np.int64] | None = None,
     geometry: NoiseSpec | None = None,
     told: npt.NDArray[np.int64] | None = None,
+    wanted: int | None = None,
     prior_levels: int = 0,
     explain: bool = False,
 ) -> Exchanged:
@@ -191,8 +194,13 @@ def exchange(
             codes say.
         told: [B] view counts of the images, where they differ, for a model of a range of them: 0
             of clean ones, below 0 where it is for their noise codes to say.
+        wanted: view count of the noise to make, for a model of a range of them, whose codes tell
+            none to the last view and none far beyond the range; None: as the new noise codes say.
         prior_levels: so many of the finest levels take their content from the prior.
         explain: also say how well the result explains the images, of a model that `unrolls`.
+
+    Raises:
+        InputError: if images of this size cannot hold the views that are wanted.
     """
     maker = model.noise_maker
     if not len(images):  # which pixel shuffle does not take
@@ -206,14 +214,19 @@ def exchange(
     else:
         x = _tensor(model, with_channels(images, model.channels))
     side = max(images.shape[2:])
-    corrects = False
-    if model.correction and maker is not None and noise is not None and normal is None:
+    corrects, plain = False, normal is None and wanted is None
+    if model.correction and maker is not None and noise is not None and plain:
         # Of clean donors. A host that looks waits for a GPU: now, when that has little to do.
         corrects = not maker.counts(maker.shares(noise), side).any()
     if noise is not None:  # a single code serves all; otherwise each image lends to its channels
         noise = [code.repeat_interleave(apart, 0) if len(code) > 1 else code for code in noise]
     ids = None if noise_ids is None else on_device(noise_ids.repeat(apart), x.device)
     counts = None if told is None else on_device(told.repeat(apart), x.device)
+    views = None
+    if wanted is not None:
+        assert isinstance(maker, ViewCountMaker)
+        noise_operator(maker.views.spec(wanted), *images.shape[2:])  # says so if there is none
+        views = torch.full((len(x),), wanted, device=x.device)
     infer = functools.partial(
         model,
         x,
@@ -224,11 +237,11 @@ def exchange(
         prior_levels=prior_levels,
     )
     if noise is None or model.one_pass:
-        inference = infer(noise=noise)
+        inference = infer(noise=noise, wanted=views)
         decoded = inference.image
     else:
         inference = infer()
-        decoded = model.decode(dataclasses.replace(inference.codes, noise=noise))
+        decoded = model.decode(dataclasses.replace(inference.codes, noise=noise), views)
     shares = None if maker is None else maker.shares([q.mu for q in inference.noise])
     n_views = error = None
     if maker is not None and shares is not None:

@@ -66,16 +66,6 @@ class ViewCountMaker(nn.Module):
         """Counts [B] of logarithms of views per pixel, those that images can hold."""
         return (views.exp() * side).round().clamp(1, VIEWS_PER_PIXEL * side).long()
 
-    @torch.no_grad()
-    def moved(self, codes: list[Tensor], n_views: int, side: int) -> list[Tensor]:
-        """Noise codes [B, C, h, w] per level, each moved by the least that makes it read as a view
-        count of images of a longer side in pixels; whether there is noise stays as it was read."""
-        logit, views = self.read(codes)
-        off = torch.stack([torch.zeros_like(logit), math.log(n_views / side) - views], dim=1)
-        steps = off @ torch.linalg.pinv(self.reading.weight).T  # [B, sum of C]
-        parts = steps.split([code.shape[1] for code in codes], dim=1)
-        return [code + part[..., None, None] for code, part in zip(codes, parts, strict=True)]
-
     def of(self, shares: Tensor, side: int) -> Noise:
         """The noise of what was read or told of images [B, 2], of a longer side in pixels."""
         share = shares[:, 0]

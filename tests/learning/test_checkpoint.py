@@ -59,20 +59,6 @@ def test_a_model_of_few_counts_knows_these(few: TrainedModel) -> None:
     assert few.views_per_pixel == (6 / 16, 12 / 16)
 
 
-def test_donors_of_any_count_inject_that_count(ranged: TrainedModel) -> None:
-    clean = images(3, 24, 20)
-    for n_views in (5, 9, 14, 21, 30):
-        donors = ranged.donors(n_views, 24, 20)
-        assert {len(level) for level in donors} == {ranged.codes.n_donors}
-        noise = [level.mean(0, keepdim=True) for level in donors]
-        injected = swap(ranged.model, clean, noise)
-        made = swap(ranged.model, clean, None, geometry=NoiseSpec(n_views))
-        assert injected.shape == made.shape
-        maker = ranged.model.noise_maker
-        assert maker is not None
-        assert maker.counts(maker.shares(noise), 24).tolist() == [n_views]
-
-
 def test_donors_between_two_counts_are_between_theirs(ranged: TrainedModel) -> None:
     (few_, middle, many) = (ranged.codes.between(np.log([12, 6]), np.log(k)) for k in (5, 8.5, 20))
     for k, level in enumerate(ranged.codes.donors):
@@ -83,15 +69,15 @@ def test_donors_between_two_counts_are_between_theirs(ranged: TrainedModel) -> N
 
 def test_clean_donors_are_those_of_the_folder(ranged: TrainedModel, few: TrainedModel) -> None:
     for trained in (ranged, few):
-        for clean, level in zip(trained.donors(0, 30, 30), trained.codes.donors, strict=True):
+        for clean, level in zip(trained.donors(0), trained.codes.donors, strict=True):
             assert torch.equal(clean, level[0])
 
 
 def test_a_model_of_few_counts_lends_these_alone(few: TrainedModel) -> None:
-    for given, level in zip(few.donors(6, 99, 99), few.codes.donors, strict=True):
+    for given, level in zip(few.donors(6), few.codes.donors, strict=True):
         assert torch.equal(given, level[2])
     with pytest.raises(InputError, match="9"):
-        few.donors(9, 16, 16)
+        few.donors(9)
 
 
 def test_view_counts_are_guessed_from_noise_codes(ranged: TrainedModel) -> None:

@@ -68,21 +68,6 @@ def test_told_counts_are_exact_and_the_rest_is_read(side: int) -> None:
     assert torch.equal(told[1], shares[1])
 
 
-@pytest.mark.parametrize("side", [16, 100, 512])
-def test_codes_are_moved_to_a_count_and_no_further(side: int) -> None:
-    maker, generator = maker_of(), torch.manual_seed(0)
-    with torch.no_grad():
-        maker.reading.weight.copy_(torch.randn(2, 2, generator=generator))
-    codes = [torch.randn(5, 1, 1, 1, generator=generator) for _ in range(2)]
-    before, _ = maker.read(codes)
-    moved = maker.moved(codes, side // 3, side)
-    logit, views = maker.read(moved)
-    torch.testing.assert_close(logit, before, atol=1e-4, rtol=1e-4)
-    assert ((views.exp() * side).round() == side // 3).all()
-    again = maker.moved(moved, side // 3, side)
-    torch.testing.assert_close(again, moved, atol=1e-4, rtol=1e-4)
-
-
 def test_reading_learns_view_counts_and_clean_images() -> None:
     maker, generator = ViewCountMaker(VIEWS, 6), torch.manual_seed(0)
     counts = torch.tensor([0, 4, 7, 14])

@@ -63,6 +63,7 @@ class FileSwapper:
         """
         self.inject, self.n_views = inject, n_views
         self.geometry = None if n_views is None else trained.geometry(n_views)
+        self.wanted = inject if trained.views is not None else None
         self.trained, self.samples, self.seed = trained, samples, seed
         device = trained.model.top.device
         self.pool = [torch.from_numpy(np.array(level)).to(device) for level in pool]
@@ -108,7 +109,7 @@ class FileSwapper:
         model, images = self.trained.model, stack.pixels
         ids, found = self._noise_ids(images), self._found(stack)
         answer = Answer(images, donors, [""] * len(images))
-        noise = self._lent(donors, images)
+        noise = self._lent(donors)
         if model.noise_maker is None and not self.samples and max(images.shape[2:]) > TILE:
             made = functools.partial(swap, model)
             answer.images = np.stack(
@@ -125,6 +126,7 @@ class FileSwapper:
             noise_ids=ids,
             geometry=self.geometry,
             told=found,
+            wanted=self.wanted,
             explain=not self.inject,
         )
         answer.n_views = exchanged.n_views
@@ -147,11 +149,10 @@ class FileSwapper:
             )
         return answer
 
-    def _lent(self, donors: list[int], images: Array) -> list[Tensor]:
-        """Noise codes of donors for images [B, C, H, W]."""
+    def _lent(self, donors: list[int]) -> list[Tensor]:
+        """Noise codes of donors."""
         index = on_device(np.array(donors, np.int64), self.pool[0].device)
-        codes = [level[index] for level in self.pool]
-        return self.trained.of_count(codes, self.inject or 0, *images.shape[2:])
+        return [level[index] for level in self.pool]
 
     def _noise_ids(self, images: Array) -> Ids | None:
         """Noise ids of noisy images, given or detected; None where the model does not ask."""
@@ -174,7 +175,7 @@ class FileSwapper:
         """Mean and standard deviation over posterior samples: each [B, C, H, W]."""
         means, deviations = [], []
         for k, (image, donor, name) in enumerate(zip(stack.pixels, donors, stack.ids, strict=True)):
-            noise = self._lent([donor], image[None])
+            noise = self._lent([donor])
             own = None if ids is None else ids[k : k + 1]
             # A generator per image: its samples do not depend on its neighbours in the batch.
             normal = _seeded(hash64(f"{self.seed}/samples/{name}"), self.pool[0].device)
@@ -187,6 +188,7 @@ class FileSwapper:
                         noise_ids=own,
                         geometry=self.geometry,
                         told=None if found is None else found[k : k + 1],
+                        wanted=self.wanted,
                         normal=normal,
                     )
                     for _ in range(self.samples)
@@ -202,8 +204,7 @@ class FileSwapper:
 def lent_codes(trained: TrainedModel, donor: str, inject: int | None) -> list[Array]:
     """Noise codes that a model folder lends, per level: [n_donors, C_noise, h, w], or their mean
     alone."""
-    side = trained.config.images.size
-    known = trained.donors(inject or 0, side, side)
+    known = trained.donors(inject or 0)
     if donor == "mean":
         return [level.mean(0, keepdim=True).numpy() for level in known]
     return [level.numpy() for level in known]

@@ -27,7 +27,7 @@ from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.likelyviews import Likely, likely
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 from snr_ray.stages.denoising.cleaning import Cleaning, _read_block
-from snr_ray.stages.denoising.fileswap import FileSwapper, _joined
+from snr_ray.stages.denoising.fileswap import FileSwapper, _joined, lent_codes
 from snr_ray.stages.denoising.imagefiles import (
     MANIFEST_SCHEMA,
     Answer,
@@ -203,16 +203,19 @@ def test_a_model_of_a_range_injects_a_view_count_at_every_size(
         out = io.BytesIO()
         np.save(out, clean[name])
         files.append(ImageFile(name, f"{name}.npy", f"{name}.npy", out.getvalue()))
-    maker = trained.model.noise_maker
-    assert isinstance(maker, ViewCountMaker)
-    maker.reading.weight[0], maker.reading.bias[0] = 0.0, 20.0  # all codes say noise
-    pool = [level.numpy() for level in trained.donors(9, 16, 16)]
-    target = Target(LocalFolder(tmp_path), inject=True, doubtful="write")
-    FileSwapper(trained, pool, inject=9).run(files, ImagesConfig(white=1.0), target)
-    for name, image in clean.items():
-        x = torch.from_numpy(image)[None, None]
-        noisy = trained.model(x, noise=trained.codes.mean(0), wanted=torch.tensor([9])).image
-        np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), noisy[0, 0], atol=1e-3)
+    for n_views in (1, 9, 48, 70):  # the range is 0.2 to 0.9 per pixel
+        pool, out_ = lent_codes(trained, "mean", n_views), tmp_path / str(n_views)
+        target = Target(LocalFolder(out_), inject=True, doubtful="write")
+        swapper = FileSwapper(trained, pool, inject=n_views)
+        rows = {row["id"]: row for row in swapper.run(files, ImagesConfig(white=1.0), target)}
+        for name, image in clean.items():
+            if n_views > 4 * max(image.shape):
+                assert "at most 4 x the image size = 64" in rows[name]["error"]
+                continue
+            x = torch.from_numpy(image)[None, None]
+            wanted = torch.tensor([n_views])
+            noisy = trained.model(x, noise=trained.codes.mean(0), wanted=wanted).image
+            np.testing.assert_allclose(np.load(out_ / f"{name}.npy"), noisy[0, 0], atol=1e-4)
 
 
 def test_a_model_of_a_range_finds_the_view_count_of_each_image(
@@ -232,7 +235,7 @@ def test_a_model_of_a_range_finds_the_view_count_of_each_image(
     maker = trained.model.noise_maker
     assert isinstance(maker, ViewCountMaker)
     maker.reading.weight[0], maker.reading.bias[0] = 0.0, 20.0  # all are noisy
-    pool = [level.mean(0, keepdim=True).numpy() for level in trained.donors(0, 16, 16)]
+    pool = [level.mean(0, keepdim=True).numpy() for level in trained.donors(0)]
     for samples in (0, 2):
         out_ = tmp_path / str(samples)
         target = Target(LocalFolder(out_), inject=False, doubtful="write")
