@@ -53,11 +53,13 @@ BF16_DB = 0.02
 
 
 def multiplies_bf16(device: str) -> bool:
-    """Whether bfloat16 is the faster arithmetic: 1.2 times on GPUs, 2 to 3 times on processors with
-    units for its matrix products (AMX); others were not measured."""
+    """Whether bfloat16 is the faster arithmetic: 1.2 times on GPUs and 2 to 3 times on processors
+    with units for its matrix products (from Ampere on; AMX); others were not measured."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     # torch 2.11 may not have it
     told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return device == "cuda" or bool(told.get("amx_bf16"))
+    return device == "cpu" and bool(told.get("amx_bf16"))
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ def test_bfloat16_is_for_models_that_were_measured_in_it(
 @pytest.mark.parametrize(
     ("may", "device", "units", "expected"),
     [
-        (True, "cuda", False, True),
+        (True, "cuda", True, True),
+        (True, "cuda", False, False),  # before Ampere
         (True, "cpu", True, True),
         (True, "cpu", False, False),
         (False, "cpu", True, False),
@@ -129,8 +130,9 @@ def test_bfloat16_is_for_devices_that_are_faster_at_it(
 ) -> None:
     told = {"amx_bf16": units}
     capabilities = mock.patch.object(torch.cpu, "get_capabilities", create=True, return_value=told)
+    gpu = mock.patch.object(torch.cuda, "is_bf16_supported", return_value=units)
     model = SimpleNamespace(top=SimpleNamespace(device=torch.device(device)))
-    with capabilities, mock.patch.object(torch, "autocast") as made:
+    with capabilities, gpu, mock.patch.object(torch, "autocast") as made:
         dataclasses.replace(few, model=model, bf16=may).arithmetic()
     made.assert_called_once_with(device, torch.bfloat16, enabled=expected)
 
