@@ -242,6 +242,8 @@ def exchange(
     else:
         inference = infer()
         decoded = model.decode(dataclasses.replace(inference.codes, noise=noise), views)
+    if have < model.channels:
+        x, decoded = x[:, :have], decoded.mean(1, keepdim=True)
     shares = None if maker is None else maker.shares([q.mu for q in inference.noise])
     n_views = error = None
     if maker is not None and shares is not None:
@@ -260,8 +262,6 @@ def exchange(
     image, errors, known_views = _on_host(decoded, error, n_views)
     if apart > 1:
         image = image.reshape(images.shape)
-    elif have != model.channels:
-        image = image.mean(1, keepdims=True)
     return Exchanged(image, None if errors is None else _decibels(errors), known_views)
 
 
