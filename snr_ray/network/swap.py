@@ -178,8 +178,7 @@ def exchange(
     Content is inferred as it was in training: against the new noise codes where the swap was
     trained, else against those of the image itself (`HVAE.one_pass`).
 
-    Cleaned images are corrected as model.correction says, but for samples and images whose noise
-    code says that they are clean.
+    Cleaned images are corrected as model.correction says, but for samples.
 
     A grey model takes RGB channel by channel; an RGB model takes grey repeated and answers with
     the mean of its channels.
@@ -251,12 +250,9 @@ def exchange(
             assert isinstance(maker, ViewCountMaker)
             shares = maker.told(shares, counts, side)
         n_views = maker.counts(_of_images(shares, x, batch), side)
-        make, known = maker.of(shares, side), maker.counts(shares, side) > 0
-        if geometry is not None:
-            make, known = Alike(geometry), torch.ones_like(known)
+        make = maker.of(shares, side) if geometry is None else Alike(geometry)
         if corrects:
-            better = corrected(x, decoded, make, model.correction)
-            decoded = torch.where(known[:, None, None, None], better, decoded)
+            decoded = corrected(x, decoded, make, model.correction)
         if explain and model.unrolls:
             error = _mean_square(unexplained(x, make(decoded)), batch)
     image, errors, known_views = _on_host(decoded, error, n_views)
