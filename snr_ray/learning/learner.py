@@ -23,6 +23,7 @@ from snr_ray.learning.recipe import rate_share
 from snr_ray.learning.validation import SCORE_BATCH, Metrics, donor_codes, validate
 from snr_ray.network.blocks import PixelLevel
 from snr_ray.network.hvae import HVAE
+from snr_ray.network.noisemaker import NoiseMaker
 from snr_ray.network.swap import NoiseCodes
 from snr_ray.network.trust import least_explained
 from snr_ray.network.unet import UNet
@@ -112,6 +113,11 @@ class Learner:
             bias = weights["noise_maker.reading.bias"].clone()
             bias[1] += its.middle - mine.middle  # the same code reads as the same count
             weights["noise_maker.reading.bias"] = bias
+        elif isinstance(its, NoiseMaker) and isinstance(mine, NoiseMaker):
+            # As many counts in another order: the code of the fewest views reads as the fewest.
+            place = its.n_views.argsort()[mine.n_views.argsort().argsort()]
+            for name in ("noise_maker.logits.weight", "noise_maker.logits.bias"):
+                weights[name] = weights[name][place]
         for model in (self.objective.model, self.average):
             kernel = torch.zeros_like(model.stem.conv.weight)
             kernel[:, : known.shape[1]] = known

@@ -15,7 +15,7 @@ from snr_ray.learning.checkpoint import (
 from snr_ray.learning.learner import Learner
 from snr_ray.learning.losses import SIGMA_FLOOR
 from snr_ray.network.blocks import PIXEL_OFFSET
-from snr_ray.network.swap import swap
+from snr_ray.network.swap import read_views, swap
 
 
 def _gradients(learner: Learner) -> list[torch.Tensor]:
@@ -103,6 +103,20 @@ def test_start_gives_the_images_of_the_model_it_is(
     learner.start_from(trained.model)
     for model in (learner.average, learner.objective.model):
         np.testing.assert_allclose(swap(model, noisy, trained.codes.mean(0)), expected, atol=1e-5)
+
+
+def test_start_with_view_counts_in_another_order_reads_the_same_counts(
+    tiny: Config, pairs: Pairs, model_folder: Path
+) -> None:
+    trained, noisy = load_model(model_folder).model, pairs.take(np.arange(20), 2)
+    assert tiny.noise.n_views == (12, 6)
+    learner = Learner(configs.replace(tiny, {"noise.n_views": [5, 11]}))
+    learner.start_from(trained)
+    seen = read_views(trained, noisy)
+    assert set(seen) == {0, 6, 12}
+    for model in (learner.average, learner.objective.model):
+        expected = [{0: 0, 6: 5, 12: 11}[n_views] for n_views in seen.tolist()]
+        assert read_views(model, noisy).tolist() == expected
 
 
 def test_start_of_another_range_reads_the_same_counts(tiny: Config, range_folder: Path) -> None:
