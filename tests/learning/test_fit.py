@@ -39,7 +39,11 @@ def test_training_learns_letters(tiny: Config, pairs: Pairs) -> None:
     assert logged[-1]["distance_clean_noisy"] > logged[0]["distance_clean_noisy"] + 0.1
 
 
-def test_resumed_run_equals_an_unbroken_one(tiny: Config, pairs: Pairs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("around", [[], [6, 8]])
+def test_resumed_run_equals_an_unbroken_one(
+    tiny: Config, pairs: Pairs, tmp_path: Path, around: list[int]
+) -> None:
+    tiny = configs.replace(tiny, {"model.step_channels": around})
     unbroken = Learner(tiny)
     _run(tiny, pairs, unbroken)
     first = Learner(tiny)

@@ -82,6 +82,11 @@ def test_a_little_other_noise_is_no_wrong_answer() -> None:
     assert doubtful(at, np.array([60, 60]), 100, exact).tolist() == [True, False]
 
 
+def test_where_little_was_explained_a_sixth_of_the_range_is_no_explanation_either() -> None:
+    at = np.array([LEAST - 0.1, LEAST + 0.1])
+    assert doubtful(at, np.array([60, 60]), 100, {0.6: LEAST}).tolist() == [True, False]
+
+
 def test_an_image_taken_for_clean_need_only_come_back() -> None:
     assert doubt(LEAST - 0.1, 0)
     assert not doubt(LEAST + 0.1, 0)
@@ -106,3 +111,21 @@ def test_a_model_of_a_range_is_measured_by_true_view_counts(range_folder: Path) 
         assert made.explained is not None
         expected += made.explained[psnr(made.images, target) > psnr(seen, target)].tolist()
     assert least[12 / 16] == pytest.approx(min(expected), abs=0.01)
+
+
+def test_the_least_is_that_of_exact_and_of_8_bit_images_of_any_shape(range_folder: Path) -> None:
+    trained, spec = load_model(range_folder), NoiseSpec(15)
+    model, code = trained.model, trained.codes.mean(0)
+    clean = 0.4 + 0.2 * np.random.default_rng(0).random((12, 1, 16, 20), dtype=np.float32)
+    noisy = noise_operator(spec, 16, 20)(clean)
+    rounded = np.round(noisy * 255).astype(np.float32) / np.float32(255)
+    good = exchange(model, noisy, code, geometry=spec).images
+    exact, stored = (
+        exchange(model, seen, code, geometry=spec, explain=True).explained
+        for seen in (noisy, rounded)
+    )
+    assert exact is not None
+    assert stored is not None
+    for some, lower in ((stored < exact, stored), (exact < stored, exact)):
+        least = least_explained(model, code, [(15 / 20, noisy[some], good[some])])
+        assert least == {15 / 20: pytest.approx(lower[some].min(), abs=2e-5)}

@@ -5,7 +5,7 @@ import pytest
 
 from snr_ray.config import ImagesConfig
 from snr_ray.images.sources import open_source
-from snr_ray.noise.likelyviews import Likely, likely
+from snr_ray.noise.likelyviews import Likely, _likely, likely
 from snr_ray.noise.operator import NoiseSpec, noise_operator
 
 
@@ -49,3 +49,21 @@ def test_3_views_are_asked_about_where_they_look_like_6(name: str, size: int) ->
 
 def test_of_no_images_nothing_is_said() -> None:
     assert likely(np.zeros((0, 1, 16, 16), np.float32)) == []
+
+
+@pytest.mark.parametrize(
+    ("lead", "other", "sure"),
+    [(400, 90, True), (400, 110, False), (100, 50, True), (100, 70, False), (50, 0, False)],
+)
+@pytest.mark.parametrize("floor", [0, 1])
+def test_another_count_under_another_floor_makes_unsure_by_its_share_of_the_lead(
+    lead: float, other: float, sure: bool, floor: int
+) -> None:
+    counts = np.arange(4, 31)
+    found = np.zeros((2, len(counts)))
+    found[floor, counts == 20], found[1 - floor, counts == 10] = lead, other
+    its = _likely(found, counts, counts > 4)
+    assert (its.best, its.sure) == (20, sure)
+    found[1 - floor] = found[floor] / 2  # both say the same
+    assert _likely(found, counts, counts > 4).sure == (lead > 60)
+    assert not _likely(found, counts, counts > 20).sure  # of so few views none is

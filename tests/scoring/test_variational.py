@@ -1,10 +1,16 @@
 """Total variation reconstruction: it finds the least of what it says it minimises."""
 
-import numpy as np
+import functools
 
+import numpy as np
+import pytest
+
+from snr_ray.learning.batches import Pairs
 from snr_ray.metrics import psnr
 from snr_ray.noise.operator import NoiseSpec, noise_operator
-from snr_ray.scoring.baselines import TVREC_WEIGHTS, best_tvrec_weight
+from snr_ray.scoring import baselines
+from snr_ray.scoring.baselines import TVREC_WEIGHTS, Fitting, best_tvrec_weight, fit_tvrec
+from snr_ray.scoring.cases import Case, as_seen
 from snr_ray.scoring.variational import reconstruct
 
 SPEC = NoiseSpec(12)
@@ -69,3 +75,22 @@ def test_the_chosen_weight_is_the_best_of_its_neighbours_and_rises_with_the_grai
 
 def test_no_images_are_no_images() -> None:
     assert reconstruct(np.zeros((0, 1, 24, 24), np.float32), SPEC, 1e-3).shape == (0, 1, 24, 24)
+
+
+def test_each_kind_of_input_is_reconstructed_with_its_own_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clean, names = _boxes(2), ["a", "b"]
+    noisy = noise_operator(SPEC, 24, 24)(clean)
+
+    def weight_of(seen: np.ndarray, *_: object) -> float:
+        return 1e-3 + float(np.abs(seen - noisy).mean())
+
+    monkeypatch.setattr(baselines, "best_tvrec_weight", weight_of)
+    monkeypatch.setattr(baselines, "reconstruct", functools.partial(reconstruct, iterations=3))
+    pairs = Pairs(names, [clean], [[noisy]])
+    restore = fit_tvrec(Fitting([SPEC], lambda: pairs, lambda: pairs), 1)
+    for task in baselines.TVREC_TASKS:
+        seen = as_seen(task, noisy, names)
+        made = restore(Case(task, names, clean, seen, np.ones(2, np.int64), SPEC))
+        np.testing.assert_array_equal(made, reconstruct(seen, SPEC, weight_of(seen), iterations=3))
