@@ -173,6 +173,17 @@ def test_start_with_looks_around_begins_with_the_model_as_it_was(
             assert (mine != untrained).any()
 
 
+@pytest.mark.parametrize("kind", ["hvae", "unet"])
+def test_what_bfloat16_costs_is_what_its_images_lack(tiny: Config, pairs: Pairs, kind: str) -> None:
+    learner = Learner(configs.replace(tiny, {"model.kind": kind}))
+    few = Pairs(pairs.ids[:20], [pairs.clean[0][:20]], [[part[0][:20]] for part in pairs.noisy])
+    _, whole = learner.validate(few, few)
+    better = {name: value + 5 for name, value in whole.items()}
+    (costs,) = learner.bf16_costs(few, few, better).values()
+    assert costs == pytest.approx(5, abs=0.3)
+    assert costs != 5  # it was another arithmetic
+
+
 def test_what_reads_the_estimate_learns_from_the_start(
     tiny: Config, pairs: Pairs, model_folder: Path
 ) -> None:

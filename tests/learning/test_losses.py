@@ -1,6 +1,7 @@
 """The objective: triplet loss, likelihood, what the swap is trained for."""
 
 import dataclasses
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from snr_ray.config import Config, LossConfig
 from snr_ray.learning import losses
 from snr_ray.learning.batches import Batch, Share, StepNormal
 from snr_ray.learning.losses import Likelihood, Objective, Regression, _as_found, code_distances
+from snr_ray.network.blocks import Gaussian
 from snr_ray.network.unet import UNet
 
 
@@ -243,3 +245,78 @@ def test_what_is_seen_does_not_depend_on_the_number_of_workers() -> None:
         for k in range(2)
     ]  # fmt: skip
     torch.testing.assert_close(torch.cat(parts), _as_found(x, ids, config, _normal()))
+
+
+@pytest.mark.parametrize("views", [None, [0.2, 0.9]])
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
+def test_the_loss_is_the_weighted_sum_of_its_parts(
+    tiny: Config, views: list[float] | None, warmup: float
+) -> None:
+    weights = {"beta": 0.02, "content_kl": 0.03, "triplet": 0.7}
+    changes = {f"loss.{name}": weight for name, weight in weights.items()}
+    config = configs.replace(tiny, {"noise.views_per_pixel": views, **changes})
+    objective, batch = _objective_and_batch(config)
+    if views:
+        batch.n_views = torch.tensor([[12, 6], [12, 6], [9, 5], [9, 5]])
+    found = objective(batch, _normal(), warmup)
+    parts = {name: float(part.detach()) for name, part in found.items()}
+    nats = parts["kl_content"] + parts["kl_noise"]
+    pixels = warmup * (0.02 * nats + 0.03 * parts["content_kl"]) / 16**2
+    reading = 0.1 * parts["noise_id"] + 0.6 * parts.get("views_error", 0.0)
+    expected = parts["recon"] + pixels + 0.7 * parts["triplet"] + reading
+    assert parts["loss"] == pytest.approx(expected, rel=1e-5)
+    assert min(nats, parts["content_kl"], parts["triplet"], parts["noise_id"]) > 0
+    assert ("views_error" in parts) == bool(views)
+
+
+def test_the_content_pull_is_the_mean_of_both_divergences_from_the_clean_version() -> None:
+    from torch.distributions import Normal, kl_divergence
+
+    q = Gaussian(*torch.randn(2, 4 * 3, 5, generator=torch.manual_seed(0)))
+    each = Normal(q.mu, (q.logvar / 2).exp())
+    for place, found in enumerate(losses._symmetric_kl(q, 2)):
+        row, version = divmod(place, 2)
+        clean, noisy = (
+            Normal(each.loc[k], each.scale[k]) for k in (3 * row, 3 * row + 1 + version)
+        )
+        both = kl_divergence(clean, noisy) + kl_divergence(noisy, clean)
+        torch.testing.assert_close(found, both.sum() / 2)
+
+
+@pytest.mark.parametrize("swapped", [0.0, 1.0])
+def test_each_image_is_told_its_own_count_and_gets_the_noise_of_its_target(
+    tiny: Config, swapped: float
+) -> None:
+    changes = {"noise.views_per_pixel": [0.2, 0.9], "loss.swap_probability": swapped}
+    config = configs.replace(tiny, changes | {"loss.grain": 0.0, "loss.stored": 0.0})
+    model = model_of(config)
+    objective = Objective(model, config.loss, 2, told=0.7)
+    clean = torch.from_numpy(images(60))
+    n_views = torch.randint(4, 14, (30, 2), generator=torch.manual_seed(0)).repeat_interleave(2, 0)
+    with mock.patch.object(model, "forward", side_effect=model.forward) as forward:
+        objective(Batch(clean, clean[:, None].repeat(1, 2, 1, 1, 1), n_views), _normal(), 1.0)
+    given = forward.call_args.kwargs
+    counts = torch.cat([torch.zeros(60, 1, dtype=torch.int64), n_views], dim=1).flatten()
+    told, donors, wanted = given["told"], given["donors"], given["wanted"]
+    assert torch.equal(told[told >= 0], counts[told >= 0])
+    assert float((told >= 0).float().mean()) == pytest.approx(0.7, abs=0.1)
+    rows = torch.arange(180)
+    assert torch.equal(counts[donors], wanted)  # partners have the same
+    if not swapped:
+        assert torch.equal(donors, rows)
+        return
+    assert torch.equal(donors // 3, (rows // 3) ^ 1)
+    assert not donors[rows % 3 > 0].remainder(3).any()  # noisy ones get clean codes
+    assert set((donors[rows % 3 == 0] % 3).tolist()) == {1, 2}
+
+
+def test_what_knows_the_geometry_is_sometimes_not_told(tiny: Config) -> None:
+    config = configs.replace(tiny, {"model.physics": True})
+    model, clean = model_of(config), torch.from_numpy(images(100))
+    objective = Objective(model, config.loss, 2)
+    with mock.patch.object(model, "forward", side_effect=model.forward) as forward:
+        objective(Batch(clean, clean[:, None].repeat(1, 2, 1, 1, 1)), _normal(), 1.0)
+    ids, known = torch.arange(300) % 3, forward.call_args.kwargs["noise_ids"]
+    withheld = (known != ids)[ids > 0]
+    assert not known[known != ids].any()
+    assert float(withheld.float().mean()) == pytest.approx(0.125, abs=0.06)

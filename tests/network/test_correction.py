@@ -170,3 +170,15 @@ def test_reconstructions_injections_and_samples_are_not_corrected() -> None:
     ):
         results = [swap(its, noisy, **options) for its in (plain, exact)]  # type: ignore[arg-type]
         np.testing.assert_array_equal(*results)
+
+
+def test_images_taken_for_clean_are_left_as_they_are() -> None:
+    plain, exact = model(0), model(6)
+    for its in (plain, exact):
+        assert its.noise_maker is not None
+        its.noise_maker.logits.bias.data.copy_(torch.tensor([9.0, 0.0, 0.0]))
+    code = [torch.zeros(1, 2, 1, 1) for _ in range(2)]
+    found, expected = (exchange(its, images(3), code) for its in (exact, plain))
+    assert found.n_views is not None
+    assert not found.n_views.any()
+    np.testing.assert_array_equal(found.images, expected.images.clip(0, 1))
