@@ -170,14 +170,14 @@ def _check_whole(data: bytes, name: str) -> None:
 
 
 def _without_damaged_words(data: bytes) -> bytes:
-    """A file without the EXIF and the texts of a PNG whose checksums fail: to Pillow it were none,
-    though what is said of a picture is no part of it."""
+    """A file without what a PNG says beside its pixels where the checksum of that fails: Pillow
+    takes the whole for no image. Names of such chunks begin with a small letter; what is clear is
+    of the pixels."""
     if not data.startswith(b"\x89PNG"):
         return data
-    words = (b"eXIf", *_TEXT_CHUNKS)
-    damaged = [c for c in _chunks(data) if c[4:8] in words and not _is_intact(c)]
-    for chunk in damaged:
-        data = data.replace(chunk, b"")
+    for chunk in _chunks(data):
+        if chunk[4:5].islower() and chunk[4:8] != b"tRNS" and not _is_intact(chunk):
+            data = data.replace(chunk, b"")
     return data
 
 

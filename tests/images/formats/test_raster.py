@@ -272,12 +272,21 @@ def test_exif_that_cannot_be_understood_spoils_no_pixels(kind: str, broken: str)
         assert BROKEN[broken] in written
 
 
-@pytest.mark.parametrize("name", [b"eXIf", b"tEXt", b"zTXt", b"iTXt"])
+@pytest.mark.parametrize(
+    "name", [b"eXIf", b"tEXt", b"iTXt", b"iCCP", b"pHYs", b"tIME", b"gAMA", b"prVt"]
+)
 def test_words_of_a_png_that_are_damaged_spoil_no_pixels(name: bytes) -> None:
     data, damaged = saved(RGB, "png"), chunk(name, b"Comment\0hello")[:-4] + b"\0\0\0\0"
     pixels, written = again(data[:33] + damaged + data[33:], "a.png")
     np.testing.assert_array_equal(pixels, np.moveaxis(RGB, 2, 0) / np.float32(255))
     assert b"hello" not in written
+
+
+def test_a_png_whose_clear_colour_is_damaged_is_refused() -> None:
+    damaged = chunk(b"tRNS", b"\0\1\0\2\0\3")[:-4] + b"\0\0\0\0"
+    data = saved(RGB, "png")
+    with pytest.raises(InputError, match=r"a\.png cannot be read"):
+        decode(data[:33] + damaged + data[33:], "a.png")
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png"])
