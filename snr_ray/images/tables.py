@@ -1,5 +1,6 @@
 """Parquet tables as a source: rows with encoded images (bytes, or a struct of bytes and path) or
-with tensors. Each table names its columns as it likes; one that is broken is one failed item."""
+with tensors. Each table names its columns as it likes; one that is broken is one failed item,
+and rows that share a name are told apart by their place."""
 
 import contextlib
 import functools
