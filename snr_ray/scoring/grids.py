@@ -9,6 +9,7 @@ from snr_ray.config import NoiseConfig
 from snr_ray.learning.batches import Pairs
 from snr_ray.learning.checkpoint import TrainedModel
 from snr_ray.network.swap import detect, swap
+from snr_ray.network.views import views_of_range
 
 Array = npt.NDArray[np.float32]
 
@@ -58,7 +59,9 @@ def draw_elsewhere(trained: TrainedModel, pairs: Pairs, noise: NoiseConfig, path
         clean, noisy = pairs.take(np.array([pick]), 0), pairs.take(np.array([pick]), noise_id)
         codes, views = trained.codes.mean(0), noise.n_views[noise_id - 1]
         ids = detect(trained.model, trained.codes, noisy)
-        pictures = [noisy, swap(trained.model, noisy, codes, noise_ids=ids), clean]
+        found = views_of_range(trained.model, codes, noisy, trained.geometry)  # as `denoise` does
+        cleaned = swap(trained.model, noisy, codes, noise_ids=ids, told=found)
+        pictures = [noisy, cleaned, clean]
         if told:
             geometry = trained.geometry(views)
             pictures.insert(2, swap(trained.model, noisy, codes, geometry=geometry))

@@ -19,6 +19,7 @@ from snr_ray.network.hvae import HVAE
 from snr_ray.network.itnet import ItNet
 from snr_ray.network.swap import detect, swap
 from snr_ray.network.unet import regress
+from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.scoring.baselines import Fitting, fit_lmmse, fit_sart, fit_tv, fit_tvrec
 from snr_ray.scoring.cases import REMOVE, Case, Restore
 
@@ -124,8 +125,11 @@ def _swap_told(case: Case, model: TrainedModel) -> Array:
 
 
 def _swap_found(case: Case, model: TrainedModel) -> Array:
-    out, codes = np.empty_like(case.noisy), model.codes.mean(0)
     assert case.found is not None
+    codes = model.codes.mean(0)
+    if isinstance(model.model.noise_maker, ViewCountMaker):
+        return swap(model.model, case.noisy, codes, told=case.found)
+    out = np.empty_like(case.noisy)
     for n_views in np.unique(case.found):
         which = case.found == n_views
         geometry = model.geometry(int(n_views))

@@ -18,7 +18,7 @@ from snr_ray.learning.batches import Pairs
 from snr_ray.learning.checkpoint import TrainedModel, TrainedUNet
 from snr_ray.metrics import psnr, ssim
 from snr_ray.network.swap import detect
-from snr_ray.network.views import explaining, find_views
+from snr_ray.network.views import explaining, find_views, views_of_range
 from snr_ray.noise.operator import noise_operator, noise_specs
 from snr_ray.noise.spec import photon_seeds
 from snr_ray.scoring.cases import Case, Restore, as_seen
@@ -140,9 +140,13 @@ class Scorer:
                 yield case
 
     def find(self, noisy: Array) -> Labels:
-        """View counts of noisy images [B, C, H, W], each found by itself: [B]."""
-        trained = self.trained
-        explains = explaining(trained.model, trained.codes.mean(0), noisy, trained.geometry)
+        """View counts of noisy images [B, C, H, W], each found by itself: [B]. Those of a model of
+        a range as `snr denoise` finds them, 0 of an image that its noise code takes for clean."""
+        trained, code = self.trained, self.trained.codes.mean(0)
+        found = views_of_range(trained.model, code, noisy, trained.geometry)
+        if found is not None:
+            return found
+        explains = explaining(trained.model, code, noisy, trained.geometry)
         over = trained.config.noise.angle_range
         return find_views(noisy, explains, trained.guess_views(noisy), angle_range=over)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import snr_ray
 from snr_ray import configfile as configs
 from snr_ray.config import Config, ImagesConfig, NoiseConfig
 from snr_ray.images.sources import open_source
@@ -54,6 +55,19 @@ def test_elsewhere_images_are_cleaned_blind_told_and_found(trained: TrainedModel
     assert found.found.tolist() == [7, 7, 7]
     np.testing.assert_allclose(found.psnr, told.psnr, rtol=1e-4)
     assert told.found is None
+
+
+@pytest.mark.parametrize("n_views", [15, 100])
+def test_what_is_found_is_what_denoise_finds(n_views: int) -> None:
+    """Also of images that noise codes take for clean, as they do where views are many."""
+    model, noise = load_model("any"), NoiseConfig(n_views=(n_views,))
+    pairs = _pairs("photos", 32, noise, 4)
+    scores = Scorer(model, {}, {}, pairs, noise).run()[Row("remove", "swap_found", n_views)]
+    rows = np.arange(4)
+    cleaned = snr_ray.denoise(pairs.take(rows, 1), model)
+    np.testing.assert_allclose(scores.psnr, psnr(cleaned, pairs.take(rows, 0)), atol=0.2)
+    assert scores.found is not None
+    assert (0 in scores.found) == (n_views == 100)
 
 
 def test_finding_the_view_count_takes_its_time_in_the_table(
