@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from snr_ray import configfile as configs
 from snr_ray.address import open_folder, without_secrets
 from snr_ray.config import Config
@@ -163,6 +165,11 @@ def evaluate(
                 f"Evaluation needs at least one readable test image, but all of {images} failed: "
                 f"{failures[0]['reason']}"
             )
+        scored = set(pc.unique(scores["method"]).to_pylist())
+        for key in baselines:
+            if key not in scored:
+                _tell(f"{key} has no row: it is run on one image in {METHODS[key].every}, by the "
+                      "hash of its id, and none of these is one; give more images")  # fmt: skip
         test = draw_pairs(rows, GRID_ROWS if elsewhere else probes.IMAGES, config)
         if not elsewhere:
             val, _ = collect_pairs(open_rows(config, origin, "val", probes.IMAGES), config)

@@ -22,6 +22,7 @@ from snr_ray.images.sources import open_source
 from snr_ray.metrics import psnr
 from snr_ray.noise.operator import NoiseSpec, noise_operator, noise_specs
 from snr_ray.scoring.grids import GRID_ROWS
+from snr_ray.scoring.methods import SART_EVERY
 from snr_ray.scoring.scores import Row
 from snr_ray.stages.evaluation.evaluate import evaluate, settle_group
 from snr_ray.stages.simulation.dataset import Origin, draw_pairs, open_rows
@@ -348,6 +349,24 @@ def test_pictures_are_of_images_that_could_be_read(
     )  # fmt: skip
     assert (outcome.images, outcome.failed) == (2, GRID_ROWS)
     assert (tmp_path / "out" / "grid.png").is_file()
+
+
+def test_a_baseline_of_some_images_that_has_none_is_told(
+    tiny: Config, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scans").mkdir()
+    names = [f"{k:02d}.png" for k in range(30)]
+    for name in names:
+        if hash64(name) % SART_EVERY:
+            Image.fromarray(np.full((16, 16), 90, np.uint8)).save(tmp_path / "scans" / name)
+    out = evaluate(
+        tiny, model=str(model_folder), images=str(tmp_path / "scans"), out=tmp_path / "out",
+        baselines=("sart", "tv"), n_views=(12,), split="all", limit=3,
+    ).out  # fmt: skip
+    methods = {row["method"] for row in json.loads((out / "metrics.json").read_text())["results"]}
+    assert "tv" in methods
+    assert "sart" not in methods
+    assert "sart has no row: it is run on one image in 8" in capsys.readouterr().out
 
 
 def test_what_is_shown_and_probed_stands_for_a_sorted_table(tiny: Config, tmp_path: Path) -> None:
