@@ -95,8 +95,13 @@ def test_bench_radon_writes_its_json(
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.parametrize(("limit", "counts"), [(400, [100, 400]), (10, [100])])
 def test_bench_simulate_measures_a_real_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    limit: int,
+    counts: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     import json
 
@@ -104,9 +109,9 @@ def test_bench_simulate_measures_a_real_job(
 
     monkeypatch.setattr(benchjob, "GENERATED_ROWS", 100)
     out = tmp_path / "b.json"
-    assert main(["bench", "simulate", "--set", "images.limit=400", "--out", str(out)]) == 0
+    assert main(["bench", "simulate", "--set", f"images.limit={limit}", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["results"]
-    assert [row["images"] for row in rows] == [100, 400]
+    assert [row["images"] for row in rows] == counts
     for row in rows:
         assert row["images_per_s"] == pytest.approx(row["images"] / row["seconds"])
         assert 100 < row["peak_mb"] < 10_000

@@ -37,8 +37,9 @@ BARE_IMAGES, BARE_STEP = 8000, 500
 
 
 def measure_job(config: Config) -> Rows:
-    """The whole simulate job on a generated set of images.limit images and on a twentieth of it:
-    rate beside processes that do the same work without it, and memory over time.
+    """The whole simulate job on a generated set of images.limit images and on a twentieth of it,
+    each in whole files: rate beside processes that do the same work without it, and memory over
+    time.
 
     Memory is that of all processes, where what they share counts once.
     """
@@ -47,11 +48,11 @@ def measure_job(config: Config) -> Rows:
     with tempfile.TemporaryDirectory() as folder:
         images, out = Path(folder) / "images", Path(folder) / "data"
         _generate(n_images, config, images)
-        for count in (n_images // 20, n_images):
+        for n_files in sorted({math.ceil(n / GENERATED_ROWS) for n in (n_images / 20, n_images)}):
             command = [sys.executable, "-m", "snr_ray.cli", "simulate"]
             configs.save(configs.replace(config, {"images.limit": None}), Path(folder) / "c.yaml")
-            files = sorted(images.iterdir())[: math.ceil(count / GENERATED_ROWS)]
-            part = Path(folder) / f"part{count}"
+            files = sorted(images.iterdir())[:n_files]
+            part = Path(folder) / f"part{n_files}"
             part.mkdir()
             for file in files:
                 (part / file.name).symlink_to(file)
