@@ -111,7 +111,8 @@ class Scan:
                     raise InputError(
                         f"Slice {row} of {name} cannot be read ({error}); replace the file."
                     ) from None
-            field = np.asarray(part, np.float32)
+            with np.errstate(over="ignore"):  # beyond 32 bits is infinity
+                field = np.asarray(part, np.float32)
             if not np.isfinite(field).all():
                 raise InputError(f"A scan must be finite, but slice {row} of {name} is not.")
             found.append(field)
@@ -164,7 +165,8 @@ def _opened(text: str, own: str) -> AbstractContextManager[Any]:
     """The array of a file; `own` is the data set of HDF5 where none is named."""
     path, name = _split(text)
     if not Path(path).is_file():
-        raise InputError(f"A sinogram must be a file .npy or .h5, but {path} is not there.")
+        what = "is a folder" if Path(path).is_dir() else "is not there"
+        raise InputError(f"A sinogram must be a file .npy or .h5, but {path} {what}.")
     if path.lower().endswith(".npy"):
         try:
             return nullcontext(np.load(path, mmap_mode="r", allow_pickle=False))

@@ -169,11 +169,14 @@ def test_bad_scans_are_one_sentence(integrals: np.ndarray, scan: Path, tmp_path:
         assert not (tmp_path / "out").exists()
 
     refused("must be a file .npy or .h5, but .* is not there", "none.npy")
+    refused("must be a file .npy or .h5, but .* is a folder", str(tmp_path))
     refused("must be NPY or HDF5", "text.csv")
     refused("is not a readable HDF5 file", "cut.h5")
     refused("must hold the data set x/y, but holds exchange/data", f"{scan}#x/y")
     refused(r"\[views, bins\] or \[views, slices, bins\], but .* \[2, 2, 2, 48\]", "four.npy")
     refused("must be finite, but slice 0", "nan.npy")
+    np.save(tmp_path / "huge.npy", 1e300 * (1 + integrals.astype(np.float64)))
+    refused("must be finite, but slice 0", "huge.npy")
     np.save(tmp_path / "f3.npy", np.ones((3, 3, 48)))
     np.save(tmp_path / "f40.npy", np.ones((3, 40)))
     for fields in ("f3", "f40"):
