@@ -48,20 +48,24 @@ def gain(
     return psnr(better.numpy(), clean.numpy()) - psnr(guess.numpy(), clean.numpy())
 
 
-@pytest.mark.parametrize("n_views", [6, 12, 24])
-def test_answers_to_exact_images_get_better(letters: torch.Tensor, n_views: int) -> None:
+@pytest.mark.parametrize(("n_views", "reached"), [(6, 8), (12, 17), (24, 23)])
+def test_answers_to_exact_images_get_better(
+    letters: torch.Tensor, n_views: int, reached: float
+) -> None:
     noisy = Alike(NoiseSpec(n_views))(letters)
     gains = [gain(noisy, letters, n_views, iterations) for iterations in (1, 3, 12)]
     assert gains[0].min() >= 0
     assert gains[1].mean() > gains[0].mean()
-    assert gains[2].mean() > max(gains[1].mean(), 3.0)
+    assert gains[2].mean() > max(gains[1].mean(), reached)  # steepest descent ends 3 dB below
 
 
-@pytest.mark.parametrize("n_views", [6, 24])
-def test_files_of_8_bits_get_better_by_what_they_hold(letters: torch.Tensor, n_views: int) -> None:
+@pytest.mark.parametrize(("n_views", "reached"), [(6, 4), (12, 10), (24, 9)])
+def test_files_of_8_bits_get_better_by_what_they_hold(
+    letters: torch.Tensor, n_views: int, reached: float
+) -> None:
     noisy = (Alike(NoiseSpec(n_views))(letters).clamp(0, 1) * 255).round() / 255
     assert gain(noisy, letters, n_views).min() > -0.05
-    assert gain(noisy, letters, n_views).mean() > 0.3
+    assert gain(noisy, letters, n_views).mean() > reached  # bounds taken for values: 3 dB less
 
 
 @pytest.mark.parametrize("n_views", [6, 12, 24])
@@ -76,14 +80,17 @@ def test_a_wrong_view_count_does_not_pull(letters: torch.Tensor) -> None:
     assert gain(Alike(NoiseSpec(12))(letters), letters, 13).min() > -0.3
 
 
-def test_air_stays_air(letters: torch.Tensor) -> None:
+@pytest.mark.parametrize("bound", [0, 1])
+def test_air_stays_air(letters: torch.Tensor, bound: int) -> None:
     # Of answers that know where there is nothing, the rest is found from the same views.
-    make = Alike(NoiseSpec(6))
+    make, clean = Alike(NoiseSpec(6)), (letters - bound).abs()
     knows = torch.where(letters == 0, -0.01, answers(letters, 0.015).clamp(min=1e-3))
     not_so = torch.where(letters == 0, 1e-4, knows)
-    better = [corrected(make(letters), guess, make, 12) for guess in (knows, not_so)]
-    assert (better[0][letters == 0] == 0).all()
-    exact, moved = (psnr(image.numpy(), letters.numpy()).mean() for image in better)
+    if bound:  # and of answers that know where all is full
+        knows, not_so = 1 - knows, 1 - not_so
+    better = [corrected(make(clean), guess, make, 12) for guess in (knows, not_so)]
+    assert (better[0][letters == 0] == bound).all()
+    exact, moved = (psnr(image.numpy(), clean.numpy()).mean() for image in better)
     assert exact > moved + 1
 
 
@@ -121,7 +128,7 @@ class Blur:
 @pytest.mark.parametrize(("side", "most"), [(64, 24), (128, 24), (256, 12), (512, 6), (1024, 4)])
 def test_large_images_have_fewer_iterations(side: int, most: int) -> None:
     blur = Blur()
-    clean = torch.rand(1, 1, side, side, generator=torch.manual_seed(0)) * 0.6 + 0.2
+    clean = torch.rand(1, 1, side, 48, generator=torch.manual_seed(0)) * 0.6 + 0.2
     guess = clean + 0.05 * torch.randn(clean.shape, generator=torch.manual_seed(1))
     with mock.patch.object(correction, "WORTH", 1.0), mock.patch.object(correction, "FAR", 9.0):
         corrected(blur(clean), guess, blur, 24)

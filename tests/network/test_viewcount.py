@@ -90,6 +90,40 @@ def test_counts_far_beyond_the_range_are_not_made() -> None:
     assert (least, most) == (13, 135)  # half again beyond 20 and 90
 
 
+def test_noise_has_the_filter_and_the_angles_of_the_range() -> None:
+    maker, clean = ViewCountMaker(ViewRange(0.2, 0.9, "hann", 120.0), 2), images(2, 16, 12)
+    shares = torch.tensor([[1.0, math.log(9 / 16)]] * 2)
+    expected = noise_operator(NoiseSpec(9, "hann", 120.0), 16, 12)(clean)
+    noise = maker.of(shares, 16)
+    np.testing.assert_allclose(noise(torch.from_numpy(clean)), expected, atol=1e-4)
+
+
+def test_the_error_of_view_counts_is_the_mean_over_noisy_images() -> None:
+    codes, right = codes_of([-1.0, 1.0, 1.0], [9.0, 0.5, -1.5]), 16 * math.exp(maker_of().middle)
+    _, error = maker_of().loss(codes, torch.tensor([0, 1, 1]) * round(right), 16)
+    offset = math.log(round(right) / right)
+    expected = np.abs(np.array([0.5, -1.5]) * math.log(2) - offset).mean()
+    assert float(error.detach()) == pytest.approx(expected, rel=1e-4)
+    _, error = maker_of().loss(codes, torch.zeros(3, dtype=torch.int64), 16)
+    assert float(error.detach()) == 0
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("side", [4, 16, 100])
+def test_the_host_knows_bounds_of_the_counts_that_are_made(training: bool, side: int) -> None:
+    maker, rng = maker_of().train(training), np.random.default_rng(side)
+    for n in (1, 2, 9):
+        logits = rng.choice([-4.5, -2, 0, 2, 4.5], n) / 20
+        shares = maker.shares(codes_of(logits.tolist(), (4 * rng.standard_normal(n)).tolist()))
+        counts = maker.of(shares, side).counts
+        made = counts.each[counts.each > 0]
+        assert torch.equal(counts.each > 0, shares[:, 0] > 0)
+        assert torch.equal(shares[:, 0] == 0, torch.from_numpy(logits < -0.2))
+        assert torch.equal(shares[:, 0] == 1, torch.from_numpy(logits > 0.2))
+        assert 1 <= counts.least <= counts.most <= math.ceil(0.9 * 1.5 * side)
+        assert not len(made) or counts.least <= made.min() <= made.max() <= counts.most
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_no_more_views_are_read_than_images_can_hold(training: bool) -> None:
     maker = ViewCountMaker(ViewRange(1.0, 4.0), 2).train(training)

@@ -67,3 +67,15 @@ def test_another_count_under_another_floor_makes_unsure_by_its_share_of_the_lead
     found[1 - floor] = found[floor] / 2  # both say the same
     assert _likely(found, counts, counts > 4).sure == (lead > 60)
     assert not _likely(found, counts, counts > 20).sure  # of so few views none is
+
+
+def test_the_best_of_each_floor_and_of_many_views_are_asked_about_with_halves_and_doubles() -> None:
+    counts, many = np.arange(4, 60), np.arange(4, 60) >= 20
+    found = np.random.default_rng(0).standard_normal((2, len(counts)))
+    others = set(_likely(found, counts, many).others)
+    for row in found:
+        best = counts[np.argsort(row)[::-1]].tolist()
+        beyond = [n_views for n_views in best if n_views >= 20]
+        confused = {best[0] // 2, 2 * best[0]} & set(range(2, 60))
+        assert others >= {*best[:4], *beyond[:4], *confused}
+    assert len(others) <= 2 * (4 + 4) + 4
