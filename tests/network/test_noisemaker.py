@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from snr_ray.network.noisemaker import Alike, NoiseMaker
+from snr_ray.network.noisemaker import Alike, Noise, NoiseMaker
+from snr_ray.network.viewcount import ViewCountMaker
 from snr_ray.noise.operator import NoiseSpec, noise_operator
+from snr_ray.noise.viewrange import ViewRange
 
 SPECS = [NoiseSpec(8, "hann", 120.0), NoiseSpec(5, "hann", 120.0)]
 
@@ -93,3 +95,28 @@ def test_the_adjoint_of_one_geometry_is_that_of_the_operator() -> None:
     x, y = torch.randn(2, 3, 1, 24, 24, generator=torch.manual_seed(0))
     there, back = (noise(x) * y).sum((1, 2, 3)), (x * noise.adjoint(y)).sum((1, 2, 3))
     torch.testing.assert_close(there, back, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ranged", [False, True])
+def test_noise_is_read_and_made_in_float32_where_the_network_is_in_bfloat16(ranged: bool) -> None:
+    noise = ViewCountMaker(ViewRange(0.2, 0.9), 6) if ranged else NoiseMaker(SPECS, 6)
+    generator = torch.manual_seed(0)
+    with torch.no_grad():
+        for weights in noise.parameters():
+            weights.normal_(generator=generator)
+        codes = [torch.randn(4, 3, 1, 1, generator=generator) for _ in range(2)]
+        clean = torch.rand(4, 1, 16, 12, generator=generator).bfloat16()
+        read = noise.shares(codes)
+        expected = [read, *both_ways(noise.of(read, 16), clean.float())]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = [noise.shares(codes), *both_ways(noise.of(read, 16), clean)]
+        expected += both_ways(Alike(NoiseSpec(9)), clean.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            found += both_ways(Alike(NoiseSpec(9)), clean)
+    assert all(
+        a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(found, expected, strict=True)
+    )
+
+
+def both_ways(noise: Noise, images: torch.Tensor) -> list[torch.Tensor]:
+    return [noise(images), noise.adjoint(images)]
