@@ -293,7 +293,11 @@ def test_each_image_is_told_its_own_count_and_gets_the_noise_of_its_target(
     objective = Objective(model, config.loss, 2, told=0.7)
     clean = torch.from_numpy(images(60))
     n_views = torch.randint(4, 14, (30, 2), generator=torch.manual_seed(0)).repeat_interleave(2, 0)
-    with mock.patch.object(model, "forward", side_effect=model.forward) as forward:
+    maker = model.noise_maker
+    with (
+        mock.patch.object(model, "forward", side_effect=model.forward) as forward,
+        mock.patch.object(maker, "loss", side_effect=maker.loss) as read,  # type: ignore[union-attr]
+    ):
         objective(Batch(clean, clean[:, None].repeat(1, 2, 1, 1, 1), n_views), _normal(), 1.0)
     given = forward.call_args.kwargs
     counts = torch.cat([torch.zeros(60, 1, dtype=torch.int64), n_views], dim=1).flatten()
@@ -302,6 +306,9 @@ def test_each_image_is_told_its_own_count_and_gets_the_noise_of_its_target(
     assert float((told >= 0).float().mean()) == pytest.approx(0.7, abs=0.1)
     rows = torch.arange(180)
     assert torch.equal(counts[donors], wanted)  # partners have the same
+    own, used = (call.args[1] for call in read.call_args_list)
+    assert torch.equal(own, counts)
+    assert torch.equal(used, wanted)
     if not swapped:
         assert torch.equal(donors, rows)
         return
@@ -320,3 +327,16 @@ def test_what_knows_the_geometry_is_sometimes_not_told(tiny: Config) -> None:
     withheld = (known != ids)[ids > 0]
     assert not known[known != ids].any()
     assert float(withheld.float().mean()) == pytest.approx(0.125, abs=0.06)
+
+
+def test_distances_are_mean_squares_between_versions_level_by_level() -> None:
+    mu = torch.randn(4 * 3, 5, 1, 1, generator=torch.manual_seed(0))
+    found, code = code_distances(mu, 2, (2, 3)), mu.reshape(4, 3, 5)
+    for level, dims in enumerate((slice(0, 2), slice(2, 5))):
+        for image in range(4):
+            own, partner = code[image, :, dims], code[image ^ 1, :, dims]
+            same, clean = (own - partner).square().mean(1), (own[1:] - own[:1]).square().mean(1)
+            torch.testing.assert_close(found.same[level, image], same)
+            torch.testing.assert_close(found.clean[level, image], clean)
+            noisy = (own[1:] - own[1:].flip(0)).square().mean(1)
+            torch.testing.assert_close(found.noisy[level, image], noisy)
