@@ -340,3 +340,18 @@ def test_distances_are_mean_squares_between_versions_level_by_level() -> None:
             torch.testing.assert_close(found.clean[level, image], clean)
             noisy = (own[1:] - own[1:].flip(0)).square().mean(1)
             torch.testing.assert_close(found.noisy[level, image], noisy)
+
+
+def test_the_baseline_sees_files_too_each_with_its_own_id(tiny: Config) -> None:
+    changes = {"model.kind": "unet", "loss.grain": 0.05, "loss.stored": 0.5}
+    config = configs.replace(tiny, changes)
+    objective, batch = _objective_and_batch(config)
+    model = objective.model
+    with mock.patch.object(model, "forward", side_effect=model.forward) as forward:
+        objective(batch, _normal(), 1.0)
+    seen, ids = forward.call_args.args
+    assert ids.tolist() == [1, 2] * 4
+    assert batch.noisy is not None
+    expected = _as_found(batch.noisy.flatten(0, 1), ids, config.loss, _normal())
+    torch.testing.assert_close(seen, expected, atol=0, rtol=0)
+    assert not torch.equal(seen, batch.noisy.flatten(0, 1))

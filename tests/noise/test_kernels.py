@@ -15,7 +15,7 @@ for height, width, filter, angle_range, counts in (
     (12, 15, "ramp", 180.0, (7, 0, 5)), (8, 8, "hann", 100.0, (3, 3)),
 ):
     x = np.random.default_rng(0).random((len(counts), height, width), np.float32)
-    bounds = min(n for n in counts if n), max(counts) + 1
+    bounds = min(n for n in counts if n), max(counts)  # a table of all counts, one of a single
     n_views = torch.tensor(counts, device=device)
     made = [f(torch.from_numpy(x).to(device), n_views, *bounds, filter, angle_range)
             for f in (times, transposed)]
