@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,21 @@ def test_images_that_must_not_be_written_to_are_cleaned_without_a_word(
     finally:
         torch.set_warn_always(False)
     np.testing.assert_array_equal(out, snr_ray.denoise(noisy, model))
+
+
+def test_arrays_and_files_are_cleaned_in_bfloat16_where_a_model_may(
+    model_folder: Path, clean: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("snr_ray.learning.checkpoint.multiplies_bf16", lambda device: True)
+    whole, noisy = snr_ray.load_model(model_folder), snr_ray.add_noise(clean, 7)
+    half, stack = replace(whole, bf16=True), Stack(noisy, [(k, 0) for k in range(5)], list("abcde"))
+    code = [level.numpy() for level in whole.codes.mean(0)]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = swap(half.model, noisy, half.codes.mean(0)).clip(0, 1)
+    for model in (whole, half):
+        for out in (snr_ray.denoise(noisy, model), FileSwapper(model, code).answer(stack).images):
+            assert out.dtype == np.float32
+            assert np.array_equal(out.clip(0, 1), expected) == (model is half)
 
 
 def test_noise_is_that_of_the_spec(clean: np.ndarray) -> None:
