@@ -303,12 +303,15 @@ def test_listing_a_bucket_without_end_can_be_interrupted(monkeypatch: pytest.Mon
         threading.Thread(target=server.serve_forever, daemon=True).start()
         query = f"scheme=http&endpoint_override=127.0.0.1:{server.server_port}&region=us-east-1"
         stop = threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT))
+        # Shells start what runs in the background with this signal ignored.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         stop.start()
         try:
             with pytest.raises(KeyboardInterrupt):
                 open_source(f"s3://bucket/scans?{query}")
         finally:
             stop.cancel()
+            signal.signal(signal.SIGINT, before)
         assert time.monotonic() < since + 6
         assert next(pages) > 3
         server.shutdown()
