@@ -116,6 +116,7 @@ def evaluate(
         baselines = tuple(key for key in baselines if not METHODS[key].operator)
     if elsewhere:
         config = _elsewhere(config, size, n_views)
+        _tell_unseen(trained, config)
         baselines = _possible(config, baselines, split)
     origin = Origin(images=images)
     group = settle_group(origin, asked_group, trained.config, model, split)
@@ -291,6 +292,18 @@ def _possible(config: Config, baselines: tuple[str, ...], split: str) -> tuple[s
     if split == ALL and baselines:
         _tell("weights of baselines are chosen on the val tenth of the images, which flatters them")
     return baselines
+
+
+def _tell_unseen(trained: TrainedModel, config: Config) -> None:
+    """Say which view counts of an evaluation lie beyond the range that a model was trained on."""
+    side = config.images.size
+    unseen = [k for k in config.noise.n_views if not trained.has_seen(k, side)]
+    if trained.views is not None and unseen:
+        least, most = trained.views.counts(side)
+        _tell(
+            f"the model knows {least} to {most} views of images of {side} pixels, and may fail at "
+            f"{', '.join(map(str, unseen))}"
+        )
 
 
 def _tell(what: str) -> None:

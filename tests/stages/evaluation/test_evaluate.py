@@ -262,6 +262,18 @@ def test_models_that_come_with_snr_ray_can_be_scored_elsewhere(model: str, tmp_p
                  size=40, n_views=(13, 8))  # fmt: skip
 
 
+@pytest.mark.parametrize(("n_views", "told"), [((4, 32), ""), ((3, 20, 33), "3, 33")])
+def test_views_beyond_the_range_of_a_model_are_told(
+    n_views: tuple[int, ...], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InputError, match="SRC must be a path that exists"):
+        evaluate(Config(), model="any", images=str(tmp_path / "none"), out=tmp_path / "o",
+                 size=40, n_views=n_views)  # fmt: skip
+    said = capsys.readouterr().out
+    assert ("knows 4 to 32 views of images of 40 pixels, and may fail at" in said) == bool(told)
+    assert not told or f"may fail at {told}." in said
+
+
 def test_slices_are_read_in_the_window_of_the_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
